@@ -1,0 +1,39 @@
+"""One grammar for "how long": "300ep" | "5000st" | "1.5Msamples" | "2%", read into optimizer steps."""
+
+import re
+from dataclasses import dataclass
+
+from cmae_scale.core.errors import ConfigError
+
+_FORM = re.compile(r"(\d+(?:\.\d+)?)(ep|st|samples|ksamples|Msamples|Gsamples|%)")
+_SAMPLES = {"samples": 1, "ksamples": 10**3, "Msamples": 10**6, "Gsamples": 10**9}
+
+
+@dataclass(frozen=True)
+class Clock:
+    """What a step means in this run. `total_steps` is what percentages are of; 0 while unknown."""
+
+    steps_per_epoch: int
+    batch_samples: int
+    total_steps: int = 0
+
+
+def read_steps(text: str, *, clock: Clock, place: str) -> int:
+    """Optimizer steps that `text` lasts, rounded to the nearest whole step.
+
+    `place` is the setting's name for the error message. Raises ConfigError for a text outside of the grammar
+    and for a percentage where nothing is known yet that it could be a share of.
+    """
+    match = _FORM.fullmatch(text)
+    if match is None:
+        raise ConfigError(f'{place}: "{text}" is no duration: write "300ep", "5000st", "1.5Msamples" or "2%"')
+    amount, unit = float(match[1]), match[2]
+    if unit == "ep":
+        return round(amount * clock.steps_per_epoch)
+    if unit == "st":
+        return round(amount)
+    if unit == "%":
+        if not clock.total_steps:
+            raise ConfigError(f'{place}: "{text}" is a share of itself: write epochs, steps or samples')
+        return round(amount / 100 * clock.total_steps)
+    return round(amount * _SAMPLES[unit] / clock.batch_samples)

@@ -1,0 +1,44 @@
+"""Learning rate and target momentum as pure functions of the optimizer step."""
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class WarmupCosine:
+    """Linear warm-up from `warmup_start` times the peak, then half a cosine down to `min_lr`, per step.
+
+    Source: official CMAE config (warm-up from 1e-4 of the peak over 40 epochs, cosine to 0 over the rest).
+    """
+
+    peak: float
+    total_steps: int
+    warmup_steps: int
+    warmup_start: float = 1e-4
+    min_lr: float = 0.0
+
+    def at(self, step: int) -> float:
+        """Learning rate of the update that step `step` (from 0) makes."""
+        if step < self.warmup_steps:
+            share = self.warmup_start + (1 - self.warmup_start) * step / self.warmup_steps
+            return self.peak * share
+        done = (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)
+        return self.min_lr + (self.peak - self.min_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+
+@dataclass(frozen=True)
+class TargetMomentum:
+    """Share of the old target that an update keeps: `base` all along, or rising to 1 on half a cosine.
+
+    Source: paper 3.3 (constant 0.996); the cosine is BYOL's (arXiv:2006.07733, section 3.2).
+    """
+
+    base: float
+    total_steps: int
+    is_cosine: bool = False
+
+    def at(self, step: int) -> float:
+        """Momentum of the update after optimizer step `step` (from 0)."""
+        if not self.is_cosine:
+            return self.base
+        return 1 - (1 - self.base) * 0.5 * (1 + math.cos(math.pi * min(1.0, step / max(1, self.total_steps))))

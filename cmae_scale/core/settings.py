@@ -1,0 +1,269 @@
+"""The "cmae" object of a run file: every setting of the method, its default and where that is from.
+
+"Official" is the authors' released code (ZhichengHuang/CMAE), "paper" is arXiv:2207.13532. They differ in
+places; the defaults follow the official code, because the paper's text alone was reported to fall short.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Duration = Annotated[str, Field(pattern=r"^\d+(\.\d+)?(ep|st|[kMG]?samples|%)$")]
+
+EncoderName = Literal["vit_tiny", "vit_small", "vit_base", "vit_large", "vit_huge"]
+Attention = Literal["auto", "flash", "efficient", "cudnn", "math"]
+Remat = Literal["none", "selective", "full"]
+
+
+class Section(BaseModel):
+    """One object of the run file: unknown names are errors, values keep their JSON type, frozen."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class DecoderConfig(Section):
+    """A light transformer over all patches, fed with the encoder's visible tokens and mask tokens."""
+
+    depth: int = Field(8, ge=0)  # blocks. Source: MAE (arXiv:2111.06377) table 1a; official config
+    embed_dim: int = Field(512, ge=4, multiple_of=4)  # Source: MAE table 1b. Four: row/column x sin/cos
+    num_heads: int = Field(16, ge=1)  # Source: facebookresearch/mae models_mae.py
+    mlp_ratio: float = Field(4.0, gt=0)
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> "DecoderConfig":
+        if self.embed_dim % self.num_heads:
+            raise ValueError(f"embed_dim {self.embed_dim} is not a multiple of num_heads {self.num_heads}")
+        return self
+
+
+class PixelDecoderConfig(DecoderConfig):
+    """Predicts the pixels of the hidden patches."""
+
+    depth: int = Field(8, ge=1)
+
+
+class FeatureDecoderConfig(DecoderConfig):
+    """Completes the online features before they are pooled; depth 0 pools the visible tokens instead."""
+
+    depth: int = Field(2, ge=0, le=8)  # Source: paper table 4c; 8 collapsed to a trivial solution
+    shared: bool = False  # use the pixel decoder's first `depth` blocks. Source: paper table 4c
+
+
+class ModelConfig(Section):
+    """The vision transformer of both branches (a named size or three numbers) and the two decoders."""
+
+    encoder: EncoderName | None = None
+    embed_dim: int | None = Field(None, ge=4, multiple_of=4)
+    depth: int | None = Field(None, ge=1)
+    num_heads: int | None = Field(None, ge=1)
+    mlp_ratio: float = Field(4.0, gt=0)
+    patch_size: int = Field(16, ge=1)  # px. Source: ViT-S/B/L; ViT-H uses 14
+    pixel_decoder: PixelDecoderConfig = PixelDecoderConfig()
+    feature_decoder: FeatureDecoderConfig = FeatureDecoderConfig()
+    attention: Attention = "auto"  # which scaled-dot-product kernel; a named one that cannot run is an error
+    remat: Remat = (
+        "none"  # recompute in backward: selective keeps the matrix products, full only block inputs
+    )
+
+    @model_validator(mode="after")
+    def _one_way_to_size(self) -> "ModelConfig":
+        explicit = (self.embed_dim, self.depth, self.num_heads)
+        if self.encoder is None and None in explicit:
+            raise ValueError(
+                'write "encoder": "vit_base" (or another size), or all of embed_dim, depth, num_heads'
+            )
+        if self.encoder is not None and explicit != (None, None, None):
+            raise ValueError(
+                "encoder names a size already: drop embed_dim, depth and num_heads, or set encoder to null"
+            )
+        if self.embed_dim is not None and self.num_heads is not None and self.embed_dim % self.num_heads:
+            raise ValueError(f"embed_dim {self.embed_dim} is not a multiple of num_heads {self.num_heads}")
+        if self.feature_decoder.shared and self.feature_decoder.depth > self.pixel_decoder.depth:
+            raise ValueError("feature_decoder.shared needs feature_decoder.depth <= pixel_decoder.depth")
+        if self.feature_decoder.shared and self.feature_decoder.embed_dim != self.pixel_decoder.embed_dim:
+            raise ValueError("feature_decoder.shared needs the same embed_dim in both decoders")
+        return self
+
+
+class HeadsConfig(Section):
+    """Projector (both branches) and predictor (online): Linear, norm, ReLU, Linear."""
+
+    hidden_dim: int = Field(1536, ge=1)  # Source: official config
+    out_dim: int = Field(256, ge=1)  # Source: official config
+    norm: Literal["sync_batch", "layer"] = "sync_batch"  # layer: no statistics over the batch, so exactly
+    # the same however the batch is spread over ranks and accumulation
+
+
+class MaskConfig(Section):
+    """Which patches of the online view the encoder may not see."""
+
+    ratio: float = Field(0.65, gt=0, lt=1)  # fraction hidden. Source: official config; MAE 0.75
+    cell: int = Field(2, ge=1)  # hide in cell x cell groups of patches. Source: official cmae_vit.py; 1 = MAE
+
+
+class ColorConfig(Section):
+    """Colour augmentation of the target view. Source: official datasets/cmae_dataset.py."""
+
+    jitter_p: Fraction = 0.8
+    brightness: Fraction = 0.4
+    contrast: Fraction = 0.4
+    saturation: Fraction = 0.4
+    hue: float = Field(0.1, ge=0, le=0.5)
+    gray_p: Fraction = 0.2
+    blur_p: Fraction = 0.5
+    blur_sigma: tuple[float, float] = (0.1, 2.0)  # px of the view, uniform
+
+    @model_validator(mode="after")
+    def _sigma_range(self) -> "ColorConfig":
+        low, high = self.blur_sigma
+        if not 0 < low <= high:
+            raise ValueError(f"blur_sigma must be two numbers 0 < low <= high, not {list(self.blur_sigma)}")
+        return self
+
+
+class ViewsConfig(Section):
+    """From one decoded image to the online and the target view. Source: paper 3.2; official pipelines."""
+
+    img_px: int = Field(224, ge=1)  # side of both views
+    master_px: int = Field(256, ge=1)  # side of the random resized crop that both views are cut from
+    shift_px: int = Field(32, ge=0)  # the target crop starts at 0..shift_px-1. Source: paper 4.4 "[0,31]"
+    target_crop: Literal["shift", "random"] = "shift"  # random: an independent crop. Source: paper table 4b
+    color: bool = True
+    color_ops: ColorConfig = ColorConfig()
+    flip_p: Fraction = 0.5  # of the master image, so shared by both views
+    crop_scale: tuple[float, float] = (0.2, 1.0)  # share of the area. Source: official config
+    crop_ratio: tuple[float, float] = (0.75, 4 / 3)  # width / height
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # of RGB in [0, 1]. Source: ImageNet
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+
+    @model_validator(mode="after")
+    def _fits(self) -> "ViewsConfig":
+        if self.master_px < self.img_px:
+            raise ValueError(f"master_px {self.master_px} is smaller than img_px {self.img_px}")
+        if self.target_crop == "shift" and self.shift_px - 1 > self.master_px - self.img_px:
+            raise ValueError(
+                f"shift_px {self.shift_px} leaves the master image: write at most "
+                f"{self.master_px - self.img_px + 1}, or master_px {self.img_px + self.shift_px}"
+            )
+        for name, (low, high) in (("crop_scale", self.crop_scale), ("crop_ratio", self.crop_ratio)):
+            if not 0 < low <= high:
+                raise ValueError(f"{name} must be two numbers 0 < low <= high, not {[low, high]}")
+        if self.crop_scale[1] > 1:
+            raise ValueError(f"crop_scale {list(self.crop_scale)} is a share of the area: at most 1")
+        if min(self.std) <= 0:
+            raise ValueError(f"std must be positive, not {list(self.std)}")
+        return self
+
+
+class LossConfig(Section):
+    """Total = pixel + weight * scale * contrast."""
+
+    contrast: Literal["infonce", "byol"] = "infonce"
+    weight: float = Field(1.0, ge=0)  # 0 = plain MAE: no target branch, feature decoder or heads are built
+    temperature: float = Field(0.07, gt=0)  # Source: paper 4.1
+    scale: Literal["official", "paper"] = (
+        "official"  # of InfoNCE: 2 * temperature in the official head, else 1
+    )
+    norm_pix: bool = True  # predict each patch normalised by its own mean and variance. Source: MAE table 1d
+
+
+class TargetConfig(Section):
+    """The momentum branch."""
+
+    momentum: float = Field(0.996, ge=0, le=1)  # Source: paper 3.3, official config
+    momentum_schedule: Literal["constant", "cosine"] = "constant"  # cosine rises to 1 at the end
+    mask_ratio: float = Field(0.0, ge=0, lt=1)  # Source: paper table 4e
+    final_norm: bool = False  # Source: official algorithms/cmae.py
+    pool: Literal["mean", "cls"] = "mean"  # Source: paper equation 2
+
+
+class DataConfig(Section):
+    """Where the images are and how they are streamed."""
+
+    shards: str | tuple[str, ...] = Field(
+        min_length=1
+    )  # folder(s) with index.json, made by data_prep/make_shards.py
+    val_shards: str | None = None  # held-out images for the pictures; null takes the last training samples
+    workers: int = Field(4, ge=1)  # decoding threads per rank. Does not change results
+    streams: int | None = Field(
+        None, ge=1
+    )  # parallel cursors over an epoch; null = largest divisor of the batch <= 64
+    shuffle_window: int = Field(
+        256, ge=1
+    )  # samples of a stream shuffled together, in memory as compressed bytes
+    max_bad_fraction: Fraction = 0.001  # unreadable samples beyond this share stop the run
+    max_image_mpx: float = Field(50.0, gt=0)  # larger images count as bad before they are decoded
+    prefetch: int = Field(2, ge=1)  # batches ready ahead of the model. Does not change results
+
+
+class ScheduleConfig(Section):
+    """Linear warm-up, then cosine, per optimizer step."""
+
+    base_lr: float = Field(1.5e-4, gt=0)  # at batch 256: "lr": "auto" is base_lr * train_batch_size / 256
+    duration: Duration = "300ep"
+    warmup: Duration = "40ep"  # Source: official config
+    warmup_start: Fraction = 1e-4  # share of the peak at step 0. Source: official config
+    min_lr: float = Field(0.0, ge=0)
+
+
+class CheckpointConfig(Section):
+    """Training state, to go on after any interruption."""
+
+    every: Duration = "5%"
+    keep: int = Field(2, ge=1)  # newest states kept
+    resume: Literal["auto", "never"] = "auto"  # auto: go on from the newest state in the run folder, if any
+
+
+class MonitorConfig(Section):
+    """What is written while training."""
+
+    log_every: int = Field(20, ge=1)  # optimizer steps per line of metrics.jsonl
+    pictures: int = Field(8, ge=0)  # held-out images in the reconstruction sheet; 0 = none
+
+
+class CmaeConfig(Section):
+    """Everything about the run that is not DeepSpeed's."""
+
+    model: ModelConfig
+    data: DataConfig
+    mask: MaskConfig = MaskConfig()
+    views: ViewsConfig = ViewsConfig()
+    heads: HeadsConfig = HeadsConfig()
+    loss: LossConfig = LossConfig()
+    target: TargetConfig = TargetConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    monitor: MonitorConfig = MonitorConfig()
+    out: str | None = None  # run folder; null = runs/<name of the run file>
+    seed: int = Field(60, ge=0)  # Source: official config
+
+    @model_validator(mode="after")
+    def _grid_fits(self) -> "CmaeConfig":
+        img, patch, cell = self.views.img_px, self.model.patch_size, self.mask.cell
+        if img % patch:
+            raise ValueError(
+                f"views.img_px {img} is not a multiple of model.patch_size {patch}: write img_px "
+                f"{max(1, img // patch) * patch} or a patch_size that divides {img}"
+            )
+        grid = img // patch
+        if grid % cell:
+            raise ValueError(
+                f"mask.cell {cell} does not divide the {grid} x {grid} patch grid "
+                "(views.img_px / model.patch_size)"
+            )
+        cells = (grid // cell) ** 2
+        kept = int(cells * (1 - self.mask.ratio))
+        if not 0 < kept < cells:
+            raise ValueError(
+                f"mask.ratio {self.mask.ratio} of {cells} cells keeps {kept}: "
+                "at least one cell must be kept and one hidden"
+            )
+        if self.target.mask_ratio and int(cells * (1 - self.target.mask_ratio)) < 1:
+            raise ValueError(f"target.mask_ratio {self.target.mask_ratio} of {cells} cells keeps none")
+        return self
+
+    @property
+    def has_contrast(self) -> bool:
+        """Whether the run has a target branch at all (else it is a plain MAE)."""
+        return self.loss.weight > 0
