@@ -1,0 +1,33 @@
+"""The transformer block of encoder and decoders, and the way blocks are run."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import TypeAlias
+
+from jaxtyping import Float
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+
+NORM_EPS = 1e-6  # of every LayerNorm. Source: timm VisionTransformer, facebookresearch/mae models_mae.py
+
+BlockRunner: TypeAlias = Callable[[nn.Module, Tensor], Tensor]
+
+
+def build_blocks(depth: int, *, embed_dim: int, num_heads: int, mlp_ratio: float) -> nn.Sequential:
+    """`depth` pre-norm blocks of timm without dropout, named 0, 1, ...
+
+    Source: MAE models_mae.py: biases everywhere, no layer scale, drop path 0 in pre-training.
+    """
+    norm = partial(nn.LayerNorm, eps=NORM_EPS)
+    return nn.Sequential(
+        *(
+            Block(embed_dim, num_heads, mlp_ratio=mlp_ratio, qkv_bias=True, norm_layer=norm)
+            for _ in range(depth)
+        )
+    )
+
+
+def run_block(block: nn.Module, tokens: Float[Tensor, "batch tokens embed"]) -> Tensor:
+    """The block's output, activations kept for backward: how a model runs unless told to rematerialise."""
+    output: Tensor = block(tokens)
+    return output

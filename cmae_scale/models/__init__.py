@@ -1,0 +1,8 @@
+"""The networks of CMAE, built from the run file's settings, and the way in and out for their weights.
+Imports `core`, `layers` and `losses`; knows no optimizer, no ranks and no files of a run.
+"""
+
+from cmae_scale.models.cmae import CMAE, CMAEOutput, build_cmae
+from cmae_scale.models.sizes import EncoderSize, read_size
+
+__all__ = ["CMAE", "CMAEOutput", "EncoderSize", "build_cmae", "read_size"]

@@ -1,0 +1,121 @@
+"""From the visible patches to predictions for all: the pixel decoder and the feature decoder."""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from cmae_scale.core.settings import DecoderConfig
+from cmae_scale.layers.blocks import NORM_EPS, BlockRunner, build_blocks, run_block
+from cmae_scale.layers.masking import TokenMask, scatter_tokens, take_tokens
+from cmae_scale.layers.positions import sincos_positions
+
+
+class CompletedTokens(NamedTuple):
+    """The class token and one token for every patch, in row-major order."""
+
+    last: Float[Tensor, "batch tokens embed"]  # after all blocks
+    early: (
+        Float[Tensor, "batch tokens embed"] | None
+    )  # after the first `early_depth` blocks, if there are any
+
+
+class TokenCompletion(nn.Module):
+    """A token for every patch, from the visible patches alone: what both decoders do first.
+
+    Source: MAE (arXiv:2111.06377) section 3 -- mask tokens enter here, never the encoder.
+    """
+
+    pos_embed: Tensor
+
+    def __init__(self, cfg: DecoderConfig, *, width_in: int, grid: int, early_depth: int = 0) -> None:
+        super().__init__()
+        self.early_depth = early_depth
+        self.narrow = nn.Linear(width_in, cfg.embed_dim)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, cfg.embed_dim))
+        self.register_buffer("pos_embed", sincos_positions(grid, cfg.embed_dim, cls=True))
+        self.blocks = build_blocks(
+            cfg.depth, embed_dim=cfg.embed_dim, num_heads=cfg.num_heads, mlp_ratio=cfg.mlp_ratio
+        )
+        self.run_block: BlockRunner = run_block
+
+    def forward(self, latents: Float[Tensor, "batch visible width_in"], mask: TokenMask) -> CompletedTokens:
+        """Completed tokens from the encoder's output: its class token, then the patches that `mask` kept."""
+        visible = self.narrow(latents)
+        cls, patches = visible[:, :1], scatter_tokens(visible[:, 1:], mask, fill=self.mask_token)
+        tokens = (torch.cat([cls, patches], dim=1) + self.pos_embed).to(self.mask_token.dtype)
+        early = None
+        for depth, block in enumerate(self.blocks, start=1):
+            tokens = self.run_block(block, tokens)
+            if depth == self.early_depth:
+                early = tokens
+        return CompletedTokens(tokens, early)
+
+
+class PixelPrediction(NamedTuple):
+    """Pixels of the hidden patches in the mask's order, and the tokens that a feature head may share."""
+
+    pixels: Float[Tensor, "batch hidden values"]
+    early: Float[Tensor, "batch tokens embed"] | None
+
+
+class PixelDecoder(nn.Module):
+    """Predict the pixels of the hidden patches.
+
+    Source: MAE section 3, models_mae.py: 8 blocks 512 wide, 16 heads for every size of the encoder.
+    Differs: the last norm and linear run on hidden patches only, because no loss asks for the others.
+    """
+
+    def __init__(
+        self, cfg: DecoderConfig, *, width_in: int, grid: int, values: int, early_depth: int = 0
+    ) -> None:
+        super().__init__()
+        self.completion = TokenCompletion(cfg, width_in=width_in, grid=grid, early_depth=early_depth)
+        self.norm = nn.LayerNorm(cfg.embed_dim, eps=NORM_EPS)
+        self.predict = nn.Linear(cfg.embed_dim, values)
+
+    def forward(self, latents: Float[Tensor, "batch visible width_in"], mask: TokenMask) -> PixelPrediction:
+        """A vector in `patchify`'s order for each hidden patch."""
+        tokens, early = self.completion(latents, mask)
+        hidden = take_tokens(tokens[:, 1:], mask.hidden)
+        return PixelPrediction(self.predict(self.norm(hidden)), early)
+
+
+class FeatureHead(nn.Module):
+    """One vector per image from its completed tokens.
+
+    Source: paper equation 4: the mean over all patches, hidden and visible, of the predicted features.
+    Differs: the linear comes after the mean; the two commute, and this costs 1/patches of it.
+    """
+
+    def __init__(self, width_in: int, width_out: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width_in, eps=NORM_EPS)
+        self.predict = nn.Linear(width_in, width_out)
+
+    def forward(self, tokens: Float[Tensor, "batch tokens embed"]) -> Float[Tensor, "batch width_out"]:
+        """The image's feature; the class token takes no part."""
+        features: Tensor = self.predict(self.norm(tokens[:, 1:]).mean(dim=1))
+        return features
+
+
+class FeatureDecoder(nn.Module):
+    """Complete the online features before they are compared: without it, they lack what the mask hid.
+
+    Source: paper 3.3 and table 4c: 2 blocks of its own; 8 blocks collapse to a trivial solution.
+    Differs: its output is as wide as the encoder, so that both projectors have one shape at every size. The
+    official code has 768, the values of a patch, which is ViT-B's width.
+    """
+
+    def __init__(self, cfg: DecoderConfig, *, width_in: int, grid: int) -> None:
+        super().__init__()
+        self.completion = TokenCompletion(cfg, width_in=width_in, grid=grid)
+        self.head = FeatureHead(cfg.embed_dim, width_in)
+
+    def forward(
+        self, latents: Float[Tensor, "batch visible width_in"], mask: TokenMask
+    ) -> Float[Tensor, "batch width_in"]:
+        """The image's feature, completed from its visible patches."""
+        feature: Tensor = self.head(self.completion(latents, mask).last)
+        return feature

@@ -1,0 +1,65 @@
+"""The vision transformer of both branches."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from cmae_scale.layers.blocks import NORM_EPS, BlockRunner, build_blocks, run_block
+from cmae_scale.layers.masking import TokenMask, take_tokens
+from cmae_scale.layers.patches import PatchEmbed, patchify
+from cmae_scale.layers.positions import sincos_positions
+from cmae_scale.models.sizes import EncoderSize
+
+
+class Encoder(nn.Module):
+    """timm's VisionTransformer, run on the kept patches alone.
+
+    It is put together from timm's blocks under timm's names: its state_dict loads into
+    timm.models.VisionTransformer and back. Positions are fixed, so they are a buffer: in the state_dict, not
+    in the optimizer, and in fp32 whatever the engine makes of the parameters. Nothing is spent on hidden
+    patches, not even their embedding.
+
+    Source: MAE (arXiv:2111.06377) section 3; no dropout and no drop path in pre-training.
+    """
+
+    pos_embed: Tensor
+
+    def __init__(
+        self,
+        size: EncoderSize,
+        *,
+        patch_size: int,
+        grid: int,
+        mlp_ratio: float = 4.0,
+        final_norm: bool = True,
+    ) -> None:
+        super().__init__()
+        self.patch_size = patch_size
+        self.patch_embed = PatchEmbed(patch_size, size.embed_dim)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, size.embed_dim))
+        self.register_buffer("pos_embed", sincos_positions(grid, size.embed_dim, cls=True))
+        self.blocks = build_blocks(
+            size.depth, embed_dim=size.embed_dim, num_heads=size.num_heads, mlp_ratio=mlp_ratio
+        )
+        self.norm = nn.LayerNorm(size.embed_dim, eps=NORM_EPS) if final_norm else nn.Identity()
+        self.run_block: BlockRunner = run_block
+
+    def forward(
+        self, images: Float[Tensor, "batch channels side side"], mask: TokenMask | None
+    ) -> Float[Tensor, "batch tokens embed"]:
+        """Class token and kept patches (all of them without a mask), in the mask's order, after the norm.
+
+        The residual stream has the parameters' dtype, so it is fp32 under autocast.
+        """
+        patches = patchify(images, self.patch_size)
+        cls_position, positions = self.pos_embed[:, :1], self.pos_embed[:, 1:]
+        if mask is not None:
+            patches = take_tokens(patches, mask.kept)
+            positions = positions[0, mask.kept]
+        embedded = self.patch_embed(patches) + positions
+        cls = (self.cls_token + cls_position).expand(len(images), -1, -1)
+        tokens = torch.cat([cls, embedded], dim=1).to(self.cls_token.dtype)
+        for block in self.blocks:
+            tokens = self.run_block(block, tokens)
+        normed: Tensor = self.norm(tokens)
+        return normed

@@ -1,0 +1,46 @@
+"""The projector of both branches and the predictor of the online one."""
+
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from cmae_scale.core.settings import HeadsConfig
+from cmae_scale.layers.sync_norm import SyncBatchNorm
+
+HEAD_NORM_EPS = 1e-6  # Source: official necks/nonlinear_neck.py
+
+
+class Head(nn.Module):
+    """Linear, norm, ReLU, Linear without bias, initialised as torch does.
+
+    Source: official necks/nonlinear_neck.py and config: norm over the batch of all ranks, none at the end.
+    """
+
+    def __init__(self, width_in: int, cfg: HeadsConfig) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width_in, cfg.hidden_dim)
+        match cfg.norm:
+            case "sync_batch":
+                self.norm: nn.Module = SyncBatchNorm(cfg.hidden_dim, eps=HEAD_NORM_EPS)
+            case "layer":
+                self.norm = nn.LayerNorm(cfg.hidden_dim, eps=HEAD_NORM_EPS)
+        self.fc2 = nn.Linear(cfg.hidden_dim, cfg.out_dim, bias=False)
+
+    def forward(self, features: Float[Tensor, "batch width_in"]) -> Float[Tensor, "batch width_out"]:
+        """Vectors to compare; their length carries nothing."""
+        vectors: Tensor = self.fc2(F.relu(self.norm(self.fc1(features))))
+        return vectors
+
+
+class Projector(Head):
+    """From the encoder's width to the space where the branches are compared."""
+
+    def __init__(self, embed_dim: int, cfg: HeadsConfig) -> None:
+        super().__init__(embed_dim, cfg)
+
+
+class Predictor(Head):
+    """From online projections to a guess of the target's: the asymmetry that BYOL and MoCo v3 brought in."""
+
+    def __init__(self, cfg: HeadsConfig) -> None:
+        super().__init__(cfg.out_dim, cfg)
