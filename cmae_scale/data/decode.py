@@ -1,0 +1,155 @@
+"""From an image's bytes to pixels: what may be opened, how it becomes RGB, and how the master image is cut.
+
+Everything is Pillow, the resampling that published recipes were tuned with (bicubic, antialiased).
+"""
+
+import math
+from collections.abc import Sequence
+from io import BytesIO
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image
+
+from cmae_scale.core.errors import DataError
+
+FORMATS = ("JPEG", "PNG", "WEBP")
+CROP_TRIES = 10  # Source: torchvision RandomResizedCrop.get_params
+CROP_DRAWS = 2 * CROP_TRIES + 2  # area and shape of every try, then the two coordinates
+EXIF_ORIENTATION = 0x0112
+TURNS = {  # Source: Exif 2.3, tag 274; values outside 1..8 occur in the wild and mean nothing
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+class Box(NamedTuple):
+    """A rectangle of an image, px, in the order that Pillow's crop takes."""
+
+    left: int
+    top: int
+    right: int
+    bottom: int
+
+
+def image_extension(data: bytes) -> str | None:
+    """The ending that these bytes deserve, whatever the file was called; None unless JPEG, PNG or WebP."""
+    if data.startswith(b"\xff\xd8\xff"):
+        return "jpg"
+    if data.startswith(b"\x89PNG\r\n\x1a\n"):
+        return "png"
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return "webp"
+    return None
+
+
+def open_image(data: bytes, *, max_mpx: float) -> Image.Image:
+    """The image with its header read and no pixel decoded yet.
+
+    Raises DataError for other formats, damaged headers and more than `max_mpx` million pixels: a few hundred
+    bytes can announce an image that would fill the memory.
+    """
+    if image_extension(data) is None:
+        raise DataError(f"not a JPEG, PNG or WebP image (begins with {data[:8]!r})")
+    try:
+        image = Image.open(BytesIO(data), formats=FORMATS)
+    except Exception as error:  # Pillow's parsers raise a dozen unrelated kinds on damaged headers
+        raise DataError(f"damaged header ({type(error).__name__}: {error})") from None
+    if (mpx := image.width * image.height / 1e6) > max_mpx:
+        raise DataError(
+            f"{image.width}x{image.height} is {mpx:.0f} megapixels, above the limit of {max_mpx:g}"
+        )
+    return image
+
+
+def decode_image(data: bytes, *, max_mpx: float) -> Image.Image:
+    """The whole image, upright (EXIF) and in RGB. Raises DataError if any part of it cannot be decoded.
+
+    Transparency is dropped, not blended, as the usual image-folder loaders do.
+    """
+    image = open_image(data, max_mpx=max_mpx)
+    try:
+        image.load()
+        return _to_rgb(_turn_upright(image))
+    except Exception as error:  # as above: any damage must count as a bad sample, not end the run
+        raise DataError(f"cannot be decoded ({type(error).__name__}: {error})") from None
+
+
+def random_crop_box(
+    width: int, height: int, *, scale: tuple[float, float], ratio: tuple[float, float], draws: Sequence[float]
+) -> Box:
+    """A random part of the image: area share uniform in `scale`, width / height log-uniform in `ratio`.
+
+    `draws` are CROP_DRAWS numbers in [0, 1). When ten tries do not fit, the largest centred box of allowed
+    shape. Source: torchvision RandomResizedCrop.get_params, the same rule for the same numbers.
+    """
+    low, high = math.log(ratio[0]), math.log(ratio[1])
+    for attempt in range(CROP_TRIES):
+        area = width * height * (scale[0] + (scale[1] - scale[0]) * draws[2 * attempt])
+        shape = math.exp(low + (high - low) * draws[2 * attempt + 1])
+        wide, tall = round(math.sqrt(area * shape)), round(math.sqrt(area / shape))
+        if 0 < wide <= width and 0 < tall <= height:
+            top, left = int(draws[-2] * (height - tall + 1)), int(draws[-1] * (width - wide + 1))
+            return Box(left, top, left + wide, top + tall)
+    wide, tall = width, height
+    if width / height < ratio[0]:
+        tall = round(width / ratio[0])
+    elif width / height > ratio[1]:
+        wide = round(height * ratio[1])
+    left, top = (width - wide) // 2, (height - tall) // 2
+    return Box(left, top, left + wide, top + tall)
+
+
+def decode_master(
+    data: bytes,
+    *,
+    side: int,
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+    max_mpx: float,
+    draws: Sequence[Sequence[float]],
+) -> UInt8[np.ndarray, "crops 3 side side"]:
+    """One random resized crop of the image per row of `draws` (see random_crop_box), decoded once.
+
+    Cropped first and resized then, so nothing outside of a crop leaks into its border.
+    """
+    image = decode_image(data, max_mpx=max_mpx)
+    crops = np.empty((len(draws), 3, side, side), dtype=np.uint8)
+    for crop, numbers in zip(crops, draws, strict=True):
+        box = random_crop_box(image.width, image.height, scale=scale, ratio=ratio, draws=numbers)
+        resized = image.crop(box).resize((side, side), Image.Resampling.BICUBIC)
+        crop[:] = np.asarray(resized).transpose(2, 0, 1)
+    return crops
+
+
+def decode_centre(data: bytes, *, side: int, max_mpx: float) -> UInt8[np.ndarray, "3 side side"]:
+    """The centre of the image: short side resized to `side`, the rest of the long side cut off."""
+    image = decode_image(data, max_mpx=max_mpx)
+    width, height = image.size
+    # the long side is truncated and the offset rounded, as torchvision's resize and center_crop do
+    size = (side, side * height // width) if width <= height else (side * width // height, side)
+    resized = image.resize(size, Image.Resampling.BICUBIC)
+    left, top = round((size[0] - side) / 2), round((size[1] - side) / 2)
+    return np.asarray(resized.crop((left, top, left + side, top + side))).transpose(2, 0, 1)
+
+
+def _turn_upright(image: Image.Image) -> Image.Image:
+    try:
+        turn = TURNS.get(image.getexif().get(EXIF_ORIENTATION, 1))
+    except Exception:  # broken metadata around good pixels: the pixels count
+        return image
+    return image if turn is None else image.transpose(turn)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # 16-bit grey: convert() would clip at 255 instead of scaling
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode == "P":  # palettes with transparency need the detour
+        image = image.convert("RGBA")
+    return image.convert("RGB")

@@ -1,0 +1,188 @@
+"""What a folder of shards holds, as its index.json says: the contract of making shards and reading them."""
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any, BinaryIO
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from cmae_scale.core.errors import DataError
+
+INDEX_FORMAT = 1
+INDEX_NAME = "index.json"
+
+REMEDY = "run the same make_shards command again (it makes what is missing), or copy the file again"
+
+PositiveInt = Annotated[int, Field(ge=1)]
+
+
+@dataclass(frozen=True)
+class ShardInfo:
+    """One tar of the folder. `name` has no folder part in the file, so an index cannot point elsewhere."""
+
+    name: Annotated[str, Field(pattern=r"^[^/\\]+\.tar$")]
+    samples: PositiveInt
+    bytes: PositiveInt
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+@dataclass(frozen=True)
+class ShardIndex:
+    """All shards of a data set in their fixed order. `source` and `options` say how they were made."""
+
+    folder: Path
+    shards: tuple[ShardInfo, ...]
+    classes: tuple[str, ...]
+    total: int
+    source: str
+    options: dict[str, Any]
+
+    def path(self, shard: int) -> Path:
+        """Where shard number `shard` lies."""
+        return self.folder / self.shards[shard].name
+
+
+class _IndexFile(BaseModel):
+    """index.json, key by key."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    format: int
+    total: PositiveInt
+    source: str
+    options: dict[str, Any]
+    classes: tuple[str, ...]
+    shards: Annotated[tuple[ShardInfo, ...], Field(min_length=1)]
+
+
+def read_index(folder: str | Path) -> ShardIndex:
+    """The index of `folder`, checked against the files that lie there (their sizes, not their content).
+
+    Raises DataError when the index or a shard is missing, or when they contradict each other.
+    """
+    folder = Path(folder)
+    path = folder / INDEX_NAME
+    try:
+        text = path.read_bytes()
+    except OSError:
+        raise DataError(
+            f"{folder} holds no {INDEX_NAME}: make its shards with `python data_prep/make_shards.py "
+            f"--source imagefolder --root IMAGES --out {folder}` (the same command goes on where one stopped)"
+        ) from None
+    parsed = _parse_index(text, path)
+    names = [shard.name for shard in parsed.shards]
+    if len(set(names)) < len(names):
+        raise DataError(f"{path} lists a shard twice: make the shards again")
+    if (listed := sum(shard.samples for shard in parsed.shards)) != parsed.total:
+        raise DataError(
+            f"{path} says total {parsed.total} but its shards hold {listed}: make the shards again"
+        )
+    for shard in parsed.shards:
+        _check_size(folder / shard.name, shard)
+    return ShardIndex(folder, parsed.shards, parsed.classes, parsed.total, parsed.source, parsed.options)
+
+
+def join_indexes(indexes: Sequence[ShardIndex]) -> ShardIndex:
+    """Several folders read as one data set, shards in the order given.
+
+    Labels keep their meaning only if all folders have the same classes; anything else is a DataError.
+    """
+    first, *others = indexes
+    for other in others:
+        if other.classes != first.classes:
+            raise DataError(
+                f"{other.folder} has other classes than {first.folder}: they cannot be one data set"
+            )
+    if not others:
+        return first
+    folder = Path(os.path.commonpath([index.folder.absolute() for index in indexes]))
+    shards = tuple(
+        ShardInfo(
+            str(index.folder.absolute().relative_to(folder) / shard.name),
+            shard.samples,
+            shard.bytes,
+            shard.sha256,
+        )
+        for index in indexes
+        for shard in index.shards
+    )
+    return ShardIndex(
+        folder=folder,
+        shards=shards,
+        classes=first.classes,
+        total=sum(index.total for index in indexes),
+        source=" + ".join(index.source for index in indexes),
+        options={str(index.folder): index.options for index in indexes},
+    )
+
+
+def write_index(index: ShardIndex) -> None:
+    """Write index.json into `index.folder`: at every moment the old or the new one is there, never half."""
+    content = _IndexFile(
+        format=INDEX_FORMAT,
+        total=index.total,
+        source=index.source,
+        options=index.options,
+        classes=index.classes,
+        shards=index.shards,
+    )
+    fields = {name: value for name, value in content if name != "shards"}
+    # one line per shard: readable, and a diff shows which shard changed
+    lines = ",\n".join("    " + json.dumps(asdict(shard)) for shard in index.shards)
+    head = json.dumps(fields, indent=2, ensure_ascii=False).removesuffix("\n}")
+    with write_whole(index.folder / INDEX_NAME) as file:
+        file.write(f'{head},\n  "shards": [\n{lines}\n  ]\n}}\n'.encode())
+
+
+@contextmanager
+def write_whole(path: Path) -> Iterator[BinaryIO]:
+    """A file that appears at `path` when the block ends well, complete and on disk, and not otherwise.
+
+    The draft beside it is called `.<name>.<process>.draft`; only a killed process leaves one behind.
+    """
+    draft = path.with_name(f".{path.name}.{os.getpid()}.draft")
+    try:
+        with draft.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(path)
+    except BaseException:
+        draft.unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # else the new name itself may be lost in a power cut
+    finally:
+        os.close(folder)
+
+
+def _parse_index(text: bytes, path: Path) -> _IndexFile:
+    try:
+        content = json.loads(text)
+    except ValueError as error:
+        raise DataError(f"{path} is not JSON ({error}): make the shards again") from None
+    version = content.get("format") if isinstance(content, dict) else None
+    if version != INDEX_FORMAT:
+        raise DataError(
+            f"{path} has format {version!r}, this version reads {INDEX_FORMAT}: make the shards again with it"
+        )
+    try:
+        return _IndexFile.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise DataError(f"{path}: {place}: {first['msg']}: make the shards again") from None
+
+
+def _check_size(path: Path, shard: ShardInfo) -> None:
+    try:
+        size = path.stat().st_size
+    except OSError:
+        raise DataError(f"{path} is missing though {INDEX_NAME} lists it: {REMEDY}") from None
+    if size != shard.bytes:
+        raise DataError(f"{path} has {size} bytes, {INDEX_NAME} says {shard.bytes}: {REMEDY}")

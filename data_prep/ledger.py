@@ -1,0 +1,110 @@
+"""What is already done in a folder of shards, so that a command that was killed goes on where it stopped.
+
+While shards are being made, a folder holds `.making.json` (the options) and one `.<shard>.done.json` beside
+each finished shard; when index.json is in place it says all of that, and they go.
+"""
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from cmae_scale.core.errors import ConfigError
+from cmae_scale.data.index import INDEX_NAME, ShardInfo, write_whole
+
+OPTIONS_NAME = ".making.json"
+RECORD_ENDING = ".done.json"
+
+
+class WrittenShard(NamedTuple):
+    """A finished shard and what was left out of it, a sentence each."""
+
+    info: ShardInfo
+    skipped: tuple[str, ...]
+
+
+@contextmanager
+def open_ledger(out: Path, options: dict[str, Any]) -> Iterator[dict[str, WrittenShard]]:
+    """The shards of `out` that are finished, by name, with the folder held for this process alone.
+
+    ConfigError when another process holds it, or when it was begun with other options.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    with _hold(out):
+        begun = _read_options(out)
+        if begun is None:
+            with write_whole(out / OPTIONS_NAME) as file:
+                file.write(json.dumps(options, indent=2).encode())
+        elif begun != options:
+            raise ConfigError(_describe_change(out, begun, options))
+        for draft in out.glob(".*.draft"):
+            draft.unlink()
+        yield _read_records(out)
+
+
+def record_shard(out: Path, written: WrittenShard) -> None:
+    """Note that a shard is finished. To be called when its tar is in place."""
+    with write_whole(out / f".{written.info.name}{RECORD_ENDING}") as file:
+        file.write(json.dumps({"info": asdict(written.info), "skipped": written.skipped}).encode())
+
+
+def drop_records(out: Path) -> None:
+    """Remove what index.json has made superfluous."""
+    for record in out.glob(f".*{RECORD_ENDING}"):
+        record.unlink()
+    (out / OPTIONS_NAME).unlink(missing_ok=True)
+
+
+@contextmanager
+def _hold(out: Path) -> Iterator[None]:
+    """The folder's own lock: the kernel lets go of it however the process ends."""
+    folder = os.open(out, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise ConfigError(
+            f"another make_shards is writing to {out}: wait for it or write another --out"
+        ) from None
+    finally:
+        os.close(folder)
+
+
+def _read_options(out: Path) -> dict[str, Any] | None:
+    """The options that the folder was begun with; None for a fresh one."""
+    for name in (OPTIONS_NAME, INDEX_NAME):
+        try:
+            content = json.loads((out / name).read_bytes())
+            return dict(content["options"] if name == INDEX_NAME else content)
+        except FileNotFoundError:
+            continue
+        except (ValueError, KeyError, TypeError):
+            raise ConfigError(f"{out / name} is damaged: delete it, or write another --out") from None
+    return None
+
+
+def _read_records(out: Path) -> dict[str, WrittenShard]:
+    """All records whose tar is still there with the right size."""
+    records = [json.loads(path.read_bytes()) for path in out.glob(f".*{RECORD_ENDING}")]
+    if (out / INDEX_NAME).exists():
+        shards = json.loads((out / INDEX_NAME).read_bytes())["shards"]
+        records += [{"info": info, "skipped": []} for info in shards]
+    finished = {}
+    for record in records:
+        info = ShardInfo(**record["info"])
+        path = out / info.name
+        if path.is_file() and path.stat().st_size == info.bytes:
+            finished[info.name] = WrittenShard(info, tuple(record["skipped"]))
+    return finished
+
+
+def _describe_change(out: Path, begun: dict[str, Any], options: dict[str, Any]) -> str:
+    changed = [name for name in options if begun.get(name) != options[name]]
+    if changed == ["listing_sha256"] or "images" in changed:
+        return f"the images are not those that {out} was begun with: write another --out, or delete {out}"
+    differences = ", ".join(f"{name} {begun.get(name)} (now {options[name]})" for name in changed)
+    return f"{out} was begun with {differences}: give the same options, another --out, or delete {out}"

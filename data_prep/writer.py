@@ -1,0 +1,157 @@
+"""Writing one shard, and many of them in several processes. A shard depends on its task and nothing else."""
+
+import hashlib
+import io
+import multiprocessing
+import os
+import tarfile
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+from PIL import Image
+
+from cmae_scale.core.errors import DataError
+from cmae_scale.data.decode import decode_image, image_extension, open_image
+from cmae_scale.data.index import ShardInfo, write_whole
+from data_prep.ledger import WrittenShard, record_shard
+from data_prep.sources import Item
+
+MAX_MPX = 1000.0  # training has its own, lower limit; copying needs none, but a header can say anything
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """What happens to an image's bytes: nothing, or a smaller JPEG if its short side is above `resize_short`."""
+
+    resize_short: int | None
+    quality: int
+
+
+class ShardTask(NamedTuple):
+    """A slice of the shuffled items. `first` is the position of its first item; keys count from there."""
+
+    name: str
+    first: int
+    items: Sequence[Item]
+
+
+@dataclass(frozen=True)
+class ShardWriter:
+    """Everything that the shards of one folder have in common. Travels to the worker processes."""
+
+    out: Path
+    read: Callable[[Item], bytes]
+    encoding: Encoding
+    skip_bad: bool
+
+    def write(self, task: ShardTask) -> WrittenShard:
+        """Write the shard of `task` and a record of it. A bad item is a DataError unless `skip_bad`."""
+        skipped = []
+        samples = 0
+        path = self.out / task.name
+        with write_whole(path) as file:
+            hashed = _HashedFile(file)
+            with tarfile.open(fileobj=hashed, mode="w", format=tarfile.USTAR_FORMAT) as tar:  # type: ignore[call-overload]
+                for position, item in enumerate(task.items, start=task.first):
+                    try:
+                        data = encode(_read(self.read, item), encoding=self.encoding)
+                    except DataError as error:
+                        if not self.skip_bad:
+                            raise DataError(
+                                f"{item.name}: {error} (--skip_bad leaves such files out)"
+                            ) from None
+                        skipped.append(f"{item.name}: {error}")
+                        continue
+                    _add_member(tar, f"{position:09d}.{image_extension(data)}", data)
+                    if item.label is not None:
+                        _add_member(tar, f"{position:09d}.cls", str(item.label).encode())
+                    samples += 1
+        info = ShardInfo(task.name, samples, hashed.size, hashed.digest.hexdigest())
+        written = WrittenShard(info, tuple(skipped))
+        record_shard(self.out, written)
+        return written
+
+
+def write_shards(
+    writer: ShardWriter, tasks: Sequence[ShardTask], *, processes: int
+) -> Iterator[WrittenShard]:
+    """Each shard as it is finished, in any order. The first error ends all."""
+    if processes == 1 or len(tasks) <= 1:
+        yield from map(writer.write, tasks)
+        return
+    pool = ProcessPoolExecutor(
+        max_workers=min(processes, len(tasks)),
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=_end_with_parent,
+    )
+    try:
+        for future in as_completed([pool.submit(writer.write, task) for task in tasks]):
+            yield future.result()
+    except BrokenProcessPool:
+        raise DataError(
+            "a writing process was killed (out of memory?): run the same command with fewer --processes"
+        ) from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def encode(data: bytes, *, encoding: Encoding) -> bytes:
+    """The bytes to store: the original ones wherever possible. Raises DataError if they are no image."""
+    if encoding.resize_short is None:
+        open_image(data, max_mpx=MAX_MPX)
+        return data
+    image = decode_image(data, max_mpx=MAX_MPX)
+    short = min(image.size)
+    if short <= encoding.resize_short:
+        return data
+    width, height = (round(side * encoding.resize_short / short) for side in image.size)
+    file = io.BytesIO()
+    image.resize((width, height), Image.Resampling.BICUBIC).save(file, "JPEG", quality=encoding.quality)
+    return file.getvalue()
+
+
+class _HashedFile:
+    """The part of a file that tarfile writes to; knows size and SHA-256 of what passed through."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
+        self.size = 0
+        self.digest = hashlib.sha256()
+
+    def write(self, data: bytes) -> int:
+        self.digest.update(data)
+        self.size += len(data)
+        return self.file.write(data)
+
+    def tell(self) -> int:
+        return self.size
+
+
+def _read(read: Callable[[Item], bytes], item: Item) -> bytes:
+    try:
+        return read(item)
+    except OSError as error:
+        raise DataError(f"cannot be read ({error.strerror})") from None
+
+
+def _add_member(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    header = tarfile.TarInfo(name)  # no time and no owner: the same input gives the same bytes
+    header.size = len(data)
+    tar.addfile(header, io.BytesIO(data))
+
+
+def _end_with_parent() -> None:
+    """A killed parent cannot stop its pool: each worker watches for that itself."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
