@@ -32,7 +32,7 @@ TIMM_NAMES = {
 def export_encoder(
     state: Mapping[str, Tensor], folder: Path, *, model: ModelConfig, views: ViewsConfig
 ) -> None:
-    """Write a folder that `timm.create_model("local-dir:FOLDER", pretrained=True)` loads to the same features.
+    """Write a folder that `timm.create_model("local-dir:FOLDER", pretrained=True)` loads: same features.
 
     `state` is the online encoder's state_dict, or the same gathered from an engine. Weights are stored in
     fp32. Each file appears only whole, weights first; an older export is replaced.
