@@ -1,0 +1,123 @@
+"""Colour operations on batches of float RGB images in [0, 1], each image with its own numbers.
+
+Each equals torchvision.transforms.functional's operation of the same name on one image, up to the rounding
+of float32: the formulas are rearranged so that no pass over the pixels is wasted.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from cmae_scale.augment.draws import CONTRAST, HUE, SATURATION
+
+_LUMA = (0.2989, 0.587, 0.114)  # Source: ITU-R BT.601 as torchvision and Pillow round it
+
+
+def grayscale(images: Float[Tensor, "batch 3 high wide"]) -> Float[Tensor, "batch 1 high wide"]:
+    """Luma of each pixel."""
+    red, green, blue = images.chunk(3, dim=1)
+    return (red * _LUMA[0]).add_(green, alpha=_LUMA[1]).add_(blue, alpha=_LUMA[2])
+
+
+def jitter_(
+    images: Float[Tensor, "batch 3 high wide"],
+    *,
+    order: Int[Tensor, "batch 4"],
+    factors: Float[Tensor, "batch 4"],
+) -> None:
+    """Brightness, contrast, saturation and hue of each image in its own order, in place.
+
+    `factors` has a column per operation, `order` says which comes first to last; both on the CPU. The images
+    must come sorted by the place of hue in their order (asserted): then every pass below works on a
+    neighbouring range of images, nothing is gathered and no pass treats an image that does not need it.
+
+    Source: official datasets/cmae_dataset.py through torchvision's ColorJitter (random order).
+    """
+    hue_place = (order == HUE).int().argmax(1)
+    assert bool((hue_place[1:] >= hue_place[:-1]).all()), "images must be sorted by the place of hue"
+    ends = [0, *torch.searchsorted(hue_place, torch.arange(4), right=True).tolist()]  # ends[p]: hue place < p
+    factor = factors.gather(1, order)
+    steps = torch.stack([1 - factor, order == SATURATION, order == CONTRAST], dim=-1)
+    steps = steps.to(images.device, non_blocking=True)[..., None, None, None]
+    for place in (0, 1, 2):  # what comes before hue
+        _blend_step_(images[ends[place + 1] :], steps[ends[place + 1] :, place])
+    turn_hue_(images, factors[:, HUE])
+    for place in (1, 2, 3):  # what comes after it
+        _blend_step_(images[: ends[place]], steps[: ends[place], place])
+
+
+def _blend_step_(images: Float[Tensor, "batch 3 high wide"], step: Float[Tensor, "batch 3 1 1 1"]) -> None:
+    """One of brightness, contrast and saturation per image, in place.
+
+    All three blend the image with another one: black, its mean grey, its own grey picture. `step` holds the
+    share of the other image and whether that is the grey picture or the mean; neither = black.
+    """
+    if not len(images):
+        return
+    share, use_gray, use_mean = step.unbind(1)
+    other = grayscale(images)
+    mean = other.mean((2, 3), keepdim=True)
+    images.lerp_(other.mul_(use_gray).add_(mean * use_mean), share).clamp_(0, 1)
+
+
+def turn_hue_(images: Float[Tensor, "batch 3 high wide"], turns: Float[Tensor, " batch"]) -> None:
+    """Turn the hue of each image by `turns` of the colour circle (within [-0.5, 0.5], on the CPU), in place.
+
+    The HSV hexagon, as torchvision's adjust_hue, without going through S and V: largest and smallest channel
+    of a pixel stay, only the hue moves. With green >= blue, hue in sixths of a turn is
+    1 + (green - min + blue - red) / (max - min) in [0, 3]; otherwise minus that, by symmetry. Back again, a
+    channel is min + (max - min) * clamp(2 - d, 0, 1), where d in [0, 3] is the distance, on the circle of 6, of
+    the hue from the channel's own. A rotation in YIQ would be cheaper and gives other colours.
+    """
+    if not len(images) or not bool(turns.any()):
+        return
+    red, green, blue = images.chunk(3, dim=1)
+    low = images.amin(1, keepdim=True)
+    span = images.amax(1, keepdim=True).sub_(low)
+    hue = (green - low).add_(blue).sub_(red)
+    hue.div_(span.clamp_min(torch.finfo(span.dtype).tiny)).add_(1).copysign_(green - blue)
+    hue.add_((6 * turns).to(images.device, non_blocking=True)[:, None, None, None])
+    hue.sub_((hue / 6).round_(), alpha=6)  # back to [-3, 3]
+    own = torch.tensor([0.0, 2.0, -2.0]).to(images.device, non_blocking=True)[:, None, None]
+    # 2 - d for a distance of at most 5 measured either way round: ||distance| - 3| - 1
+    torch.sub(hue, own, out=images)
+    images.abs_().sub_(3).abs_().sub_(1).clamp_(0, 1).mul_(span).add_(low)
+
+
+def blur_radius(sigma: float, side: int) -> int:
+    """Reach in px of the blur kernel, 2 * radius + 1 wide, for the largest `sigma` on images of `side` px.
+
+    Three sigma hold 99.7 % of a Gaussian, the rest is spread by normalisation. Small images take what
+    mirroring at the border allows, so that any size works.
+    """
+    return min(math.ceil(3 * sigma), side - 1)
+
+
+def gaussian_blur(
+    images: Float[Tensor, "batch 3 high wide"], sigma: Float[Tensor, " batch"], *, radius: int
+) -> Float[Tensor, "batch 3 high wide"]:
+    """Each image under a Gaussian of its own `sigma` px (on the CPU), mirrored at the border.
+
+    Rows, then columns, one shifted pair of pixels at a time: equal weights left and right are added before
+    they are weighed. That is slower than a good depthwise convolution and many times faster than a bad one
+    (on CPUs it depends on the channel count), and has no reduced-precision mode that could be switched on.
+    """
+    reach = torch.arange(radius + 1)
+    weights = torch.exp(-0.5 * (reach / sigma[:, None].double()) ** 2)
+    weights /= 2 * weights.sum(1, keepdim=True) - weights[:, :1]
+    tap = weights.float().to(images.device, non_blocking=True)[..., None, None, None].unbind(1)
+    padded = F.pad(images, (radius,) * 4, mode="reflect")
+    for dim in (3, 2):
+        side = images.shape[dim]
+        total = padded.narrow(dim, radius, side) * tap[0]
+        pair = torch.empty_like(total)
+        for step in range(1, radius + 1):
+            torch.add(
+                padded.narrow(dim, radius - step, side), padded.narrow(dim, radius + step, side), out=pair
+            )
+            total.addcmul_(pair, tap[step])
+        padded = total
+    return padded

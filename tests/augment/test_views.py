@@ -1,0 +1,173 @@
+"""Whole views against a slow reference that treats one image at a time with torchvision."""
+
+import pytest
+import torch
+import torchvision.transforms.functional as tv
+from torch import Tensor
+
+import cmae_scale.augment.views as views_module
+from cmae_scale.augment import ViewNumbers, denormalise, draw_views, make_views, online_view, target_view
+from cmae_scale.core.settings import ColorConfig, ViewsConfig
+
+TOLERANCE = 2e-5  # roundings of at most 5e-6 in [0, 1] (see test_color), divided by a std of at least 0.22
+SMALL = ViewsConfig(img_px=28, master_px=32, shift_px=5)
+
+
+def draw(total: int, *, views: ViewsConfig, seed: int = 0) -> ViewNumbers:
+    return draw_views(total, views=views, rng=torch.Generator().manual_seed(seed))
+
+
+def masters(total: int, *, views: ViewsConfig, seed: int = 1) -> Tensor:
+    crops = 2 if views.target_crop == "random" else 1
+    shape = (total, crops, 3, views.master_px, views.master_px)
+    return torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+
+
+def view_slowly(image: Tensor, numbers: ViewNumbers, *, views: ViewsConfig) -> tuple[Tensor, Tensor]:
+    """Online and target view of one image, in the order of the official pipeline."""
+    if numbers.flip[0]:
+        image = tv.hflip(image)
+    side = views.img_px
+    online = tv.crop(image[0], 0, 0, side, side) / 255
+    target = tv.crop(image[-1], int(numbers.shift_y[0]), int(numbers.shift_x[0]), side, side) / 255
+    if numbers.jitter[0]:
+        for operation in numbers.order[0].tolist():
+            match operation:
+                case 0:
+                    target = tv.adjust_brightness(target, float(numbers.brightness[0]))
+                case 1:
+                    target = tv.adjust_contrast(target, float(numbers.contrast[0]))
+                case 2:
+                    target = tv.adjust_saturation(target, float(numbers.saturation[0]))
+                case 3:
+                    target = tv.adjust_hue(target, float(numbers.hue[0]))
+    if numbers.gray[0]:
+        target = tv.rgb_to_grayscale(target, 3)
+    if numbers.blur[0]:
+        radius = min(6, side - 1)  # three times the default's largest sigma
+        target = tv.gaussian_blur(target, [2 * radius + 1] * 2, [float(numbers.sigma[0])] * 2)
+    return tv.normalize(online, views.mean, views.std), tv.normalize(target, views.mean, views.std)
+
+
+@pytest.mark.parametrize(
+    "views",
+    [
+        SMALL,
+        ViewsConfig(img_px=28, master_px=28, shift_px=0),
+        ViewsConfig(img_px=28, master_px=32, shift_px=0, target_crop="random"),
+        ViewsConfig(img_px=28, master_px=60, shift_px=33),
+        ViewsConfig(img_px=4, master_px=6, shift_px=3),
+        ViewsConfig(img_px=28, master_px=32, shift_px=5, color=False),
+        ViewsConfig(
+            img_px=28, master_px=32, shift_px=5, color_ops=ColorConfig(hue=0.5, jitter_p=1, brightness=1)
+        ),
+        ViewsConfig(img_px=28, master_px=32, shift_px=5, mean=(0.1, 0.2, 0.3), std=(0.5, 0.25, 1.0)),
+    ],
+    ids=["default", "no_shift", "random", "wide", "tiny", "colour_off", "strong_colour", "other_statistics"],
+)
+def test_views_equal_the_reference_that_does_one_image_at_a_time(views: ViewsConfig) -> None:
+    images, numbers = masters(48, views=views), draw(48, views=views)
+    got = make_views(images, numbers, views=views)
+    wanted = [view_slowly(images[i], numbers.rows(i, 1), views=views) for i in range(len(images))]
+    online, target = (torch.stack(view) for view in zip(*wanted, strict=True))
+    torch.testing.assert_close(got.online, online, atol=TOLERANCE, rtol=0)
+    torch.testing.assert_close(got.target, target, atol=TOLERANCE, rtol=0)
+
+
+def test_full_size_views_equal_the_reference() -> None:
+    views = ViewsConfig()
+    images, numbers = masters(4, views=views), draw(4, views=views, seed=2)
+    got = make_views(images, numbers, views=views)
+    for i in range(4):
+        online, target = view_slowly(images[i], numbers.rows(i, 1), views=views)
+        torch.testing.assert_close(got.online[i], online, atol=TOLERANCE, rtol=0)
+        torch.testing.assert_close(got.target[i], target, atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("total", [1, 2, 13])
+def test_views_have_the_promised_shape_and_type(total: int) -> None:
+    got = make_views(masters(total, views=SMALL), draw(total, views=SMALL), views=SMALL)
+    for view in (got.online, got.target):
+        assert view.shape == (total, 3, 28, 28)
+        assert view.dtype == torch.float32
+        assert view.is_contiguous()
+        assert not view.requires_grad
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_the_views_of_all_ranks_are_the_views_of_one_process(ranks: int) -> None:
+    images, numbers = masters(24, views=SMALL), draw(24, views=SMALL)
+    whole, local = make_views(images, numbers, views=SMALL), 24 // ranks
+    for rank in range(ranks):
+        rows = slice(rank * local, (rank + 1) * local)
+        part = make_views(images[rows], numbers.rows(rank * local, local), views=SMALL)
+        assert torch.equal(part.online, whole.online[rows])
+        assert torch.equal(part.target, whole.target[rows])
+
+
+@pytest.mark.parametrize("group_bytes", [1, 30_000, 2**30])
+def test_how_many_images_are_worked_on_together_changes_nothing(
+    monkeypatch: pytest.MonkeyPatch, group_bytes: int
+) -> None:
+    images, numbers = masters(16, views=SMALL), draw(16, views=SMALL)
+    usual = make_views(images, numbers, views=SMALL)
+    monkeypatch.setattr(views_module, "_GROUP_BYTES_CPU", group_bytes)
+    other = make_views(images, numbers, views=SMALL)
+    assert torch.equal(other.online, usual.online)
+    assert torch.equal(other.target, usual.target)
+
+
+def test_each_view_can_be_had_alone() -> None:
+    images, numbers = masters(8, views=SMALL), draw(8, views=SMALL)
+    both = make_views(images, numbers, views=SMALL)
+    assert torch.equal(online_view(images, numbers, views=SMALL), both.online)
+    assert torch.equal(target_view(images, numbers, views=SMALL), both.target)
+
+
+def test_masters_are_left_as_they_were() -> None:
+    images, numbers = masters(8, views=SMALL), draw(8, views=SMALL)
+    before = images.clone()
+    make_views(images, numbers, views=SMALL)
+    assert torch.equal(images, before)
+
+
+@pytest.mark.parametrize("target_crop", ["shift", "random"])
+def test_the_device_is_never_asked_for_a_value(target_crop: str) -> None:
+    """A tensor on the meta device has no values: reading one, which on a GPU would wait for it, raises."""
+    views = SMALL.model_copy(update={"target_crop": target_crop})
+    images, numbers = masters(64, views=views).to("meta"), draw(64, views=views)
+    assert all(event.any() for event in (numbers.flip, numbers.jitter, numbers.gray, numbers.blur))
+    got = make_views(images, numbers, views=views)
+    assert got.online.device == got.target.device == torch.device("meta")
+    with pytest.raises((NotImplementedError, RuntimeError)):
+        got.online.sum().item()  # the guard itself works
+
+
+def test_views_do_not_change_under_autocast() -> None:
+    images, numbers = masters(8, views=SMALL), draw(8, views=SMALL)
+    usual = make_views(images, numbers, views=SMALL)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        under = make_views(images, numbers, views=SMALL)
+    assert torch.equal(under.target, usual.target)
+    assert torch.equal(under.online, usual.online)
+
+
+@pytest.mark.parametrize("shape", [(4, 2, 3, 32, 32), (4, 1, 3, 33, 33), (3, 1, 3, 32, 32)])
+def test_masters_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(AssertionError, match="master images are"):
+        make_views(torch.zeros(shape, dtype=torch.uint8), draw(4, views=SMALL), views=SMALL)
+
+
+def test_denormalise_brings_the_pixels_back() -> None:
+    images, numbers = masters(6, views=SMALL), draw(6, views=SMALL)
+    pixels = denormalise(online_view(images, numbers, views=SMALL), views=SMALL)
+    wanted = (
+        torch.where(numbers.flip[:, None, None, None], images[:, 0].flip(-1), images[:, 0])[..., :28, :28]
+        / 255
+    )
+    torch.testing.assert_close(pixels, wanted, atol=1e-6, rtol=0)
+
+
+def test_denormalise_clips_what_no_picture_can_show() -> None:
+    extreme = torch.tensor([-100.0, 100.0]).view(2, 1, 1, 1).expand(2, 3, 2, 2)
+    assert denormalise(extreme, views=SMALL).aminmax() == (0, 1)
