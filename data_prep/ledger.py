@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cmae_scale.core.errors import ConfigError
-from cmae_scale.data.index import INDEX_NAME, ShardInfo, write_whole
+from cmae_scale.core.files import PART, write_text
+from cmae_scale.data.index import INDEX_NAME, ShardIndex, ShardInfo
 
 OPTIONS_NAME = ".making.json"
 RECORD_ENDING = ".done.json"
@@ -37,26 +38,29 @@ def open_ledger(out: Path, options: dict[str, Any]) -> Iterator[dict[str, Writte
     with _hold(out):
         begun = _read_options(out)
         if begun is None:
-            with write_whole(out / OPTIONS_NAME) as file:
-                file.write(json.dumps(options, indent=2).encode())
+            write_text(out / OPTIONS_NAME, json.dumps(options, indent=2))
         elif begun != options:
             raise ConfigError(_describe_change(out, begun, options))
-        for draft in out.glob(".*.draft"):
-            draft.unlink()
+        for part in out.glob(f".*{PART}"):
+            part.unlink()
         yield _read_records(out)
 
 
 def record_shard(out: Path, written: WrittenShard) -> None:
     """Note that a shard is finished. To be called when its tar is in place."""
-    with write_whole(out / f".{written.info.name}{RECORD_ENDING}") as file:
-        file.write(json.dumps({"info": asdict(written.info), "skipped": written.skipped}).encode())
+    record = json.dumps({"info": asdict(written.info), "skipped": written.skipped})
+    write_text(out / f".{written.info.name}{RECORD_ENDING}", record)
 
 
-def drop_records(out: Path) -> None:
-    """Remove what index.json has made superfluous."""
-    for record in out.glob(f".*{RECORD_ENDING}"):
+def drop_records(index: ShardIndex) -> None:
+    """Remove what index.json has made superfluous, and shards of which every file was skipped."""
+    listed = {shard.name for shard in index.shards}
+    for record in index.folder.glob(f".*{RECORD_ENDING}"):
+        name = record.name.removeprefix(".").removesuffix(RECORD_ENDING)
+        if name not in listed:
+            (index.folder / name).unlink(missing_ok=True)
         record.unlink()
-    (out / OPTIONS_NAME).unlink(missing_ok=True)
+    (index.folder / OPTIONS_NAME).unlink(missing_ok=True)
 
 
 @contextmanager
@@ -104,7 +108,7 @@ def _read_records(out: Path) -> dict[str, WrittenShard]:
 
 def _describe_change(out: Path, begun: dict[str, Any], options: dict[str, Any]) -> str:
     changed = [name for name in options if begun.get(name) != options[name]]
-    if changed == ["listing_sha256"] or "images" in changed:
+    if changed in (["listing_sha256"], ["files", "listing_sha256"]):
         return f"the images are not those that {out} was begun with: write another --out, or delete {out}"
     differences = ", ".join(f"{name} {begun.get(name)} (now {options[name]})" for name in changed)
     return f"{out} was begun with {differences}: give the same options, another --out, or delete {out}"

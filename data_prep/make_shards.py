@@ -1,9 +1,7 @@
-"""Tar shards and their index from images: original bytes, shuffled once. Run again, it goes on where it stopped."""
+"""Tar shards with an index, from images: the original bytes, shuffled once. Run again, it continues."""
 
 import argparse
-import hashlib
 import os
-import random
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,10 +19,12 @@ from tqdm import tqdm
 from cmae_scale.core.cli import run_command
 from cmae_scale.core.errors import ConfigError, DataError
 from cmae_scale.data.index import ShardIndex, write_index
+from data_prep.layout import ShardTask, hash_listing, plan_shards, shuffle
 from data_prep.ledger import WrittenShard, drop_records, open_ledger
-from data_prep.sources import SOURCES, Item, Source
-from data_prep.writer import Encoding, ShardTask, ShardWriter, write_shards
+from data_prep.sources import SOURCES, Source
+from data_prep.writer import Encoding, ShardWriter, write_shards
 
+DEFAULT_QUALITY = 90
 LINE_EVERY_S = 5.0
 EXAMPLES = """examples:
   python data_prep/make_shards.py --source digits --out shards/digits
@@ -67,7 +67,10 @@ def build_parser() -> argparse.ArgumentParser:
         help="re-encode images whose short side is longer than PX",
     )
     parser.add_argument(
-        "--quality", type=_positive, metavar="Q", help="JPEG quality when re-encoding (default 90)"
+        "--quality",
+        type=_positive,
+        metavar="Q",
+        help=f"JPEG quality when re-encoding (default {DEFAULT_QUALITY})",
     )
     parser.add_argument(
         "--skip_bad", action="store_true", help="leave out files that are no images, and say which"
@@ -80,54 +83,31 @@ def build_parser() -> argparse.ArgumentParser:
 
 def make_shards(source: Source, out: Path, *, args: argparse.Namespace) -> ShardIndex:
     """Write whatever `out` still lacks, then its index."""
-    encoding = Encoding(args.resize_short, quality=args.quality or 90)
     items = shuffle(source.items, seed=args.seed)[: args.limit]
     tasks = plan_shards(items, samples_per_shard=args.samples_per_shard)
+    encoding = Encoding(args.resize_short, quality=args.quality or DEFAULT_QUALITY)
     writer = ShardWriter(out, source.read, encoding, args.skip_bad)
-    with open_ledger(out, describe_options(items, args=args)) as finished:
+    options = describe_options(source, args=args)
+    started_s = time.monotonic()
+    with open_ledger(out, options) as finished:
         missing = [task for task in tasks if task.name not in finished]
-        started_s = time.monotonic()
         for written in show_progress(
             write_shards(writer, missing, processes=args.processes), missing, out=out
         ):
             finished[written.info.name] = written
-        index = build_index(
-            source, out, finished=[finished[task.name] for task in tasks], args=args, items=items
-        )
+        shards = tuple(finished[task.name].info for task in tasks if finished[task.name].info.samples)
+        if not shards:
+            raise DataError(f"none of the {len(items)} files of {source.title} is an image")
+        total = sum(shard.samples for shard in shards)
+        index = ShardIndex(out, shards, source.classes, total, source.title, options)
         write_index(index)
-        drop_records(out)
-        for name in finished.keys() - {shard.name for shard in index.shards}:  # nothing but skipped files
-            (out / name).unlink(missing_ok=True)
-    seconds = time.monotonic() - started_s
-    made = sum(len(task.items) for task in missing)
-    speed = f", {made / seconds:,.0f} images/s" if made else " (all there already)"
-    size_mb = sum(shard.bytes for shard in index.shards) / 1e6
-    print(
-        f"{out}: {index.total:,} images in {len(index.shards)} shards, {size_mb:,.1f} MB{speed}", flush=True
-    )
+        drop_records(index)
+    summarise(index, made=sum(len(task.items) for task in missing), seconds=time.monotonic() - started_s)
     return index
 
 
-def shuffle(items: Sequence[Item], *, seed: int) -> list[Item]:
-    """The items in an order fixed by `seed`: Python promises that random() stays as it is, not shuffle()."""
-    rng = random.Random(seed)  # noqa: S311 -- not for secrets
-    return sorted(items, key=lambda _: rng.random())
-
-
-def plan_shards(items: Sequence[Item], *, samples_per_shard: int) -> list[ShardTask]:
-    """Equal slices, the last one may be shorter."""
-    starts = range(0, len(items), samples_per_shard)
-    return [
-        ShardTask(f"shard-{number:05d}.tar", start, items[start : start + samples_per_shard])
-        for number, start in enumerate(starts)
-    ]
-
-
-def describe_options(items: Sequence[Item], *, args: argparse.Namespace) -> dict[str, Any]:
-    """Everything that decides what finished shards contain. (--skip_bad does not: it lets more of them finish.)"""
-    listing = hashlib.sha256()
-    for item in items:
-        listing.update(f"{item.name}\t{item.label}\n".encode(errors="surrogateescape"))
+def describe_options(source: Source, *, args: argparse.Namespace) -> dict[str, Any]:
+    """Everything that decides what a finished shard contains. Not --skip_bad: it lets more of them finish."""
     return {
         "source": args.source,
         "seed": args.seed,
@@ -135,31 +115,9 @@ def describe_options(items: Sequence[Item], *, args: argparse.Namespace) -> dict
         "limit": args.limit,
         "resize_short": args.resize_short,
         "quality": args.quality,
-        "images": len(items),
-        "listing_sha256": listing.hexdigest(),
+        "files": len(source.items),
+        "listing_sha256": hash_listing(source.items),
     }
-
-
-def build_index(
-    source: Source,
-    out: Path,
-    *,
-    finished: Sequence[WrittenShard],
-    args: argparse.Namespace,
-    items: Sequence[Item],
-) -> ShardIndex:
-    """The index of the finished shards. Empty ones (every file of them was skipped) are not listed."""
-    shards = tuple(written.info for written in finished if written.info.samples)
-    if not shards:
-        raise DataError(f"none of the {len(items)} files of {source.title} is an image")
-    return ShardIndex(
-        folder=out,
-        shards=shards,
-        classes=source.classes,
-        total=sum(shard.samples for shard in shards),
-        source=source.title,
-        options=describe_options(items, args=args),
-    )
 
 
 def show_progress(
@@ -179,6 +137,14 @@ def show_progress(
                 line_s = time.monotonic()
                 print(f"{out}: {done:,} of {total:,} images", flush=True)
             yield written
+
+
+def summarise(index: ShardIndex, *, made: int, seconds: float) -> None:
+    """The closing line: what is there now, and how fast its new part was made."""
+    size_mb = sum(shard.bytes for shard in index.shards) / 1e6
+    speed = f"{made / seconds:,.0f} images/s" if made else "all there already"
+    count = f"{index.total:,} images, {len(index.classes)} classes, {len(index.shards)} shards"
+    print(f"{index.folder}: {count}, {size_mb:,.1f} MB, {speed}", flush=True)
 
 
 def _positive(text: str) -> int:

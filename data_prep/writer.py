@@ -9,15 +9,18 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO
 
 from PIL import Image
 
 from cmae_scale.core.errors import DataError
+from cmae_scale.core.files import PART, sync
 from cmae_scale.data.decode import decode_image, image_extension, open_image
-from cmae_scale.data.index import ShardInfo, write_whole
+from cmae_scale.data.index import ShardInfo
+from data_prep.layout import ShardTask
 from data_prep.ledger import WrittenShard, record_shard
 from data_prep.sources import Item
 
@@ -26,18 +29,10 @@ MAX_MPX = 1000.0  # training has its own, lower limit; copying needs none, but a
 
 @dataclass(frozen=True)
 class Encoding:
-    """What happens to an image's bytes: nothing, or a smaller JPEG if its short side is above `resize_short`."""
+    """What happens to an image: nothing, or a smaller JPEG if its short side is above `resize_short` px."""
 
     resize_short: int | None
     quality: int
-
-
-class ShardTask(NamedTuple):
-    """A slice of the shuffled items. `first` is the position of its first item; keys count from there."""
-
-    name: str
-    first: int
-    items: Sequence[Item]
 
 
 @dataclass(frozen=True)
@@ -53,8 +48,7 @@ class ShardWriter:
         """Write the shard of `task` and a record of it. A bad item is a DataError unless `skip_bad`."""
         skipped = []
         samples = 0
-        path = self.out / task.name
-        with write_whole(path) as file:
+        with _write_whole(self.out / task.name) as file:
             hashed = _HashedFile(file)
             with tarfile.open(fileobj=hashed, mode="w", format=tarfile.USTAR_FORMAT) as tar:  # type: ignore[call-overload]
                 for position, item in enumerate(task.items, start=task.first):
@@ -130,6 +124,25 @@ class _HashedFile:
 
     def tell(self) -> int:
         return self.size
+
+
+@contextmanager
+def _write_whole(path: Path) -> Iterator[BinaryIO]:
+    """A file that appears at `path` when the block ends well, complete and on disk, and not otherwise.
+
+    The part is named after its process: one that outlives its killed parent for a moment meets no other.
+    """
+    part = path.with_name(f".{path.name}.{os.getpid()}{PART}")
+    try:
+        with part.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+    sync(path.parent)
 
 
 def _read(read: Callable[[Item], bytes], item: Item) -> bytes:

@@ -2,15 +2,15 @@
 
 import json
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from cmae_scale.core.errors import DataError
+from cmae_scale.core.files import write_text
 
 INDEX_FORMAT = 1
 INDEX_NAME = "index.json"
@@ -86,6 +86,15 @@ def read_index(folder: str | Path) -> ShardIndex:
     return ShardIndex(folder, parsed.shards, parsed.classes, parsed.total, parsed.source, parsed.options)
 
 
+def open_shards(folders: str | Sequence[str]) -> ShardIndex:
+    """The index of one folder, or of several read as one data set (the setting cmae.data.shards)."""
+    return (
+        read_index(folders)
+        if isinstance(folders, str)
+        else join_indexes([read_index(folder) for folder in folders])
+    )
+
+
 def join_indexes(indexes: Sequence[ShardIndex]) -> ShardIndex:
     """Several folders read as one data set, shards in the order given.
 
@@ -134,31 +143,7 @@ def write_index(index: ShardIndex) -> None:
     # one line per shard: readable, and a diff shows which shard changed
     lines = ",\n".join("    " + json.dumps(asdict(shard)) for shard in index.shards)
     head = json.dumps(fields, indent=2, ensure_ascii=False).removesuffix("\n}")
-    with write_whole(index.folder / INDEX_NAME) as file:
-        file.write(f'{head},\n  "shards": [\n{lines}\n  ]\n}}\n'.encode())
-
-
-@contextmanager
-def write_whole(path: Path) -> Iterator[BinaryIO]:
-    """A file that appears at `path` when the block ends well, complete and on disk, and not otherwise.
-
-    The draft beside it is called `.<name>.<process>.draft`; only a killed process leaves one behind.
-    """
-    draft = path.with_name(f".{path.name}.{os.getpid()}.draft")
-    try:
-        with draft.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        draft.replace(path)
-    except BaseException:
-        draft.unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # else the new name itself may be lost in a power cut
-    finally:
-        os.close(folder)
+    write_text(index.folder / INDEX_NAME, f'{head},\n  "shards": [\n{lines}\n  ]\n}}\n')
 
 
 def _parse_index(text: bytes, path: Path) -> _IndexFile:

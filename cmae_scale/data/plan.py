@@ -1,0 +1,170 @@
+"""Which samples form which step, as arithmetic on integers: no files, no ranks, no state but the step.
+
+An epoch shuffles the shards, lays their samples in one row and cuts it into `streams` equal runs, each
+shuffled in blocks of `window` samples. Every step takes the same number of samples of each run, so the shards
+are read front to back in `streams` places at once. A rank serves the rows of the global batch that are its
+own: how many ranks, threads or restarts there are cannot change what a row holds.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Int64
+
+from cmae_scale.core.errors import ConfigError
+from cmae_scale.core.settings import DataConfig
+from cmae_scale.data.counter_rng import Purpose, draw_permutation, draw_words
+from cmae_scale.data.index import ShardIndex
+
+MAX_STREAMS = 64  # of `plan_streams` left to itself: each costs a file handle and up to two windows of memory
+
+
+class Piece(NamedTuple):
+    """Neighbouring samples of one shard, from number `first` on."""
+
+    shard: int
+    first: int
+    samples: int
+
+
+class Place(NamedTuple):
+    """Where a row is found: position `place` of the shuffled block number `block` of one run."""
+
+    epoch: int
+    stream: int
+    block: int
+    place: int
+
+
+@dataclass(frozen=True)
+class DataPlan:
+    """The five things that the order of samples depends on."""
+
+    shard_samples: tuple[int, ...]
+    global_batch: int
+    streams: int
+    window: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        if self.total < self.global_batch:
+            raise ConfigError(
+                f"the shards hold {self.total} samples, fewer than train_batch_size ({self.global_batch}): "
+                "lower train_batch_size or make more shards"
+            )
+        if self.global_batch % self.streams:
+            raise ConfigError(
+                f"cmae.data.streams {self.streams} does not divide train_batch_size {self.global_batch}: "
+                f"write {plan_streams(self.global_batch, None)}, or leave it out"
+            )
+
+    @property
+    def total(self) -> int:
+        """Samples in all shards."""
+        return sum(self.shard_samples)
+
+    @property
+    def stream_rows(self) -> int:
+        """Rows of every global batch that one stream fills."""
+        return self.global_batch // self.streams
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Whole steps that an epoch gives. At least one."""
+        return self.total // self.streams // self.stream_rows
+
+    @property
+    def run_samples(self) -> int:
+        """Samples that an epoch uses of one run."""
+        return self.steps_per_epoch * self.stream_rows
+
+    @property
+    def samples_per_epoch(self) -> int:
+        """Samples that an epoch uses."""
+        return self.steps_per_epoch * self.global_batch
+
+    @property
+    def tail(self) -> int:
+        """Samples that an epoch leaves out: others in every epoch, because it starts elsewhere."""
+        return self.total - self.samples_per_epoch
+
+
+def plan_data(index: ShardIndex, *, data: DataConfig, global_batch: int, seed: int) -> DataPlan:
+    """The plan for the shards of `index` with the run file's settings."""
+    return DataPlan(
+        shard_samples=tuple(shard.samples for shard in index.shards),
+        global_batch=global_batch,
+        streams=plan_streams(global_batch, data.streams),
+        window=data.shuffle_window,
+        seed=seed,
+    )
+
+
+def plan_streams(global_batch: int, requested: int | None) -> int:
+    """`requested`, or else the largest divisor of the batch up to MAX_STREAMS."""
+    if requested is not None:
+        return requested
+    return max(count for count in range(1, MAX_STREAMS + 1) if global_batch % count == 0)
+
+
+def rows_of(plan: DataPlan, *, rank: int, ranks: int, micro: int = 0, accumulation: int = 1) -> range:
+    """Rows of every global batch that a micro-batch of a rank holds: ranks in order, then micro-batches."""
+    parts = ranks * accumulation
+    assert plan.global_batch % parts == 0, "the batch sizes of the run file were not checked"
+    size = plan.global_batch // parts
+    first = (rank * accumulation + micro) * size
+    return range(first, first + size)
+
+
+def find_row(plan: DataPlan, *, step: int, row: int) -> Place:
+    """Which shuffled block, and where in it, holds `row` of the global batch of `step` (counted from 0)."""
+    epoch, step_in_epoch = divmod(step, plan.steps_per_epoch)
+    stream, row_in_stream = divmod(row, plan.stream_rows)
+    block, place = divmod(step_in_epoch * plan.stream_rows + row_in_stream, plan.window)
+    return Place(epoch, stream, block, place)
+
+
+def block_samples(plan: DataPlan, block: int) -> int:
+    """Size of a block: the window, or what is left of the run for its last one."""
+    return min(plan.window, plan.run_samples - block * plan.window)
+
+
+def block_order(plan: DataPlan, *, epoch: int, stream: int, block: int) -> Int64[np.ndarray, " samples"]:
+    """For every position of the shuffled block, which of its samples (in reading order) stands there."""
+    return draw_permutation(
+        plan.seed, Purpose.BLOCK_ORDER, place=(epoch, stream, block), count=block_samples(plan, block)
+    )
+
+
+def run_pieces(plan: DataPlan, *, epoch: int, stream: int, first: int = 0) -> Iterator[Piece]:
+    """What to read, in order, for the run of a stream from its sample number `first` to its end."""
+    start = stream * (plan.total // plan.streams)
+    skip, left = start + first, plan.run_samples - first
+    for piece in epoch_pieces(plan, epoch):
+        skipped = min(skip, piece.samples)
+        count = min(left, piece.samples - skipped)
+        if count > 0:
+            yield Piece(piece.shard, piece.first + skipped, count)
+        skip, left = skip - skipped, left - count
+
+
+def epoch_pieces(plan: DataPlan, epoch: int) -> list[Piece]:
+    """The row that an epoch is cut from: the shards in random order, begun at a random sample of the first.
+
+    What stands before that sample comes last. So the runs begin elsewhere in every epoch, and the few samples
+    after their last whole step are not always the same ones, even with a single shard.
+    """
+    order = draw_permutation(
+        plan.seed, Purpose.SHARD_ORDER, place=(epoch, 0, 0), count=len(plan.shard_samples)
+    ).tolist()
+    head, *others = order
+    size = plan.shard_samples[head]
+    word = draw_words(plan.seed, Purpose.EPOCH_START, place=(epoch, 0, 0), count=1)
+    begin = int(word[0]) % size
+    return [
+        Piece(head, begin, size - begin),
+        *(Piece(shard, 0, plan.shard_samples[shard]) for shard in others),
+        *([Piece(head, 0, begin)] if begin else []),
+    ]
