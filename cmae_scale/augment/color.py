@@ -69,8 +69,8 @@ def turn_hue_(images: Float[Tensor, "batch 3 high wide"], turns: Float[Tensor, "
     The HSV hexagon, as torchvision's adjust_hue, without going through S and V: largest and smallest channel
     of a pixel stay, only the hue moves. With green >= blue, hue in sixths of a turn is
     1 + (green - min + blue - red) / (max - min) in [0, 3]; otherwise minus that, by symmetry. Back again, a
-    channel is min + (max - min) * clamp(2 - d, 0, 1), where d in [0, 3] is the distance, on the circle of 6, of
-    the hue from the channel's own. A rotation in YIQ would be cheaper and gives other colours.
+    channel is min + (max - min) * clamp(2 - d, 0, 1), where d in [0, 3] is the distance between the
+    hue and the channel's own on the circle of 6. A rotation in YIQ would be cheaper and gives other colours.
     """
     if not len(images) or not bool(turns.any()):
         return
