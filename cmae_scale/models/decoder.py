@@ -85,6 +85,8 @@ class PixelDecoder(nn.Module):
 class FeatureHead(nn.Module):
     """One vector per image from its completed tokens.
 
+    Under autocast it stays in its parameters' dtype, as the heads that it feeds.
+
     Source: paper equation 4: the mean over all patches, hidden and visible, of the predicted features.
     Differs: the linear comes after the mean; the two commute, and this costs 1/patches of it.
     """
@@ -96,7 +98,8 @@ class FeatureHead(nn.Module):
 
     def forward(self, tokens: Float[Tensor, "batch tokens embed"]) -> Float[Tensor, "batch width_out"]:
         """The image's feature; the class token takes no part."""
-        features: Tensor = self.predict(self.norm(tokens[:, 1:]).mean(dim=1))
+        with torch.autocast(tokens.device.type, enabled=False):
+            features: Tensor = self.predict(self.norm(tokens[:, 1:]).mean(dim=1))
         return features
 
 

@@ -1,8 +1,9 @@
 """The projector of both branches and the predictor of the online one."""
 
+import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from cmae_scale.core.settings import HeadsConfig
 from cmae_scale.layers.sync_norm import SyncBatchNorm
@@ -12,6 +13,10 @@ HEAD_NORM_EPS = 1e-6  # Source: official necks/nonlinear_neck.py
 
 class Head(nn.Module):
     """Linear, norm, ReLU, Linear without bias, initialised as torch does.
+
+    Under autocast it stays in its parameters' dtype. What sets images apart is a small part of their pooled
+    features, and the norm magnifies it together with any rounding: with heads in bf16 the queries of a new
+    ViT-Ti were off by 2.2 %, so by 0.8 %. It is a thousandth of the work.
 
     Source: official necks/nonlinear_neck.py and config: norm over the batch of all ranks, none at the end.
     """
@@ -28,7 +33,8 @@ class Head(nn.Module):
 
     def forward(self, features: Float[Tensor, "batch width_in"]) -> Float[Tensor, "batch width_out"]:
         """Vectors to compare; their length carries nothing."""
-        vectors: Tensor = self.fc2(F.relu(self.norm(self.fc1(features))))
+        with torch.autocast(features.device.type, enabled=False):
+            vectors: Tensor = self.fc2(F.relu(self.norm(self.fc1(features))))
         return vectors
 
 

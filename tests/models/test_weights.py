@@ -1,0 +1,146 @@
+import json
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+
+from cmae_scale.core.errors import ConfigError
+from cmae_scale.core.settings import ModelConfig, ViewsConfig
+from cmae_scale.models.encoder import Encoder
+from cmae_scale.models.init import init_transformer_
+from cmae_scale.models.sizes import read_size
+from cmae_scale.models.weights import export_encoder, read_weights
+
+TINY = ModelConfig(embed_dim=32, depth=2, num_heads=4, mlp_ratio=2.0, patch_size=4)
+
+
+def build_encoder(model: ModelConfig, views: ViewsConfig) -> Encoder:
+    encoder = Encoder(
+        read_size(model),
+        patch_size=model.patch_size,
+        grid=views.img_px // model.patch_size,
+        mlp_ratio=model.mlp_ratio,
+    )
+    init_transformer_(encoder)
+    return encoder
+
+
+@pytest.mark.parametrize(
+    ("model", "img_px"),
+    [(TINY, 24), (TINY.model_copy(update={"patch_size": 8}), 40), (ModelConfig(encoder="vit_tiny"), 224)],
+    ids=["24 px in patches of 4", "40 px in patches of 8", "ViT-Ti"],
+)
+def test_timm_loads_an_export_to_the_same_features(
+    rng: torch.Generator, tmp_path: Path, model: ModelConfig, img_px: int
+) -> None:
+    views = ViewsConfig(
+        img_px=img_px, master_px=img_px + 3, shift_px=4, mean=(0.5, 0.4, 0.3), std=(0.3, 0.2, 0.1)
+    )
+    encoder = build_encoder(model, views)
+    export_encoder(encoder.state_dict(), tmp_path, model=model, views=views)
+    loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, num_classes=0).eval()
+    images = torch.randn(2, 3, img_px, img_px, generator=rng)
+    tokens = encoder(images, None)
+    torch.testing.assert_close(loaded.forward_features(images), tokens)
+    torch.testing.assert_close(loaded(images), tokens[:, 1:].mean(dim=1))
+    prepared = timm.data.resolve_data_config(model=loaded)
+    assert prepared["input_size"] == (3, img_px, img_px)
+    assert tuple(prepared["mean"]) == views.mean
+    assert tuple(prepared["std"]) == views.std
+
+
+def test_a_classifier_can_be_put_on_an_export(tmp_path: Path) -> None:
+    views = ViewsConfig(img_px=24, master_px=24, shift_px=1)
+    export_encoder(build_encoder(TINY, views).state_dict(), tmp_path, model=TINY, views=views)
+    classifier = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, num_classes=7)
+    assert classifier(torch.zeros(2, 3, 24, 24)).shape == (2, 7)
+
+
+def test_low_precision_weights_are_exported_in_full_precision(tmp_path: Path) -> None:
+    views = ViewsConfig(img_px=24, master_px=24, shift_px=1)
+    state = build_encoder(TINY, views).bfloat16().state_dict()
+    export_encoder(state, tmp_path, model=TINY, views=views)
+    written = read_weights(tmp_path)
+    assert written.keys() == state.keys()
+    assert {tensor.dtype for tensor in written.values()} == {torch.float32}
+    assert all(torch.equal(written[name], tensor.float()) for name, tensor in state.items())
+
+
+def test_an_older_export_is_replaced_and_nothing_else_is_left(tmp_path: Path) -> None:
+    views = ViewsConfig(img_px=24, master_px=24, shift_px=1)
+    for _ in range(2):
+        state = build_encoder(TINY, views).state_dict()
+        export_encoder(state, tmp_path / "run" / "encoder", model=TINY, views=views)
+    assert sorted(path.name for path in (tmp_path / "run" / "encoder").iterdir()) == [
+        "config.json",
+        "model.safetensors",
+    ]
+    assert torch.equal(read_weights(tmp_path / "run" / "encoder")["cls_token"], state["cls_token"])
+
+
+def test_an_interrupted_export_leaves_the_older_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    views = ViewsConfig(img_px=24, master_px=24, shift_px=1)
+    state = build_encoder(TINY, views).state_dict()
+    export_encoder(state, tmp_path, model=TINY, views=views)
+
+    def full_disk(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("cmae_scale.models.weights.os.fsync", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        export_encoder(build_encoder(TINY, views).state_dict(), tmp_path, model=TINY, views=views)
+    assert torch.equal(read_weights(tmp_path)["cls_token"], state["cls_token"])
+    assert json.loads((tmp_path / "config.json").read_text())["num_features"] == 32
+
+
+@pytest.mark.parametrize("wrapper", [None, "model", "state_dict"])
+def test_torch_files_are_read_wrapped_or_not(tmp_path: Path, wrapper: str | None) -> None:
+    tensors = {"a": torch.arange(3.0), "b.c": torch.ones(2)}
+    content = tensors if wrapper is None else {wrapper: tensors, "epoch": 3}
+    torch.save(content, tmp_path / "weights.pth")
+    read = read_weights(tmp_path / "weights.pth")
+    assert read.keys() == tensors.keys()
+    assert all(torch.equal(read[name], tensor) for name, tensor in tensors.items())
+
+
+def test_safetensors_files_are_read(tmp_path: Path) -> None:
+    save_file({"a": torch.arange(3.0)}, tmp_path / "weights.safetensors")
+    assert read_weights(tmp_path / "weights.safetensors")["a"].tolist() == [0.0, 1.0, 2.0]
+
+
+class Payload:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, tuple[Path]]:
+        return Path.touch, (self.path,)
+
+
+def test_code_in_a_torch_file_is_refused_and_never_runs(tmp_path: Path) -> None:
+    torch.save({"model": Payload(tmp_path / "ran")}, tmp_path / "evil.pth")
+    with pytest.raises(ConfigError, match="save a dictionary of tensors alone"):
+        read_weights(tmp_path / "evil.pth")
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("name", ["weights.pth", "weights.safetensors"])
+@pytest.mark.parametrize("content", [b"", b"not weights", b"\x80\x04\x95 cut", b"PK\x03\x04 cut"])
+def test_damaged_files_are_an_error_that_names_them(tmp_path: Path, name: str, content: bytes) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ConfigError, match=name):
+        read_weights(tmp_path / name)
+
+
+def test_a_file_without_tensors_is_an_error(tmp_path: Path) -> None:
+    torch.save({"epoch": 3}, tmp_path / "weights.pth")
+    with pytest.raises(ConfigError, match="holds no named tensors"):
+        read_weights(tmp_path / "weights.pth")
+
+
+def test_a_missing_file_is_an_error_with_a_remedy(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no weights at .*encoder folder"):
+        read_weights(tmp_path / "nowhere.pth")
+    with pytest.raises(ConfigError, match=r"model\.safetensors"):
+        read_weights(tmp_path)
