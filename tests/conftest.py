@@ -1,9 +1,14 @@
 """Shared fixtures. Shapes in signatures are checked while tests run (jaxtyping with beartype)."""
 
+import multiprocessing
 import os
+import pickle
+import socket
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
-
-os.environ.setdefault("DS_ACCELERATOR", "cpu") if not Path("/dev/nvidia0").exists() else None
+from typing import Any
 
 import jaxtyping
 
@@ -33,3 +38,63 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip("the real images of ../shared/data are not here")
     return folder
+
+
+@pytest.fixture(scope="session")
+def on_ranks() -> Callable[..., list[Any]]:
+    """`on_ranks(function, ranks=2)`: what `function()` returns on each of so many fresh gloo processes.
+
+    They are forked from this process, which has imported everything already: a second instead of half a
+    minute. The environment is that of a launcher; the function starts the process group itself.
+    """
+    import deepspeed  # noqa: F401
+    import torch._dynamo
+    import torch._inductor  # noqa: F401
+
+    return run_on_ranks
+
+
+def run_on_ranks(function: Callable[[], Any], *, ranks: int, timeout_s: float = 120) -> list[Any]:
+    context = multiprocessing.get_context("fork")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    pipes = [context.Pipe(duplex=False) for _ in range(ranks)]
+    processes = [
+        context.Process(target=_be_rank, args=(function, rank, ranks, port, pipes[rank][1]))
+        for rank in range(ranks)
+    ]
+    for process in processes:
+        process.start()
+    try:
+        answers = []
+        for rank, (reader, _) in enumerate(pipes):
+            assert reader.poll(timeout_s), f"rank {rank} did not answer within {timeout_s} s"
+            answers.append(pickle.loads(reader.recv_bytes()))
+    finally:
+        for process in processes:
+            process.join(5)
+            process.kill()
+    for rank, (result, error) in enumerate(answers):
+        assert error is None, f"rank {rank} failed:\n{error}"
+    return [result for result, _ in answers]
+
+
+def _be_rank(function: Callable[[], Any], rank: int, ranks: int, port: int, answer: Connection) -> None:
+    os.environ.update(
+        RANK=str(rank),
+        WORLD_SIZE=str(ranks),
+        LOCAL_RANK=str(rank),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        OMP_NUM_THREADS="1",
+        DS_ACCELERATOR="cpu",
+    )
+    torch.set_num_threads(1)  # a forked OpenMP pool would hang
+    try:
+        answer.send_bytes(pickle.dumps((function(), None)))  # tensors by value, not as shared memory
+    except BaseException:
+        answer.send_bytes(pickle.dumps((None, traceback.format_exc())))
+    finally:
+        answer.close()
+        os._exit(0)  # the parent's exit handlers are not ours to run

@@ -5,10 +5,8 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 
-from cmae_scale.core.errors import ConfigError, UserError
+from cmae_scale.core.errors import UserError
 from cmae_scale.core.world import read_world
-
-USAGE_ERROR = 2  # exit status for a user's mistake, as argparse has it
 
 
 def build_parser(description: str, *, examples: str) -> argparse.ArgumentParser:
@@ -43,18 +41,15 @@ def read_overrides(args: argparse.Namespace) -> list[str]:
 
 
 def run_command(command: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None = None) -> int:
-    """Exit status of `command`: 0, or 2 with one sentence on stderr for a user's mistake, 130 for Ctrl-C.
-
-    A ConfigError is the same on all ranks, so only the first says it.
-    """
+    """Exit status of `command`: 0, 130 for Ctrl-C, or a user's mistake's, said in one sentence on stderr."""
     try:
         command(argv)
     except UserError as error:
         world = read_world()
-        if world.is_first or not isinstance(error, ConfigError):
-            prefix = f"error on rank {world.rank}" if world.size > 1 else "error"
+        if world.is_first or not error.is_everywhere:
+            prefix = "error" if error.is_everywhere or world.size == 1 else f"error on rank {world.rank}"
             print(f"{prefix}: {error}", file=sys.stderr, flush=True)
-        return USAGE_ERROR
+        return error.exit_status
     except KeyboardInterrupt:
         return 130
     return 0

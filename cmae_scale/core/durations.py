@@ -1,9 +1,10 @@
 """One grammar for "how long": "300ep" | "5000st" | "1.5Msamples" | "2%", read into optimizer steps."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cmae_scale.core.errors import ConfigError
+from cmae_scale.core.settings import CmaeConfig
 
 _FORM = re.compile(r"(\d+(?:\.\d+)?)(ep|st|samples|ksamples|Msamples|Gsamples|%)")
 _SAMPLES = {"samples": 1, "ksamples": 10**3, "Msamples": 10**6, "Gsamples": 10**9}
@@ -37,3 +38,28 @@ def read_steps(text: str, *, clock: Clock, place: str) -> int:
             raise ConfigError(f'{place}: "{text}" is a share of itself: write epochs, steps or samples')
         return round(amount / 100 * clock.total_steps)
     return round(amount * _SAMPLES[unit] / clock.batch_samples)
+
+
+@dataclass(frozen=True)
+class Timetable:
+    """The run in optimizer steps. A warm-up longer than the run is cut short by its end."""
+
+    total_steps: int
+    warmup_steps: int
+    save_every_steps: int
+
+
+def plan_timetable(cfg: CmaeConfig, *, steps_per_epoch: int, batch_samples: int) -> Timetable:
+    """When the run and its warm-up end, how often it saves. Raises ConfigError for less than one step."""
+    clock = Clock(steps_per_epoch=steps_per_epoch, batch_samples=batch_samples)
+    total = read_steps(cfg.schedule.duration, clock=clock, place="cmae.schedule.duration")
+    if total < 1:
+        raise ConfigError(
+            f'cmae.schedule.duration "{cfg.schedule.duration}" is less than one step of {batch_samples} images'
+        )
+    clock = replace(clock, total_steps=total)
+    return Timetable(
+        total_steps=total,
+        warmup_steps=read_steps(cfg.schedule.warmup, clock=clock, place="cmae.schedule.warmup"),
+        save_every_steps=max(1, read_steps(cfg.checkpoint.every, clock=clock, place="cmae.checkpoint.every")),
+    )

@@ -5,15 +5,30 @@ from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """Something outside the program is wrong; its text goes to stderr as it is, without a traceback."""
+    """Something outside the program is wrong; its text goes to stderr as it is, without a traceback.
+
+    `is_everywhere`: all ranks see the same error, so that one of them says it for all.
+    """
+
+    exit_status = 2  # as argparse has it
+    is_everywhere = False
 
 
 class ConfigError(UserError):
     """The run file, an override or an argument cannot be used."""
 
+    is_everywhere = True
+
 
 class DataError(UserError):
     """A shard, an index or an image is missing, damaged or not what its index says."""
+
+
+class DivergedError(UserError):
+    """The loss is no longer a finite number."""
+
+    exit_status = 1
+    is_everywhere = True
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -1,0 +1,151 @@
+"""What a run says while it goes on: metrics.jsonl, DeepSpeed's monitors and the progress line."""
+
+import json
+import resource
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cmae_scale.core.collectives import sum_of_ranks
+from cmae_scale.core.files import write_text
+from cmae_scale.core.progress import Progress
+from cmae_scale.engine.meter import Meter
+from cmae_scale.engine.session import Session
+from cmae_scale.engine.step import StepLosses
+
+Metrics = dict[str, float | int | None]
+
+# metric -> its name in wandb, tensorboard and csv; DeepSpeed's own are called Train/Samples/... too
+_MONITORED = ("loss", "pixel", "contrast", "lr", "momentum", "grad_norm", "samples_per_s", "data_wait_s")
+
+
+class Journal:
+    """Collects every step and writes a line when asked. All ranks call its methods; the first one writes."""
+
+    def __init__(self, session: Session, *, total_steps: int, steps_per_epoch: int) -> None:
+        self.session = session
+        self.steps_per_epoch = steps_per_epoch
+        self.batch_samples: int = session.run.deepspeed["train_batch_size"]
+        self.path = session.run.out / "metrics.jsonl"
+        self.meter = Meter()
+        self.last: Metrics = {}
+        self.progress: Progress | None = None
+        if session.place.world.is_first:
+            drop_later_lines(self.path, step=session.first_step)
+            self.progress = Progress(total_steps, first_step=session.first_step)
+        self._start_interval(session.first_step)
+
+    def say(self, text: str) -> None:
+        """Lines for people."""
+        if self.progress is not None:
+            self.progress.say(text)
+
+    @contextmanager
+    def waiting_for_data(self) -> Iterator[None]:
+        """Count the time spent inside as time the model waited for images."""
+        started_s = time.perf_counter()
+        yield
+        self._waited_s += time.perf_counter() - started_s
+
+    def add(self, step: int, losses: StepLosses, *, keys: Sequence[str]) -> None:
+        """Remember a step. Waits for nothing."""
+        self.meter.add(step, losses, keys=keys)
+
+    def write(self, done: int, *, lr: float, momentum: float, bad_samples: int) -> None:
+        """The line of the steps since the last one; `done` optimizer steps are done.
+
+        The only place of the loop where the host waits for the device. Raises DivergedError on all ranks when
+        a loss was not finite.
+        """
+        means = self.meter.read()
+        elapsed_s = time.perf_counter() - self._started_s
+        samples = (done - self._first) * self.batch_samples
+        totals = sum_of_ranks(
+            torch.tensor([float(bad_samples), self._waited_s], device=self.session.place.device)
+        )
+        bad, waited_s = totals.tolist()
+        metrics: Metrics = {
+            "step": done,
+            "samples": done * self.batch_samples,
+            "epoch": round(done / self.steps_per_epoch, 4),
+            "loss": means.total,
+            "pixel": means.pixel,
+            "contrast": means.contrast,
+            "lr": lr,
+            "momentum": momentum,
+            "grad_norm": read_grad_norm(self.session.engine),
+            "samples_per_s": round(samples / elapsed_s, 2),
+            "data_wait_s": round(waited_s / self.session.place.world.size, 4),
+            "peak_gib": round(read_peak_gib(self.session.place.device), 3),
+            "bad_samples": int(bad),
+        }
+        self.last = metrics
+        if self.progress is not None:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(metrics) + "\n")
+            write_monitors(self.session.engine, metrics)
+            self.progress.report(done, _figures(metrics, has_contrast=self.session.run.cmae.has_contrast))
+        self._start_interval(done)
+
+    def close(self) -> None:
+        """End the progress line."""
+        if self.progress is not None:
+            self.progress.close()
+
+    def _start_interval(self, done: int) -> None:
+        self._first = done
+        self._started_s = time.perf_counter()
+        self._waited_s = 0.0
+
+
+def drop_later_lines(path: Path, *, step: int) -> None:
+    """Cut metrics.jsonl back to what was known at `step`, so that a resumed run writes no line twice."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError, TypeError):
+            continue  # the last line of a killed run may be torn
+    write_text(path, "".join(kept))
+
+
+def read_grad_norm(engine: Any) -> float | None:
+    """Norm of the last step's whole gradient before clipping; None where DeepSpeed does not compute it."""
+    norm = engine.get_global_grad_norm()
+    return None if norm is None else float(norm)
+
+
+def read_peak_gib(device: torch.device) -> float:
+    """Most memory used so far: allocated on a GPU, resident on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts KiB
+
+
+def write_monitors(engine: Any, metrics: Metrics) -> None:
+    """Hand the metrics to whatever monitors the run file's DeepSpeed sections turned on."""
+    if engine.monitor.enabled:
+        samples = metrics["samples"]
+        engine.monitor.write_events(
+            [
+                (f"Train/Samples/{name}", metrics[name], samples)
+                for name in _MONITORED
+                if metrics[name] is not None
+            ]
+        )
+
+
+def _figures(metrics: Metrics, *, has_contrast: bool) -> dict[str, str]:
+    losses = ("loss", "pixel", "contrast") if has_contrast else ("loss",)
+    return {
+        **{name: f"{metrics[name]:.4f}" for name in losses},
+        "lr": f"{metrics['lr']:.2e}",
+        "images/s": f"{metrics['samples_per_s']:.1f}",
+    }

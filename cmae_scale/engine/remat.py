@@ -1,0 +1,73 @@
+"""Recomputing activations in backward instead of keeping them: how a model's blocks are run."""
+
+from typing import Any
+
+import deepspeed
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from cmae_scale.core.errors import ConfigError
+from cmae_scale.core.settings import Remat
+from cmae_scale.layers.blocks import BlockRunner
+
+# A linear layer on [batch, tokens, embed] dispatches to addmm (mm without bias), explicit attention to bmm.
+_aten = torch.ops.aten
+_KEPT_OPS = frozenset(
+    {
+        _aten.mm.default,
+        _aten.addmm.default,
+        _aten.bmm.default,
+        _aten._scaled_dot_product_flash_attention.default,
+        _aten._scaled_dot_product_flash_attention_for_cpu.default,
+        _aten._scaled_dot_product_efficient_attention.default,
+        _aten._scaled_dot_product_cudnn_attention.default,
+    }
+)
+
+
+def choose_block_runner(remat: Remat, *, settings: dict[str, Any]) -> BlockRunner | None:
+    """How to run `block(tokens)`: None keeps all activations.
+
+    An "activation_checkpointing" object among DeepSpeed's settings turns on its own full checkpointing (with its partitioning and CPU options). Otherwise `remat` decides: "full" keeps each block's input,
+    "selective" also the results of matrix products and attention. Raises ConfigError when both are asked for.
+    """
+    if "activation_checkpointing" in settings:
+        if remat == "selective":
+            raise ConfigError(
+                'cmae.model.remat "selective" and "activation_checkpointing" exclude each other: drop one'
+            )
+        deepspeed.checkpointing.configure(None, deepspeed_config=settings)
+        return _run_through_deepspeed
+    return {"none": None, "full": _run_full, "selective": _run_selective}[remat]
+
+
+def _run_through_deepspeed(block: nn.Module, tokens: Tensor) -> Tensor:
+    if not torch.is_grad_enabled():
+        return _as_tensor(block(tokens))
+    return _as_tensor(deepspeed.checkpointing.checkpoint(block, tokens))
+
+
+def _run_full(block: nn.Module, tokens: Tensor) -> Tensor:
+    return _as_tensor(checkpoint(block, tokens, use_reentrant=False, preserve_rng_state=False))
+
+
+def _run_selective(block: nn.Module, tokens: Tensor) -> Tensor:
+    return _as_tensor(
+        checkpoint(
+            block, tokens, use_reentrant=False, preserve_rng_state=False, context_fn=_keep_matrix_products
+        )
+    )
+
+
+def _keep_matrix_products() -> Any:
+    return create_selective_checkpoint_contexts(_policy)  # type: ignore[no-untyped-call]
+
+
+def _policy(context: Any, op: Any, *args: Any, **options: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if op in _KEPT_OPS else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _as_tensor(value: Any) -> Tensor:
+    assert isinstance(value, Tensor)
+    return value

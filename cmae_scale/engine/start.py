@@ -1,0 +1,175 @@
+"""Starting: the process group, this rank's device, and the DeepSpeed engine of a run."""
+
+import logging
+import os
+import socket
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.config import DeepSpeedConfig
+from pydantic import ValidationError
+from torch import nn
+
+from cmae_scale.core.config import Run
+from cmae_scale.core.errors import ConfigError
+from cmae_scale.core.world import World, read_world
+from cmae_scale.engine.optim import weight_decay_groups
+from cmae_scale.engine.remat import choose_block_runner
+
+Engine = Any  # deepspeed.DeepSpeedEngine, which ships no types
+
+# DeepSpeed's compiled shared-memory all-reduce serves tensor-parallel inference. Training does not need it,
+# and building it would cost minutes and a C++ compiler at the first start on a CPU.
+_UNUSED_OP = "deepspeed_shm_comm"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where this process computes."""
+
+    world: World
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class Precision:
+    """`compute` is the type of matrix products; `parameters` that of the weights the model runs on."""
+
+    compute: torch.dtype
+    parameters: torch.dtype
+
+    @property
+    def needs_master(self) -> bool:
+        """Whether the weights the model runs on are too coarse for an EMA (facts: 0.996 stalls in bf16)."""
+        return self.parameters is not torch.float32
+
+
+def start_processes(*, timeout_s: float = 600.0) -> Place:
+    """Join the process group that the launcher prepared (or a group of one) and take this rank's device.
+
+    On a CPU, gloo; the machine's cores are shared out among its ranks unless OMP_NUM_THREADS says otherwise.
+    """
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    if "RANK" not in os.environ:
+        _prepare_lone_process()
+    accelerator = get_accelerator()
+    world = read_world()
+    if accelerator.device_name() == "cpu":
+        _share_cores(world)
+    else:
+        accelerator.set_device(world.local_rank)
+    deepspeed.ops.__compatible_ops__[_UNUSED_OP] = False
+    deepspeed.init_distributed(
+        dist_backend=accelerator.communication_backend_name()
+        if accelerator.device_name() != "cpu"
+        else "gloo",
+        timeout=timedelta(seconds=timeout_s),
+        verbose=False,
+    )
+    return Place(world=world, device=torch.device(accelerator.device_name(world.local_rank)))
+
+
+def stop_processes() -> None:
+    """Leave the process group, so that the interpreter ends without warnings."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def read_precision(settings: dict[str, Any]) -> Precision:
+    """The number formats that a ds_config asks for."""
+    if settings.get("bf16", {}).get("enabled", False):
+        return Precision(torch.bfloat16, torch.bfloat16)
+    if settings.get("fp16", {}).get("enabled", False):
+        return Precision(torch.float16, torch.float16)
+    autocast = settings.get("torch_autocast", {})
+    if autocast.get("enabled", False):
+        names = {
+            "bfloat16": torch.bfloat16,
+            "bf16": torch.bfloat16,
+            "float16": torch.float16,
+            "fp16": torch.float16,
+        }
+        dtype = str(autocast.get("dtype", "bfloat16")).removeprefix("torch.")
+        if dtype not in names:
+            raise ConfigError(
+                f'torch_autocast.dtype: "{dtype}" is no autocast type: write "bfloat16" or "float16"'
+            )
+        return Precision(names[dtype], torch.float32)
+    return Precision(torch.float32, torch.float32)
+
+
+def start_engine(model: nn.Module, run: Run) -> Engine:
+    """The DeepSpeed engine for `model` as the run file says, with weight decay where the method has it.
+
+    `run` is resolved (no "auto" left). Raises ConfigError for what DeepSpeed refuses.
+    """
+    settings = dict(run.deepspeed)
+    _check(settings, run)
+    decay = settings.get("optimizer", {}).get("params", {}).get("weight_decay", 0.0)
+    runner = choose_block_runner(run.cmae.model.remat, settings=settings)
+    model.set_remat_(runner)  # type: ignore[operator]
+    try:
+        engine, *_ = deepspeed.initialize(
+            model=model, model_parameters=weight_decay_groups(model, weight_decay=decay), config=settings
+        )
+    except (TypeError, ValueError, AttributeError, AssertionError, ValidationError) as error:
+        raise ConfigError(f"{run.path}: DeepSpeed refuses these settings: {_first_line(error)}") from error
+    _forget_rehearsal(engine)
+    return engine
+
+
+def _forget_rehearsal(engine: Engine) -> None:
+    """Clear the optimizer's state before the first step.
+
+    To allocate it, DeepSpeed's bf16 and fp16 optimizers of stage 0 take a step with zero gradients, and Adam
+    counts it: the first real update would be half as long. The other stages clear it themselves.
+    """
+    inner = getattr(engine.optimizer, "optimizer", None)
+    if inner is not None:
+        inner.state.clear()
+
+
+def _check(settings: dict[str, Any], run: Run) -> None:
+    """Let DeepSpeed read the config before anything is built, and say its complaint in one sentence."""
+    if "optimizer" not in settings:
+        raise ConfigError(
+            f'{run.path}: "optimizer" is missing: write {{"type": "AdamW", "params": {{"lr": "auto"}}}}'
+        )
+    try:
+        DeepSpeedConfig(dict(settings))
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise ConfigError(f"{run.path}: DeepSpeed refuses {error.title} {place}: {first['msg']}") from None
+    except (
+        ValueError,
+        TypeError,
+        KeyError,
+        AssertionError,
+        deepspeed.runtime.config.DeepSpeedConfigError,
+    ) as error:
+        raise ConfigError(f"{run.path}: DeepSpeed refuses these settings: {_first_line(error)}") from None
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def _prepare_lone_process() -> None:
+    """Set what a launcher would have set: without it DeepSpeed looks for MPI."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    os.environ.update(
+        RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
+
+
+def _share_cores(world: World) -> None:
+    if "OMP_NUM_THREADS" not in os.environ:
+        on_this_machine = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", world.size)))
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // on_this_machine))
