@@ -64,7 +64,14 @@ def read_index(folder: str | Path) -> ShardIndex:
 
     Raises DataError when the index or a shard is missing, or when they contradict each other.
     """
-    folder = Path(folder)
+    index = parse_index(Path(folder))
+    for number, shard in enumerate(index.shards):
+        _check_size(index.path(number), shard)
+    return index
+
+
+def parse_index(folder: Path) -> ShardIndex:
+    """The index of `folder` by itself, without a look at the shards."""
     path = folder / INDEX_NAME
     try:
         text = path.read_bytes()
@@ -81,8 +88,6 @@ def read_index(folder: str | Path) -> ShardIndex:
         raise DataError(
             f"{path} says total {parsed.total} but its shards hold {listed}: make the shards again"
         )
-    for shard in parsed.shards:
-        _check_size(folder / shard.name, shard)
     return ShardIndex(folder, parsed.shards, parsed.classes, parsed.total, parsed.source, parsed.options)
 
 

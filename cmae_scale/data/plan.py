@@ -6,6 +6,7 @@ are read front to back in `streams` places at once. A rank serves the rows of th
 own: how many ranks, threads or restarts there are cannot change what a row holds.
 """
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -90,8 +91,13 @@ class DataPlan:
         """Samples that an epoch leaves out: others in every epoch, because it starts elsewhere."""
         return self.total - self.samples_per_epoch
 
+    @property
+    def fingerprint(self) -> str:
+        """Equal for two plans only if they give every step the same samples: for resuming to compare."""
+        return hashlib.sha256(repr(self).encode()).hexdigest()[:16]
 
-def plan_data(index: ShardIndex, *, data: DataConfig, global_batch: int, seed: int) -> DataPlan:
+
+def plan_data(index: ShardIndex, data: DataConfig, *, global_batch: int, seed: int) -> DataPlan:
     """The plan for the shards of `index` with the run file's settings."""
     return DataPlan(
         shard_samples=tuple(shard.samples for shard in index.shards),

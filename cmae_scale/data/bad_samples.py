@@ -1,0 +1,39 @@
+"""The account of images that could not be decoded, and the limit at which a run should rather stop."""
+
+import logging
+import threading
+
+from cmae_scale.core.errors import DataError
+
+LOG = logging.getLogger(__name__)
+GRACE_SAMPLES = 10_000  # a share says nothing before this many: one bad image among the first 64 is no 1.5 %
+SHOWN = 5
+
+
+class BadSamples:
+    """How often a bad image came up, and which ones they are. Threads may add at the same time."""
+
+    def __init__(self, max_fraction: float) -> None:
+        self.max_fraction = max_fraction
+        self.count = 0
+        self.reasons: dict[str, str] = {}  # by sample, in the order first seen
+        self._lock = threading.Lock()
+
+    def add(self, key: str, reason: str) -> None:
+        """Count the sample `key` ("shard/key"). Logged the first time only, for it returns in every epoch."""
+        with self._lock:
+            self.count += 1
+            is_new = key not in self.reasons
+            if is_new:
+                self.reasons[key] = reason
+        if is_new:
+            LOG.warning("bad sample %s: %s (another of its shard takes its place)", key, reason)
+
+    def check(self, seen: int) -> None:
+        """Raise DataError when the bad ones are more than `max_fraction` of `seen` samples."""
+        if self.count > self.max_fraction * max(seen, GRACE_SAMPLES):
+            shown = "; ".join(f"{key}: {reason}" for key, reason in list(self.reasons.items())[:SHOWN])
+            raise DataError(
+                f"{self.count} of {seen} samples could not be decoded ({shown}): run data_prep/check_shards.py, "
+                f"or raise cmae.data.max_bad_fraction ({self.max_fraction:g})"
+            )

@@ -1,0 +1,144 @@
+"""Samples as compressed bytes in the plan's order: each stream is read a shuffle window at a time."""
+
+import threading
+from collections.abc import Iterator
+from itertools import chain, count, islice
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Int64
+
+from cmae_scale.data.index import ShardIndex
+from cmae_scale.data.plan import DataPlan, Place, block_order, find_row, rows_of, run_pieces
+from cmae_scale.data.tar import read_samples
+
+
+class StoredSample(NamedTuple):
+    """An image as it lies in its shard. `number` counts over the whole index, `key` is "shard/key"."""
+
+    number: int
+    key: str
+    image: bytes
+    label: int | None
+
+
+class Block:
+    """The samples of one shuffle window. It is filled by the reading thread, then only read."""
+
+    def __init__(
+        self, epoch: int, number: int, *, order: Int64[np.ndarray, " samples"], source: Iterator[StoredSample]
+    ) -> None:
+        self.epoch = epoch
+        self.number = number
+        self.samples: list[StoredSample] = []  # in reading order
+        self._order = order
+        self._source = source
+
+    def fill(self, samples: int | None = None) -> None:
+        """Read that many samples more, or all that are missing."""
+        missing = len(self._order) - len(self.samples)
+        self.samples.extend(islice(self._source, missing if samples is None else min(samples, missing)))
+
+    def candidates(self, place: int, *, distance: int) -> Iterator[StoredSample]:
+        """The sample at `place` of the shuffled block, then all others to replace it if it is bad.
+
+        Those begin `distance` places on and wrap around. When that is the number of rows which the stream has
+        in a step, they belong to the next step, so that a global batch does not hold an image twice.
+        """
+        size = len(self._order)
+        others = ((place + distance + i) % size for i in range(size))
+        return (self.samples[self._order[i]] for i in chain([place], others))
+
+
+class BlockReader:
+    """The blocks of one stream one after another, from that of `start` on, with at most two in memory."""
+
+    def __init__(self, index: ShardIndex, plan: DataPlan, *, start: Place) -> None:
+        self._blocks = list_blocks(index, plan, start=start)
+        self._current: Block | None = None
+        self._ahead = next(self._blocks)
+
+    def reach(self, place: Place) -> Block:
+        """The full block that `place` lies in: the one of last time, or the one after it."""
+        if self._current is None or (self._current.epoch, self._current.number) != (place.epoch, place.block):
+            self._ahead.fill()
+            self._current, self._ahead = self._ahead, next(self._blocks)
+            assert (self._current.epoch, self._current.number) == (place.epoch, place.block)
+        return self._current
+
+    def read_ahead(self, samples: int) -> None:
+        """Read a part of the next block, so that the work of reading is spread evenly over the steps."""
+        self._ahead.fill(samples)
+
+
+def list_blocks(index: ShardIndex, plan: DataPlan, *, start: Place) -> Iterator[Block]:
+    """Endless: all blocks of a stream from that of `start` on, still empty. Fill each before the next."""
+    first = start.block
+    for epoch in count(start.epoch):
+        source = read_run(index, plan, epoch=epoch, stream=start.stream, first=first * plan.window)
+        for number in range(first, -(-plan.run_samples // plan.window)):
+            order = block_order(plan, epoch=epoch, stream=start.stream, block=number)
+            yield Block(epoch, number, order=order, source=source)
+        first = 0
+
+
+def read_run(
+    index: ShardIndex, plan: DataPlan, *, epoch: int, stream: int, first: int
+) -> Iterator[StoredSample]:
+    """The samples of a run in reading order, from its sample number `first` on."""
+    starts = [0, *np.cumsum(plan.shard_samples).tolist()]
+    for piece in run_pieces(plan, epoch=epoch, stream=stream, first=first):
+        shard = index.shards[piece.shard]
+        samples = read_samples(
+            index.path(piece.shard), first=piece.first, count=piece.samples, expected=shard
+        )
+        for number, raw in enumerate(samples, start=starts[piece.shard] + piece.first):
+            yield StoredSample(number, f"{shard.name}/{raw.key}", raw.image, raw.label)
+
+
+class RawRow(NamedTuple):
+    """One row of a batch before decoding: a position of a shuffled block."""
+
+    block: Block
+    place: int
+
+
+class RawBatch(NamedTuple):
+    """One micro-batch of a rank before decoding."""
+
+    step: int
+    micro: int
+    rows: list[RawRow]
+
+
+def read_raw_batches(
+    index: ShardIndex,
+    plan: DataPlan,
+    *,
+    rank: int,
+    ranks: int,
+    accumulation: int,
+    steps: range,
+    stop: threading.Event,
+) -> Iterator[RawBatch]:
+    """All micro-batches of a rank in order, from every stream that its rows belong to. Ends early at `stop`.
+
+    Beginning at any step reads at most what lies before it in its windows.
+    """
+    micros = [
+        rows_of(plan, rank=rank, ranks=ranks, micro=m, accumulation=accumulation) for m in range(accumulation)
+    ]
+    readers: dict[int, BlockReader] = {}
+    for step in steps:
+        for micro, own in enumerate(micros):
+            rows = []
+            for row in own:
+                if stop.is_set():
+                    return
+                place = find_row(plan, step=step, row=row)
+                if place.stream not in readers:
+                    readers[place.stream] = BlockReader(index, plan, start=place)
+                rows.append(RawRow(readers[place.stream].reach(place), place.place))
+            yield RawBatch(step, micro, rows)
+        for reader in readers.values():
+            reader.read_ahead(plan.stream_rows)

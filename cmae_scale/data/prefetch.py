@@ -1,0 +1,37 @@
+"""Copies to the device one batch ahead of the model."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+
+import torch
+
+from cmae_scale.data.stream import MasterBatch
+
+
+def copy_ahead(batches: Iterable[MasterBatch], device: torch.device) -> Iterator[MasterBatch]:
+    """The same batches with their images on `device`. On CUDA, the next one is copied while one is computed.
+
+    The copy runs on a stream of its own, from pinned memory. Labels stay where they are.
+    """
+    if device.type != "cuda":
+        yield from batches
+        return
+    side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    ahead: tuple[MasterBatch, torch.cuda.Event] | None = None
+    for batch in batches:
+        with torch.cuda.stream(side):
+            copied = replace(batch, images=batch.images.to(device, non_blocking=True))
+            event = side.record_event()
+        if ahead is not None:
+            yield _hand_over(*ahead)
+        ahead = copied, event
+    if ahead is not None:
+        yield _hand_over(*ahead)
+
+
+def _hand_over(batch: MasterBatch, copied: torch.cuda.Event) -> MasterBatch:
+    """Make the consumer's stream wait for the copy, and the copy's memory wait for the consumer's stream."""
+    stream = torch.cuda.current_stream(batch.images.device)
+    stream.wait_event(copied)
+    batch.images.record_stream(stream)
+    return batch

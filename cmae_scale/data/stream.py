@@ -1,0 +1,262 @@
+"""Batches of decoded master images in the plan's order, made by threads ahead of whoever consumes them.
+
+One thread reads shards and says which sample belongs in which row; `workers` threads decode, crop and write
+it to the row's place in a batch that was allocated beforehand. Pillow and file reads leave the interpreter
+lock, so threads are enough, and no image travels between processes. No value depends on timing.
+"""
+
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from queue import SimpleQueue
+from types import TracebackType
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Int64, UInt8
+from torch import Tensor
+
+from cmae_scale.core.errors import DataError
+from cmae_scale.core.settings import DataConfig, ViewsConfig
+from cmae_scale.data.bad_samples import BadSamples
+from cmae_scale.data.blocks import RawBatch, RawRow, read_raw_batches
+from cmae_scale.data.counter_rng import Purpose, draw_uniforms
+from cmae_scale.data.decode import CROP_DRAWS, decode_master
+from cmae_scale.data.index import ShardIndex
+from cmae_scale.data.plan import DataPlan
+
+NO_LABEL = -1
+
+
+@dataclass(frozen=True)
+class MasterBatch:
+    """One micro-batch of a rank: rows of the global batch of `step`, in their order.
+
+    `crops` is 1, or 2 when the target view is cut independently. `labels` are NO_LABEL where the shards have
+    none, `keys` are "shard/key".
+    """
+
+    images: UInt8[Tensor, "batch crops 3 side side"]
+    labels: Int64[Tensor, " batch"]
+    keys: tuple[str, ...]
+    step: int
+    micro: int
+
+
+class DecodedRow(NamedTuple):
+    """What one row of a batch is filled with."""
+
+    crops: UInt8[np.ndarray, "crops 3 side side"]
+    label: int
+    key: str
+
+
+def open_batches(
+    index: ShardIndex,
+    plan: DataPlan,
+    *,
+    views: ViewsConfig,
+    data: DataConfig,
+    rank: int,
+    ranks: int,
+    accumulation: int,
+    first_step: int,
+    end_step: int,
+    pin: bool,
+    bad: BadSamples,
+) -> "BatchStream":
+    """All micro-batches of this rank for steps `first_step` to `end_step`, `accumulation` of them per step.
+
+    What they hold depends on the plan alone: workers, ranks and where it begins change nothing. A damaged
+    shard raises DataError at the batch that needs it. An image that cannot be decoded is noted in `bad`, and
+    another of its shuffle block stands in for it. `pin` allocates page-locked memory, for copies to a GPU.
+    """
+    stop = threading.Event()
+    raw_batches = read_raw_batches(
+        index,
+        plan,
+        rank=rank,
+        ranks=ranks,
+        accumulation=accumulation,
+        steps=range(first_step, end_step),
+        stop=stop,
+    )
+
+    def allocate(rows: int) -> Tensor:
+        shape = (rows, num_crops(views), 3, views.master_px, views.master_px)
+        return torch.empty(shape, dtype=torch.uint8, pin_memory=pin)
+
+    def decode(row: RawRow) -> DecodedRow:
+        return decode_row(row, plan, views=views, max_mpx=data.max_image_mpx, bad=bad)
+
+    return BatchStream(
+        raw_batches, decode, allocate=allocate, workers=data.workers, ahead=data.prefetch, stop=stop
+    )
+
+
+def num_crops(views: ViewsConfig) -> int:
+    """Master images per sample: a target view that is an independent crop needs its own."""
+    return 2 if views.target_crop == "random" else 1
+
+
+def decode_row(
+    row: RawRow, plan: DataPlan, *, views: ViewsConfig, max_mpx: float, bad: BadSamples
+) -> DecodedRow:
+    """The master crops of the row's sample, or of the first of its block that can be decoded.
+
+    Crops are drawn per epoch and sample, so they do not depend on the row either. DataError if no sample of
+    the block is readable.
+    """
+    for attempt, sample in enumerate(row.block.candidates(row.place, distance=plan.stream_rows)):
+        draws = [
+            draw_uniforms(
+                plan.seed, Purpose.CROP, place=(row.block.epoch, sample.number, crop), count=CROP_DRAWS
+            ).tolist()
+            for crop in range(num_crops(views))
+        ]
+        try:
+            crops = decode_master(
+                sample.image,
+                side=views.master_px,
+                scale=views.crop_scale,
+                ratio=views.crop_ratio,
+                max_mpx=max_mpx,
+                draws=draws,
+            )
+        except DataError as error:
+            if attempt == 0:  # a stand-in that is bad too is counted where it is due itself
+                bad.add(sample.key, str(error))
+            continue
+        return DecodedRow(crops, NO_LABEL if sample.label is None else sample.label, sample.key)
+    raise DataError(
+        f"no image of a whole shuffle block can be decoded, {row.block.samples[0].key} to "
+        f"{row.block.samples[-1].key}: run data_prep/check_shards.py"
+    )
+
+
+class BatchStream:
+    """Iterator of MasterBatch over running threads. Close it, or use it in a `with`, so that they end."""
+
+    def __init__(
+        self,
+        raw_batches: Iterator[RawBatch],
+        decode: Callable[[RawRow], DecodedRow],
+        *,
+        allocate: Callable[[int], Tensor],
+        workers: int,
+        ahead: int,
+        stop: threading.Event,
+    ) -> None:
+        self._raw_batches = raw_batches
+        self._decode = decode
+        self._allocate = allocate
+        self._stop = stop
+        self._room = threading.Semaphore(ahead)
+        self._begun: SimpleQueue[_Filling | BaseException | None] = SimpleQueue()  # None: no more will come
+        self._jobs: SimpleQueue[tuple[_Filling, int] | None] = SimpleQueue()  # None: a decoder may go home
+        self._reader = threading.Thread(target=self._read, name="data reader", daemon=True)
+        self._decoders = [
+            threading.Thread(target=self._work, name=f"data decoder {number}", daemon=True)
+            for number in range(workers)
+        ]
+        for thread in (self._reader, *self._decoders):
+            thread.start()
+
+    def __iter__(self) -> Iterator[MasterBatch]:
+        return self
+
+    def __next__(self) -> MasterBatch:
+        """The next micro-batch. An error of any thread is raised here, at the batch that it concerns."""
+        if self._stop.is_set():
+            raise StopIteration
+        try:
+            filling = self._begun.get()
+            if filling is None:
+                raise StopIteration
+            if isinstance(filling, BaseException):
+                raise filling
+            batch = filling.wait()
+        except BaseException:
+            self.close()
+            raise
+        self._room.release()
+        return batch
+
+    def close(self) -> None:
+        """End all threads; images being decoded are finished, batches not consumed are dropped."""
+        self._stop.set()
+        self._room.release()
+        self._reader.join()
+        for _ in self._decoders:
+            self._jobs.put(None)
+        for thread in self._decoders:
+            thread.join()
+
+    def __enter__(self) -> "BatchStream":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _read(self) -> None:
+        try:
+            for raw in self._raw_batches:
+                self._room.acquire()
+                if self._stop.is_set():
+                    return
+                filling = _Filling(raw, self._allocate(len(raw.rows)))
+                self._begun.put(filling)
+                for row in range(len(raw.rows)):
+                    self._jobs.put((filling, row))
+            self._begun.put(None)
+        except BaseException as error:
+            self._begun.put(error)
+
+    def _work(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            filling, row = job
+            if self._stop.is_set():
+                continue
+            try:
+                filling.put(row, self._decode(filling.raw.rows[row]))
+            except BaseException as error:
+                filling.fail(error)
+
+
+class _Filling:
+    """A micro-batch whose rows arrive from several threads in any order."""
+
+    def __init__(self, raw: RawBatch, images: Tensor) -> None:
+        self.raw = raw
+        self._images = images
+        self._pixels = images.numpy()  # the same memory
+        self._labels = np.full(len(raw.rows), NO_LABEL, dtype=np.int64)
+        self._keys = [""] * len(raw.rows)
+        self._missing = len(raw.rows)
+        self._error: BaseException | None = None
+        self._lock = threading.Lock()
+        self._done = threading.Event()
+
+    def put(self, row: int, decoded: DecodedRow) -> None:
+        self._pixels[row] = decoded.crops
+        self._labels[row] = decoded.label
+        self._keys[row] = decoded.key
+        with self._lock:
+            self._missing -= 1
+            if self._missing == 0:
+                self._done.set()
+
+    def fail(self, error: BaseException) -> None:
+        self._error = error
+        self._done.set()
+
+    def wait(self) -> MasterBatch:
+        self._done.wait()
+        if self._error is not None:
+            raise self._error
+        return MasterBatch(
+            self._images, torch.from_numpy(self._labels), tuple(self._keys), self.raw.step, self.raw.micro
+        )
