@@ -1,0 +1,169 @@
+"""The curves of a run, from its metrics.jsonl."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from matplotlib.ticker import StrMethodFormatter
+
+from cmae_scale.core.errors import DataError
+from cmae_scale.report.canvas import (
+    BLUE,
+    FAINT,
+    GREEN,
+    INK,
+    ORANGE,
+    RED,
+    TEAL,
+    VIOLET,
+    build_figure,
+    write_figure,
+)
+
+Metrics = Mapping[str, float | int | None]
+
+_SMOOTH_FROM = 60  # points from which a running mean is drawn over the single lines
+_SMOOTH_SHARE = 0.05  # of the curve, the width of that mean
+_MARKED_UP_TO = 30  # points up to which each gets a dot: a short run has hardly a line
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One curve: the metric's name in metrics.jsonl and what a stranger should read beside it."""
+
+    metric: str
+    title: str
+    axis: str
+    color: str
+
+
+_PANELS = (
+    Panel("pixel", "Pixel loss", "mean squared error, hidden patches", BLUE),
+    Panel("contrast", "Contrast loss", "before weight and scale", ORANGE),
+    Panel("loss", "Total loss", "what is minimised", INK),
+    Panel("lr", "Learning rate", "per optimizer step", GREEN),
+    Panel("grad_norm", "Gradient norm", "L2, whole model", RED),
+    Panel("samples_per_s", "Speed", "images / s, all ranks", TEAL),
+    Panel("momentum", "Target momentum", "share kept per step", VIOLET),
+)
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl in order; a torn last line, as a killed run leaves it, is left out.
+
+    Raises DataError when the file is missing or an earlier line is broken.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise DataError(f"{path} does not exist: give the metrics.jsonl of a run folder")
+    lines = path.read_bytes().splitlines()
+    metrics: list[dict[str, Any]] = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            entry = json.loads(line)
+            if not isinstance(entry, dict) or not isinstance(entry.get("step"), int):
+                raise ValueError('no "step"')
+        except ValueError as error:
+            if number == len(lines):
+                break
+            raise DataError(
+                f"{path} line {number} is no line of metrics ({error}): delete that line"
+            ) from None
+        metrics.append(entry)
+    return metrics
+
+
+def write_curves(
+    path: str | Path,
+    *,
+    metrics: Sequence[Metrics],
+    title: str = "Training curves",
+    chance: float | None = None,
+) -> None:
+    """A PNG with a panel for each metric that has something to show, over optimizer steps and epochs.
+
+    `metrics` are lines as `read_metrics` gives them. `chance` is the contrast loss of blind guessing, drawn
+    as a dashed line (ln of the global batch for InfoNCE). Left out: a contrast loss that is 0 throughout and
+    the total that then equals the pixel loss (a plain MAE), a momentum that never changes, values that are
+    missing or not finite. Raises DataError when `metrics` is empty.
+    """
+    if not metrics:
+        raise DataError(f"no metrics to draw {path} from: the run has not logged a line yet")
+    panels = [panel for panel in _PANELS if _is_shown(panel.metric, metrics)]
+    across = min(3, len(panels))
+    down = math.ceil(len(panels) / across)
+    figure = build_figure(width_in=max(6.5, 4.4 * across), height_in=3.1 * down + 0.7)
+    top = 1 - 0.28 / figure.get_figheight()
+    figure.text(0.012, top, title, va="center", size=15, weight="bold", color=INK)
+    for place, panel in enumerate(panels, start=1):
+        axes = figure.add_subplot(down, across, place)
+        _draw(axes, panel, metrics, chance=chance if panel.metric == "contrast" else None)
+    figure.tight_layout(rect=(0, 0, 1, top), h_pad=1.6, w_pad=1.6)
+    write_figure(figure, Path(path))
+
+
+def running_mean(values: Sequence[float], *, width: int) -> list[float]:
+    """Mean of the `width` values around each one (an odd number; fewer at the ends)."""
+    reach = width // 2
+    sums = [0.0]
+    for value in values:
+        sums.append(sums[-1] + value)
+    ends = [(max(0, i - reach), min(len(values), i + reach + 1)) for i in range(len(values))]
+    return [(sums[last] - sums[first]) / (last - first) for first, last in ends]
+
+
+def _series(metric: str, metrics: Sequence[Metrics]) -> tuple[list[float], list[float]]:
+    """Steps and values of the lines where the metric is a finite number."""
+    steps, values = [], []
+    for line in metrics:
+        step, value = line.get("step"), line.get(metric)
+        if step is not None and value is not None and math.isfinite(value):
+            steps.append(float(step))
+            values.append(float(value))
+    return steps, values
+
+
+def _is_shown(metric: str, metrics: Sequence[Metrics]) -> bool:
+    _, values = _series(metric, metrics)
+    if metric == "momentum":
+        return len(set(values)) > 1
+    if metric in ("contrast", "loss"):
+        return any(_series("contrast", metrics)[1]) and bool(values)
+    return bool(values)
+
+
+def _draw(axes: Any, panel: Panel, metrics: Sequence[Metrics], *, chance: float | None) -> None:
+    steps, values = _series(panel.metric, metrics)
+    marker = "o" if len(steps) <= _MARKED_UP_TO else ""
+    if len(steps) >= _SMOOTH_FROM and panel.metric not in ("lr", "momentum"):
+        width = max(3, int(_SMOOTH_SHARE * len(steps))) | 1
+        axes.plot(steps, values, color=panel.color, alpha=0.3, linewidth=0.8, label="each log line")
+        smooth = running_mean(values, width=width)
+        axes.plot(steps, smooth, color=panel.color, linewidth=1.8, label=f"mean of {width} lines")
+    else:
+        axes.plot(steps, values, color=panel.color, linewidth=1.8, marker=marker, markersize=3.5)
+    if chance is not None:
+        axes.axhline(chance, color=FAINT, linestyle="--", linewidth=1, label=f"blind guess, {chance:.2f}")
+    if axes.get_legend_handles_labels()[1]:
+        axes.legend(frameon=False, fontsize=7.5, labelcolor=INK)
+    axes.set_title(panel.title, loc="left", size=11, weight="bold", color=INK)
+    axes.set_ylabel(panel.axis, size=8.5, color=FAINT)
+    axes.set_xlabel(_step_label(metrics), size=8.5, color=FAINT)
+    axes.grid(color="#e5e7eb", linewidth=0.7)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color("#9ca3af")
+    axes.tick_params(labelsize=8, color="#9ca3af", labelcolor=INK)
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    if panel.metric in ("lr", "samples_per_s"):  # zero means something
+        axes.set_ylim(0, 1.15 * max(values) or 1)
+    if panel.metric == "grad_norm" and min(values) > 0 and max(values) > 30 * min(values):
+        axes.set_yscale("log")
+
+
+def _step_label(metrics: Sequence[Metrics]) -> str:
+    last = metrics[-1]
+    epoch = last.get("epoch")
+    return "optimizer step" if epoch is None else f"optimizer step ({last['step']} = epoch {epoch:.4g})"
