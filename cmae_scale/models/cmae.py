@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from cmae_scale.core.settings import CmaeConfig
+from cmae_scale.core.settings import CmaeConfig, ModelConfig
 from cmae_scale.layers.blocks import BlockRunner, run_block
 from cmae_scale.layers.masking import TokenMask, mask_from_noise
 from cmae_scale.models.decoder import FeatureDecoder, FeatureHead, PixelDecoder, TokenCompletion
@@ -45,20 +45,17 @@ class CMAE(nn.Module):
 
     def __init__(self, cfg: CmaeConfig) -> None:
         super().__init__()
-        size, model = read_size(cfg.model), cfg.model
+        model, width = cfg.model, read_size(cfg.model).embed_dim
+        feature = model.feature_decoder
         self.grid = cfg.views.img_px // model.patch_size
-        self.mask, self.target = cfg.mask, cfg.target
-        feature, width = model.feature_decoder, size.embed_dim
-        shares_blocks = cfg.has_contrast and feature.shared
-        self.online_encoder = Encoder(
-            size, patch_size=model.patch_size, grid=self.grid, mlp_ratio=model.mlp_ratio
-        )
+        self.mask_config, self.target_config = cfg.mask, cfg.target
+        self.online_encoder = self._build_encoder(model, final_norm=True)
         self.pixel_decoder = PixelDecoder(
             model.pixel_decoder,
             width_in=width,
             grid=self.grid,
             values=3 * model.patch_size**2,
-            early_depth=feature.depth if shares_blocks else 0,
+            early_depth=feature.depth if cfg.has_contrast and feature.shared else 0,
         )
         self.feature_decoder: FeatureDecoder | FeatureHead | None = None
         self.projector: Projector | None = None
@@ -72,15 +69,20 @@ class CMAE(nn.Module):
                 self.feature_decoder = FeatureDecoder(feature, width_in=width, grid=self.grid)
             self.projector = Projector(width, cfg.heads)
             self.predictor = Predictor(cfg.heads)
-            self.target_encoder = Encoder(
-                size,
-                patch_size=model.patch_size,
-                grid=self.grid,
-                mlp_ratio=model.mlp_ratio,
-                final_norm=cfg.target.final_norm,
-            ).requires_grad_(False)
-            self.target_projector = Projector(width, cfg.heads).requires_grad_(False)
+            self.target_encoder = self._build_encoder(model, final_norm=cfg.target.final_norm)
+            self.target_projector = Projector(width, cfg.heads)
+            self.target_encoder.requires_grad_(False)
+            self.target_projector.requires_grad_(False)
         self.init_()
+
+    def _build_encoder(self, model: ModelConfig, *, final_norm: bool) -> Encoder:
+        return Encoder(
+            read_size(model),
+            patch_size=model.patch_size,
+            grid=self.grid,
+            mlp_ratio=model.mlp_ratio,
+            final_norm=final_norm,
+        )
 
     def forward(
         self,
@@ -100,7 +102,7 @@ class CMAE(nn.Module):
             key = self._key(target, target_noise)
         if online is None:
             return CMAEOutput(pixels=None, query=None, key=key, mask=None)
-        mask = self._draw_mask(online, noise, ratio=self.mask.ratio)
+        mask = self._draw_mask(online, noise, ratio=self.mask_config.ratio)
         latents = self.online_encoder(online, mask)
         pixels, early = self.pixel_decoder(latents, mask)
         query = None
@@ -131,17 +133,17 @@ class CMAE(nn.Module):
         """Projection of the target view. Source: paper equation 2; the mean leaves the class token out."""
         assert self.target_encoder is not None
         assert self.target_projector is not None
-        ratio = self.target.mask_ratio
+        ratio = self.target_config.mask_ratio
         mask = self._draw_mask(images, noise, ratio=ratio) if ratio else None
         latents = self.target_encoder(images, mask)
-        feature = latents[:, 0] if self.target.pool == "cls" else latents[:, 1:].mean(dim=1)
+        feature = latents[:, 0] if self.target_config.pool == "cls" else latents[:, 1:].mean(dim=1)
         key: Tensor = self.target_projector(feature)
         return key
 
     def _draw_mask(self, images: Tensor, noise: Tensor | None, *, ratio: float) -> TokenMask:
         if noise is None:
-            noise = torch.rand(len(images), (self.grid // self.mask.cell) ** 2, device=images.device)
-        return mask_from_noise(noise, grid=self.grid, cell=self.mask.cell, ratio=ratio)
+            noise = torch.rand(len(images), (self.grid // self.mask_config.cell) ** 2, device=images.device)
+        return mask_from_noise(noise, grid=self.grid, cell=self.mask_config.cell, ratio=ratio)
 
     def target_pairs(self) -> list[ParameterPair]:
         """Every target parameter with the online one of the same name.

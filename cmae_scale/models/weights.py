@@ -1,18 +1,16 @@
 """Weights in and out: the encoder as a timm model in a folder, and files of tensors."""
 
 import json
-import os
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cmae_scale.core.errors import ConfigError
+from cmae_scale.core.files import PART, sync, write_text
 from cmae_scale.core.settings import ModelConfig, ViewsConfig
 from cmae_scale.models.sizes import read_size
 
@@ -38,17 +36,20 @@ def export_encoder(
     fp32. Each file appears only whole, weights first; an older export is replaced.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    part = folder / (WEIGHTS_FILE + PART)
     tensors = {name: tensor.detach().float().cpu().contiguous() for name, tensor in state.items()}
-    _write_whole(folder / WEIGHTS_FILE, save(tensors, metadata={"format": "pt"}))
-    config = json.dumps(timm_config(model, views=views), indent=2) + "\n"
-    _write_whole(folder / CONFIG_FILE, config.encode())
+    save_file(tensors, part, metadata={"format": "pt"})
+    sync(part)
+    part.replace(folder / WEIGHTS_FILE)
+    write_text(folder / CONFIG_FILE, json.dumps(timm_config(model, views=views), indent=2) + "\n")
+    sync(folder)
 
 
 def timm_config(model: ModelConfig, *, views: ViewsConfig) -> dict[str, Any]:
     """timm's description of the encoder: how to build it and how its images were prepared.
 
-    Called without a classifier it gives the mean of the normed patch tokens: the class token was trained by
-    neither loss. Source: the official fine-tuning pools the patches too.
+    Without a classifier it gives the mean of the normed patch tokens, because neither loss looks at the class
+    token. Source: the official fine-tuning pools the patches too.
     """
     size = read_size(model)
     return {
@@ -95,7 +96,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         if file.suffix == ".safetensors":
             return load_file(file)
         content = torch.load(file, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except Exception as error:  # of any type: a damaged byte leads torch's unpickler anywhere
         raise ConfigError(
             f"{file} cannot be read as weights: save a dictionary of tensors alone, best as safetensors"
         ) from error
@@ -111,13 +112,3 @@ def _find_tensors(content: Any, file: Path) -> dict[str, Tensor]:
     if not tensors:
         raise ConfigError(f'{file} holds no named tensors, at its top or under "model" or "state_dict"')
     return tensors
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    """Put `content` at `path` so that a reader sees the old file or the new one, also after a power cut."""
-    beside = path.with_name(f".{path.name}.partial")
-    with beside.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)

@@ -1,9 +1,13 @@
+import contextlib
 import json
+import random
 from pathlib import Path
 
 import pytest
 import timm
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from cmae_scale.core.errors import ConfigError
@@ -88,7 +92,7 @@ def test_an_interrupted_export_leaves_the_older_one(tmp_path: Path, monkeypatch:
     def full_disk(_: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("cmae_scale.models.weights.os.fsync", full_disk)
+    monkeypatch.setattr("os.fsync", full_disk)
     with pytest.raises(OSError, match="No space left"):
         export_encoder(build_encoder(TINY, views).state_dict(), tmp_path, model=TINY, views=views)
     assert torch.equal(read_weights(tmp_path)["cls_token"], state["cls_token"])
@@ -126,11 +130,29 @@ def test_code_in_a_torch_file_is_refused_and_never_runs(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["weights.pth", "weights.safetensors"])
-@pytest.mark.parametrize("content", [b"", b"not weights", b"\x80\x04\x95 cut", b"PK\x03\x04 cut"])
+@pytest.mark.parametrize("content", [b"", b"not weights", b"\x80\x02} cut", b"PK\x03\x04 cut"])
 def test_damaged_files_are_an_error_that_names_them(tmp_path: Path, name: str, content: bytes) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ConfigError, match=name):
         read_weights(tmp_path / name)
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("name", ["weights.pth", "weights.safetensors"])
+@given(seed=st.integers(0, 2**32))
+@settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_flipped_bytes_give_tensors_or_the_error_for_users(tmp_path: Path, name: str, seed: int) -> None:
+    path, tensors = tmp_path / name, {"a": torch.ones(3)}
+    if name.endswith(".pth"):
+        torch.save(tensors, path, _use_new_zipfile_serialization=False)
+    else:
+        save_file(tensors, path)
+    damaged, dice = bytearray(path.read_bytes()), random.Random(seed)
+    for _ in range(3):
+        damaged[dice.randrange(len(damaged))] = dice.randrange(256)
+    path.write_bytes(damaged)
+    with contextlib.suppress(ConfigError):
+        read_weights(path)
 
 
 def test_a_file_without_tensors_is_an_error(tmp_path: Path) -> None:
