@@ -73,8 +73,8 @@ def find_damages(index: ShardIndex, shard: ShardInfo) -> Iterator[str]:
             keys.add(sample.key)
             if image_extension(sample.image) is None:
                 yield f"{path}: sample '{sample.key}' is not a JPEG, PNG or WebP image"
-            if sample.label is not None and sample.label >= max(1, len(index.classes)):
-                yield f"{path}: sample '{sample.key}' has label {sample.label} of {len(index.classes)} classes"
+            if sample.label is not None and sample.label >= len(index.classes):
+                yield f"{path}: sample '{sample.key}' has label {sample.label}, there are {len(index.classes)}"
     except DataError as error:
         yield str(error)
 

@@ -34,6 +34,6 @@ class BadSamples:
         if self.count > self.max_fraction * max(seen, GRACE_SAMPLES):
             shown = "; ".join(f"{key}: {reason}" for key, reason in list(self.reasons.items())[:SHOWN])
             raise DataError(
-                f"{self.count} of {seen} samples could not be decoded ({shown}): run data_prep/check_shards.py, "
+                f"{self.count} of {seen} samples could not be decoded ({shown}): run check_shards.py, "
                 f"or raise cmae.data.max_bad_fraction ({self.max_fraction:g})"
             )

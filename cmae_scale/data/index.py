@@ -15,7 +15,7 @@ from cmae_scale.core.files import write_text
 INDEX_FORMAT = 1
 INDEX_NAME = "index.json"
 
-REMEDY = "run the same make_shards command again (it makes what is missing), or copy the file again"
+REMEDY = "delete it and run the same make_shards command again (it makes what is missing), or copy it again"
 
 PositiveInt = Annotated[int, Field(ge=1)]
 
@@ -80,7 +80,7 @@ def parse_index(folder: Path) -> ShardIndex:
             f"{folder} holds no {INDEX_NAME}: make its shards with `python data_prep/make_shards.py "
             f"--source imagefolder --root IMAGES --out {folder}` (the same command goes on where one stopped)"
         ) from None
-    parsed = _parse_index(text, path)
+    parsed = _validate(text, path)
     names = [shard.name for shard in parsed.shards]
     if len(set(names)) < len(names):
         raise DataError(f"{path} lists a shard twice: make the shards again")
@@ -93,11 +93,9 @@ def parse_index(folder: Path) -> ShardIndex:
 
 def open_shards(folders: str | Sequence[str]) -> ShardIndex:
     """The index of one folder, or of several read as one data set (the setting cmae.data.shards)."""
-    return (
-        read_index(folders)
-        if isinstance(folders, str)
-        else join_indexes([read_index(folder) for folder in folders])
-    )
+    if isinstance(folders, str):
+        return read_index(folders)
+    return join_indexes([read_index(folder) for folder in folders])
 
 
 def join_indexes(indexes: Sequence[ShardIndex]) -> ShardIndex:
@@ -151,7 +149,7 @@ def write_index(index: ShardIndex) -> None:
     write_text(index.folder / INDEX_NAME, f'{head},\n  "shards": [\n{lines}\n  ]\n}}\n')
 
 
-def _parse_index(text: bytes, path: Path) -> _IndexFile:
+def _validate(text: bytes, path: Path) -> _IndexFile:
     try:
         content = json.loads(text)
     except ValueError as error:
@@ -173,6 +171,8 @@ def _check_size(path: Path, shard: ShardInfo) -> None:
     try:
         size = path.stat().st_size
     except OSError:
-        raise DataError(f"{path} is missing though {INDEX_NAME} lists it: {REMEDY}") from None
+        raise DataError(
+            f"{path} is missing: run the same make_shards command again, or copy it again"
+        ) from None
     if size != shard.bytes:
         raise DataError(f"{path} has {size} bytes, {INDEX_NAME} says {shard.bytes}: {REMEDY}")
