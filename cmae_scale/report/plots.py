@@ -96,12 +96,12 @@ def write_curves(
     across = min(3, len(panels))
     down = math.ceil(len(panels) / across)
     figure = build_figure(width_in=max(6.5, 4.4 * across), height_in=3.1 * down + 0.7)
-    top = 1 - 0.28 / figure.get_figheight()
-    figure.text(0.012, top, title, va="center", size=15, weight="bold", color=INK)
+    inch = 1 / figure.get_figheight()
+    figure.text(0.012, 1 - 0.28 * inch, title, va="center", size=15, weight="bold", color=INK)
     for place, panel in enumerate(panels, start=1):
         axes = figure.add_subplot(down, across, place)
         _draw(axes, panel, metrics, chance=chance if panel.metric == "contrast" else None)
-    figure.tight_layout(rect=(0, 0, 1, top), h_pad=1.6, w_pad=1.6)
+    figure.tight_layout(rect=(0, 0, 1, 1 - 0.5 * inch), h_pad=1.6, w_pad=1.6)
     write_figure(figure, Path(path))
 
 
