@@ -74,7 +74,7 @@ def find_damages(index: ShardIndex, shard: ShardInfo) -> Iterator[str]:
             if image_extension(sample.image) is None:
                 yield f"{path}: sample '{sample.key}' is not a JPEG, PNG or WebP image"
             if sample.label is not None and sample.label >= len(index.classes):
-                yield f"{path}: sample '{sample.key}' has label {sample.label}, there are {len(index.classes)}"
+                yield f"{path}: sample '{sample.key}' has label {sample.label}, which no class has"
     except DataError as error:
         yield str(error)
 

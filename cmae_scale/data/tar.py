@@ -66,9 +66,7 @@ def read_samples(path: Path, *, first: int, count: int, expected: ShardInfo) -> 
             with io.BufferedReader(raw, READ_BYTES) as file:
                 yield from _take(file, start, count=count, ends=first + count == expected.samples)
     except _Damage as damage:
-        raise DataError(
-            f"{path} is damaged: {damage}, expected {expected.samples} samples. {REMEDY}"
-        ) from None
+        raise DataError(f"{path} ({expected.samples} samples) is damaged: {damage}: {REMEDY}") from None
 
 
 def _open(path: Path, expected: ShardInfo) -> io.FileIO:
