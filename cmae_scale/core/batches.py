@@ -17,6 +17,11 @@ class BatchSizes:
     micro: int
     accumulation: int
 
+    @property
+    def local(self) -> int:
+        """Images per optimizer step of one rank."""
+        return self.micro * self.accumulation
+
 
 def plan_batch(deepspeed: Mapping[str, Any], *, ranks: int) -> BatchSizes:
     """The three sizes on `ranks` processes; what is "auto" or missing follows from the rest.

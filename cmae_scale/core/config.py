@@ -29,6 +29,11 @@ class Run:
         """The run folder: cmae.out, or runs/<name of the run file>."""
         return Path(self.cmae.out or f"runs/{self.path.stem}")
 
+    @property
+    def peak_lr(self) -> float:
+        """Learning rate after warm-up, once resolved."""
+        return float(self.deepspeed["optimizer"]["params"]["lr"])
+
 
 def read_run(path: str | Path, overrides: Sequence[str] = ()) -> Run:
     """The run that a file describes, after `overrides` such as "cmae.mask.ratio=0.65" (place=JSON value).
@@ -55,6 +60,9 @@ def resolve_run(run: Run, *, batch: BatchSizes, total_steps: int, warmup_steps: 
     """
     tree = json.loads(json.dumps(run.deepspeed))
     tree[TOTAL], tree[MICRO], tree[STEPS] = batch.total, batch.micro, batch.accumulation
+    if "optimizer" not in tree:
+        raise ConfigError(f'{run.path}: "optimizer" is missing: write {{"type": "AdamW", "params": {{...}}}}')
+    tree["optimizer"].setdefault("params", {}).setdefault("lr", "auto")
     peak = run.cmae.schedule.base_lr * batch.total / 256
     known = {
         ("optimizer", "lr"): peak,

@@ -44,6 +44,7 @@ def read_steps(text: str, *, clock: Clock, place: str) -> int:
 class Timetable:
     """The run in optimizer steps. A warm-up longer than the run is cut short by its end."""
 
+    steps_per_epoch: int
     total_steps: int
     warmup_steps: int
     save_every_steps: int
@@ -55,10 +56,11 @@ def plan_timetable(cfg: CmaeConfig, *, steps_per_epoch: int, batch_samples: int)
     total = read_steps(cfg.schedule.duration, clock=clock, place="cmae.schedule.duration")
     if total < 1:
         raise ConfigError(
-            f'cmae.schedule.duration "{cfg.schedule.duration}" is less than one step of {batch_samples} images'
+            f'cmae.schedule.duration "{cfg.schedule.duration}" is less than a step of {batch_samples} images'
         )
     clock = replace(clock, total_steps=total)
     return Timetable(
+        steps_per_epoch=steps_per_epoch,
         total_steps=total,
         warmup_steps=read_steps(cfg.schedule.warmup, clock=clock, place="cmae.schedule.warmup"),
         save_every_steps=max(1, read_steps(cfg.checkpoint.every, clock=clock, place="cmae.checkpoint.every")),

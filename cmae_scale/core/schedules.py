@@ -2,6 +2,10 @@
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
+
+from cmae_scale.core.durations import Timetable
+from cmae_scale.core.settings import CmaeConfig
 
 
 @dataclass(frozen=True)
@@ -42,3 +46,28 @@ class TargetMomentum:
         if not self.is_cosine:
             return self.base
         return 1 - (1 - self.base) * 0.5 * (1 + math.cos(math.pi * min(1.0, step / max(1, self.total_steps))))
+
+
+class Schedules(NamedTuple):
+    """What changes from step to step."""
+
+    lr: WarmupCosine
+    momentum: TargetMomentum
+
+
+def plan_schedules(cfg: CmaeConfig, *, peak_lr: float, times: Timetable) -> Schedules:
+    """The schedules of a run file over its timetable."""
+    return Schedules(
+        lr=WarmupCosine(
+            peak=peak_lr,
+            total_steps=times.total_steps,
+            warmup_steps=times.warmup_steps,
+            warmup_start=cfg.schedule.warmup_start,
+            min_lr=cfg.schedule.min_lr,
+        ),
+        momentum=TargetMomentum(
+            base=cfg.target.momentum,
+            total_steps=times.total_steps,
+            is_cosine=cfg.target.momentum_schedule == "cosine",
+        ),
+    )

@@ -109,8 +109,8 @@ def check_stamp(path: Path, *, stamp: Stamp) -> None:
         if written.get(name) != value:
             raise ConfigError(
                 f"{path} (step {step}) was written with {name} {_brief(written.get(name), value)}, "
-                f"this run has {_brief(value, written.get(name))}: go on with the old value, or start anew with --out or "
-                "--set cmae.checkpoint.resume=never"
+                f"this run has {_brief(value, written.get(name))}: go on with the old value, or start anew "
+                "with --out or --set cmae.checkpoint.resume=never"
             )
 
 

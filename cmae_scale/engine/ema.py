@@ -90,4 +90,4 @@ def _is_kept_whole(parameter: nn.Parameter) -> bool:
     shard: Any = getattr(parameter, "ds_tensor", None)
     if shard is None or parameter.data.numel() != parameter.ds_numel:  # type: ignore[attr-defined]
         return False
-    return parameter.data_ptr() != shard.data_ptr()
+    return bool(parameter.data_ptr() != shard.data_ptr())

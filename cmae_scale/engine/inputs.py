@@ -1,4 +1,4 @@
-"""From the loader's images to what a forward pass sees: views and mask noise of this rank's rows of a step."""
+"""From the loader's images to what a forward pass sees: the views and mask noise of its rows."""
 
 from dataclasses import dataclass
 
@@ -14,9 +14,10 @@ from cmae_scale.engine.step import MicroBatch
 
 @dataclass(frozen=True)
 class StepDraws:
-    """All random numbers of one step's global batch. Every rank draws all of them and uses its own rows,
+    """All random numbers of one step's global batch.
 
-    so views and masks do not depend on the number of ranks or micro-batches.
+    Every rank draws all of them and uses its own rows, so that views and masks do not depend on the number of
+    ranks or micro-batches.
     """
 
     numbers: ViewNumbers
@@ -26,7 +27,7 @@ class StepDraws:
     def prepare(
         self, images: UInt8[Tensor, "batch crops 3 side side"], *, first_row: int, cfg: CmaeConfig
     ) -> MicroBatch:
-        """The micro-batch made of `images`, which are rows `first_row`... of the global batch."""
+        """The micro-batch made of `images`, which begin at row `first_row` of the global batch."""
         count, device = len(images), images.device
         numbers = self.numbers.rows(first_row, count)
         if cfg.has_contrast:

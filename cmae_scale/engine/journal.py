@@ -11,9 +11,11 @@ from typing import Any
 import torch
 
 from cmae_scale.core.collectives import sum_of_ranks
+from cmae_scale.core.durations import Timetable
 from cmae_scale.core.files import write_text
-from cmae_scale.core.progress import Progress
+from cmae_scale.core.progress import Progress, format_seconds
 from cmae_scale.engine.meter import Meter
+from cmae_scale.engine.optim import read_learning_rate
 from cmae_scale.engine.session import Session
 from cmae_scale.engine.step import StepLosses
 
@@ -26,9 +28,9 @@ _MONITORED = ("loss", "pixel", "contrast", "lr", "momentum", "grad_norm", "sampl
 class Journal:
     """Collects every step and writes a line when asked. All ranks call its methods; the first one writes."""
 
-    def __init__(self, session: Session, *, total_steps: int, steps_per_epoch: int) -> None:
+    def __init__(self, session: Session, *, times: Timetable) -> None:
         self.session = session
-        self.steps_per_epoch = steps_per_epoch
+        self.times = times
         self.batch_samples: int = session.run.deepspeed["train_batch_size"]
         self.path = session.run.out / "metrics.jsonl"
         self.meter = Meter()
@@ -36,8 +38,14 @@ class Journal:
         self.progress: Progress | None = None
         if session.place.world.is_first:
             drop_later_lines(self.path, step=session.first_step)
-            self.progress = Progress(total_steps, first_step=session.first_step)
+            self.progress = Progress(times.total_steps, first_step=session.first_step)
+        self._opened_s = time.monotonic()
         self._start_interval(session.first_step)
+
+    @property
+    def samples_of_rank(self) -> int:
+        """Images that this rank has trained on since it started."""
+        return (self._first - self.session.first_step) * self.batch_samples // self.session.place.world.size
 
     def say(self, text: str) -> None:
         """Lines for people."""
@@ -55,7 +63,7 @@ class Journal:
         """Remember a step. Waits for nothing."""
         self.meter.add(step, losses, keys=keys)
 
-    def write(self, done: int, *, lr: float, momentum: float, bad_samples: int) -> None:
+    def write(self, done: int, *, momentum: float, bad_samples: int) -> None:
         """The line of the steps since the last one; `done` optimizer steps are done.
 
         The only place of the loop where the host waits for the device. Raises DivergedError on all ranks when
@@ -71,11 +79,11 @@ class Journal:
         metrics: Metrics = {
             "step": done,
             "samples": done * self.batch_samples,
-            "epoch": round(done / self.steps_per_epoch, 4),
+            "epoch": round(done / self.times.steps_per_epoch, 4),
             "loss": means.total,
             "pixel": means.pixel,
             "contrast": means.contrast,
-            "lr": lr,
+            "lr": read_learning_rate(self.session.engine),
             "momentum": momentum,
             "grad_norm": read_grad_norm(self.session.engine),
             "samples_per_s": round(samples / elapsed_s, 2),
@@ -90,6 +98,15 @@ class Journal:
             write_monitors(self.session.engine, metrics)
             self.progress.report(done, _figures(metrics, has_contrast=self.session.run.cmae.has_contrast))
         self._start_interval(done)
+
+    def summarise(self) -> str:
+        """The closing line."""
+        seconds = format_seconds(time.monotonic() - self._opened_s)
+        steps = f"{self.times.total_steps} steps"
+        if not self.last:
+            return f"{steps} were done already"
+        figures = ", ".join(f"{name} {self.last[name]:.4f}" for name in ("loss", "pixel", "contrast"))
+        return f"done: {steps}, {self.last['samples']:,} images, {seconds}; at the end {figures}"
 
     def close(self) -> None:
         """End the progress line."""

@@ -29,6 +29,12 @@ def weight_decay_groups(model: nn.Module, *, weight_decay: float) -> list[dict[s
 
 
 def set_learning_rate_(engine: Any, lr: float) -> None:
-    """Make the engine's next update use `lr` in every group."""
-    for group in engine.optimizer.param_groups:
-        group["lr"] = lr
+    """Make the engine's next update use `lr`, unless the run file names a DeepSpeed scheduler of its own."""
+    if engine.lr_scheduler is None:
+        for group in engine.optimizer.param_groups:
+            group["lr"] = lr
+
+
+def read_learning_rate(engine: Any) -> float:
+    """The learning rate in force."""
+    return float(engine.optimizer.param_groups[0]["lr"])

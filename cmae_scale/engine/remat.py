@@ -29,8 +29,9 @@ _KEPT_OPS = frozenset(
 def choose_block_runner(remat: Remat, *, settings: dict[str, Any]) -> BlockRunner | None:
     """How to run `block(tokens)`: None keeps all activations.
 
-    An "activation_checkpointing" object among DeepSpeed's settings turns on its own full checkpointing (with its partitioning and CPU options). Otherwise `remat` decides: "full" keeps each block's input,
-    "selective" also the results of matrix products and attention. Raises ConfigError when both are asked for.
+    An "activation_checkpointing" object among DeepSpeed's settings turns on its own full checkpointing, with
+    its partitioning and CPU options. Otherwise `remat` decides: "full" keeps each block's input, "selective"
+    also the results of matrix products and attention. Raises ConfigError when both are asked for.
     """
     if "activation_checkpointing" in settings:
         if remat == "selective":

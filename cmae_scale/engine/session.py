@@ -1,6 +1,5 @@
 """A run that is under way: model, engine, target average and training states kept in step with each other."""
 
-from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +8,7 @@ import torch
 from torch import nn
 
 from cmae_scale.core.config import Run, dump_run
+from cmae_scale.core.durations import Timetable
 from cmae_scale.core.errors import ConfigError
 from cmae_scale.core.files import write_text
 from cmae_scale.core.settings import CmaeConfig
@@ -92,7 +92,7 @@ def start_session(run: Run, *, place: Place, data_order: str) -> Session:
 
 
 def choose_run_attention(cfg: CmaeConfig, *, device: torch.device, dtype: torch.dtype) -> AttentionChoice:
-    """The kernel for the run's largest attention, the target encoder's (a plain MAE's: the pixel decoder's)."""
+    """The kernel for the encoder's heads on a whole image, the run's largest attention."""
     size = read_size(cfg.model)
     tokens = (cfg.views.img_px // cfg.model.patch_size) ** 2 + 1
     return choose_attention(
@@ -117,7 +117,7 @@ def count_trainable(module: nn.Module) -> int:
     return sum(getattr(p, "ds_numel", p.numel()) for p in module.parameters() if p.requires_grad)
 
 
-def describe(session: Session, *, facts: Sequence[str]) -> str:
+def describe(session: Session, *, images: int, times: Timetable) -> str:
     """What runs, in a few lines."""
     cfg, model = session.run.cmae, session.engine.module
     name = cfg.model.encoder or f"ViT {cfg.model.embed_dim} wide, {cfg.model.depth} deep"
@@ -128,7 +128,8 @@ def describe(session: Session, *, facts: Sequence[str]) -> str:
     )
     lines = [
         f"{method} {name}: {count_trainable(model) / 1e6:.1f} M trainable parameters",
-        *facts,
+        f"{images:,} images, {times.total_steps} steps of {session.stamp.train_batch_size}, "
+        f"{times.steps_per_epoch} an epoch",
         f"{session.place.world.size} x {device.type} ({hardware}), ZeRO {session.stamp.zero_stage}, "
         f"{session.stamp.precision}, attention {session.attention.name}, remat {cfg.model.remat}",
         f"run folder {session.run.out}"

@@ -135,10 +135,6 @@ def _forget_rehearsal(engine: Engine) -> None:
 
 def _check(settings: dict[str, Any], run: Run) -> None:
     """Let DeepSpeed read the config before anything is built, and say its complaint in one sentence."""
-    if "optimizer" not in settings:
-        raise ConfigError(
-            f'{run.path}: "optimizer" is missing: write {{"type": "AdamW", "params": {{"lr": "auto"}}}}'
-        )
     try:
         DeepSpeedConfig(dict(settings))
     except ValidationError as error:

@@ -1,0 +1,151 @@
+"""Pre-train a vision transformer as a contrastive masked autoencoder, as one run file says.
+
+Each step, in the order of `train`: the plan says which samples; the loader decodes them to uint8 masters;
+on the device they become an online view and a shifted, coloured target view; the online branch predicts the
+pixels of the hidden patches and a query, the target branch a key; after the update the target follows.
+"""
+
+import math
+import sys
+from collections.abc import Sequence
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if __package__ in (None, ""):  # started by path: this folder is first on sys.path, the repository should be
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from cmae_scale.core.batches import plan_batch
+from cmae_scale.core.cli import build_parser, read_overrides, run_command
+from cmae_scale.core.config import Run, read_run, resolve_run
+from cmae_scale.core.durations import plan_timetable
+from cmae_scale.core.schedules import plan_schedules
+
+if TYPE_CHECKING:
+    from cmae_scale.data import ShardIndex
+    from cmae_scale.engine.journal import Journal
+    from cmae_scale.engine.session import Session
+
+EXAMPLES = """\
+  deepspeed cmae_scale/pretrain.py --deepspeed_config ds_configs/quickstart.json
+  deepspeed --num_gpus 2 cmae_scale/pretrain.py --deepspeed_config ds_configs/vits.json \\
+      --set cmae.data.shards=shards/imagenette zero_optimization.stage=2 --out runs/imagenette
+  python -m cmae_scale.pretrain --deepspeed_config ds_configs/quickstart.json --stop_at 20
+the same command again goes on from the newest checkpoint in the run folder"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status of the command."""
+    return run_command(pretrain, argv)
+
+
+def pretrain(argv: Sequence[str] | None) -> None:
+    """Read what to do before torch and DeepSpeed take their seconds to load: a typo is told at once."""
+    parser = build_parser(__doc__.splitlines()[0], examples=EXAMPLES)
+    parser.add_argument(
+        "--stop_at",
+        type=int,
+        metavar="STEP",
+        help="save and end after this step; the same command goes on later",
+    )
+    args = parser.parse_args(argv)
+    train(read_run(args.deepspeed_config, read_overrides(args)), stop_at=args.stop_at)
+
+
+def train(run: Run, *, stop_at: int | None = None) -> None:
+    """The run on this rank: to its end, with an exported encoder, or to `stop_at`, with a saved state."""
+    from cmae_scale.data import BadSamples, copy_ahead, open_batches, open_shards, plan_data
+    from cmae_scale.engine.inputs import draw_step
+    from cmae_scale.engine.journal import Journal
+    from cmae_scale.engine.optim import set_learning_rate_
+    from cmae_scale.engine.session import describe, start_session
+    from cmae_scale.engine.start import start_processes
+    from cmae_scale.engine.step import train_step
+
+    place = start_processes()
+    rank, ranks = place.world.rank, place.world.size
+    index = open_shards(run.cmae.data.shards)
+    batch = plan_batch(run.deepspeed, ranks=ranks)
+    plan = plan_data(index, run.cmae.data, global_batch=batch.total, seed=run.cmae.seed)
+    times = plan_timetable(run.cmae, steps_per_epoch=plan.steps_per_epoch, batch_samples=batch.total)
+    run = resolve_run(run, batch=batch, total_steps=times.total_steps, warmup_steps=times.warmup_steps)
+    cfg = run.cmae
+    schedules = plan_schedules(cfg, peak_lr=run.peak_lr, times=times)
+
+    session = start_session(run, place=place, data_order=plan.fingerprint)
+    journal = Journal(session, times=times)
+    journal.say(describe(session, images=index.total, times=times))
+    steps = range(session.first_step, min(times.total_steps, stop_at or times.total_steps))
+    bad = BadSamples(cfg.data.max_bad_fraction)
+    loader = open_batches(
+        index,
+        plan,
+        views=cfg.views,
+        data=cfg.data,
+        rank=rank,
+        ranks=ranks,
+        accumulation=batch.accumulation,
+        first_step=steps.start,
+        end_step=steps.stop,
+        pin=place.device.type == "cuda",
+        bad=bad,
+    )
+    with loader, session.use_attention():
+        masters = copy_ahead(loader, place.device)
+        for step in steps:
+            draws = draw_step(cfg, total=batch.total, step=step)
+            with journal.waiting_for_data():
+                parts = list(islice(masters, batch.accumulation))
+            first_rows = range(rank * batch.local, (rank + 1) * batch.local, batch.micro)
+            micro_batches = [
+                draws.prepare(part.images, first_row=row, cfg=cfg)
+                for part, row in zip(parts, first_rows, strict=True)
+            ]
+            set_learning_rate_(session.engine, schedules.lr.at(step))
+            losses = train_step(session.engine, micro_batches, cfg=cfg, rank=rank)
+            session.update_target_(schedules.momentum.at(step))
+            journal.add(step, losses, keys=[key for part in parts for key in part.keys])
+            done = step + 1
+            saves = done % times.save_every_steps == 0 or done == steps.stop
+            if saves or done % cfg.monitor.log_every == 0:
+                journal.write(done, momentum=schedules.momentum.at(step), bad_samples=bad.count)
+                bad.check(journal.samples_of_rank)
+            if saves:
+                session.save(done)
+        if steps.stop == times.total_steps:
+            finish(session, journal, training=index)
+    journal.close()
+
+
+def finish(session: "Session", journal: "Journal", *, training: "ShardIndex") -> None:
+    """What a finished run leaves for people and for the next tool: pictures, encoder, summary."""
+    from cmae_scale.data import open_shards, read_held_out
+    from cmae_scale.engine.preview import preview
+    from cmae_scale.report import read_metrics, write_curves, write_reconstructions
+
+    run, cfg = session.run, session.run.cmae
+    encoder = session.export()
+    pictures = run.out / "pictures"
+    if cfg.monitor.pictures:
+        held_out = open_shards(cfg.data.val_shards) if cfg.data.val_shards else training
+        masters, _ = read_held_out(
+            held_out, count=cfg.monitor.pictures, views=cfg.views, max_mpx=cfg.data.max_image_mpx
+        )
+        sheet = preview(session.engine, masters.to(session.place.device), cfg=cfg)
+        if session.place.world.is_first:
+            write_reconstructions(
+                pictures / "reconstructions.png",
+                images=sheet.image,
+                hidden=sheet.hidden,
+                reconstructed=sheet.reconstructed,
+                target=sheet.target if cfg.has_contrast else None,
+            )
+    if session.place.world.is_first:
+        chance = math.log(run.deepspeed["train_batch_size"]) if cfg.loss.contrast == "infonce" else None
+        write_curves(pictures / "curves.png", metrics=read_metrics(journal.path), chance=chance)
+        journal.say(journal.summarise())
+        journal.say(f"encoder {encoder} (timm: local-dir:{encoder}), pictures {pictures}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
