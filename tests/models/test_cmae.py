@@ -203,6 +203,12 @@ def test_either_view_may_be_left_out(views: tuple[Tensor, Tensor], noise: Tensor
     assert torch.equal(target_alone.key, both.key)
 
 
+def test_the_target_branch_records_no_graph_even_for_views_with_gradient(
+    views: tuple[Tensor, Tensor],
+) -> None:
+    assert not build_cmae(settings())(None, views[1].requires_grad_()).key.requires_grad
+
+
 def test_gradients_reach_the_online_branch_and_nothing_else(
     views: tuple[Tensor, Tensor], noise: Tensor
 ) -> None:
