@@ -69,8 +69,9 @@ def open_batches(
     """All micro-batches of this rank for steps `first_step` to `end_step`, `accumulation` of them per step.
 
     What they hold depends on the plan alone: workers, ranks and where it begins change nothing. A damaged
-    shard raises DataError at the batch that needs it. An image that cannot be decoded is noted in `bad`, and
-    another of its shuffle block stands in for it. `pin` allocates page-locked memory, for copies to a GPU.
+    shard raises DataError once all batches that came before the damage are consumed. An image that cannot be
+    decoded is noted in `bad`, and another of its shuffle block stands in for it. `pin` allocates page-locked
+    memory, for copies to a GPU.
     """
     stop = threading.Event()
     raw_batches = read_raw_batches(
