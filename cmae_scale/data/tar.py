@@ -20,7 +20,7 @@ from cmae_scale.data.index import REMEDY, ShardInfo
 BLOCK = 512  # Source: POSIX.1-2001, pax and ustar interchange format; so are the places of fields below
 END = bytes(BLOCK)
 CHECKSUM = slice(148, 156)
-READ_BYTES = 1 << 20  # of one read call while samples are taken
+READ_BYTES = 1 << 18  # of one read call; each stream holds one such buffer
 
 IMAGE_ENDINGS = frozenset(("jpg", "jpeg", "png", "webp"))
 LABEL_ENDING = "cls"

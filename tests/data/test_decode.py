@@ -120,7 +120,7 @@ def test_areas_and_shapes_are_spread_as_asked() -> None:
 def test_a_master_is_torchvisions_resized_crop_bit_for_bit(width: int, height: int) -> None:
     image = picture(width, height)
     numbers = [draws(n) for n in range(6)]
-    crops = decode_master(encode(image), side=48, scale=SCALE, ratio=RATIO, max_mpx=50, draws=numbers)
+    crops = decode_master(encode(image), side=48, scale=SCALE, ratio=RATIO, max_mpx=50.0, draws=numbers)
     for crop, number in zip(crops, numbers, strict=True):
         box = random_crop_box(width, height, scale=SCALE, ratio=RATIO, draws=number)
         expected = tv.resized_crop(
@@ -144,7 +144,7 @@ def test_the_centre_is_torchvisions_resize_and_center_crop_bit_for_bit(
 ) -> None:
     image = picture(width, height)
     expected = tv.center_crop(tv.resize(image, side, InterpolationMode.BICUBIC), [side, side])
-    centre = decode_centre(encode(image), side=side, max_mpx=50)
+    centre = decode_centre(encode(image), side=side, max_mpx=50.0)
     np.testing.assert_array_equal(centre, np.asarray(expected).transpose(2, 0, 1))
 
 
@@ -155,15 +155,15 @@ def test_exif_rotation_is_applied_and_nonsense_ignored(orientation: int) -> None
     exif[0x0112] = orientation
     data = encode(image, "JPEG", exif=exif, quality=95)
     upright = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
-    assert decode_image(data, max_mpx=1).size == upright.size
-    np.testing.assert_array_equal(np.asarray(decode_image(data, max_mpx=1)), np.asarray(upright))
+    assert decode_image(data, max_mpx=1.0).size == upright.size
+    np.testing.assert_array_equal(np.asarray(decode_image(data, max_mpx=1.0)), np.asarray(upright))
 
 
 @pytest.mark.filterwarnings("ignore:.*EXIF data")
 def test_broken_exif_does_not_cost_the_image() -> None:
     image = picture(60, 40)
     data = encode(image, "JPEG", exif=b"Exif\0\0MM\0\x2a\xff\xff\xff\xff garbage")
-    assert decode_image(data, max_mpx=1).size == (60, 40)
+    assert decode_image(data, max_mpx=1.0).size == (60, 40)
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "I;16"])
@@ -173,7 +173,7 @@ def test_every_png_mode_becomes_rgb(mode: str) -> None:
     else:
         image = picture(64, 64).convert("RGB" if mode == "LA" else mode)
         image = image.convert(mode)
-    decoded = decode_image(encode(image), max_mpx=1)
+    decoded = decode_image(encode(image), max_mpx=1.0)
     assert decoded.mode == "RGB"
     if mode == "I;16":
         assert decoded.getextrema() == ((0, 255),) * 3, "16 bits are scaled to 8, not clipped"
@@ -185,20 +185,20 @@ def test_every_png_mode_becomes_rgb(mode: str) -> None:
     ("form", "mode"), [("JPEG", "L"), ("JPEG", "CMYK"), ("WEBP", "RGB"), ("WEBP", "RGBA")]
 )
 def test_other_formats_and_modes_become_rgb(form: str, mode: str) -> None:
-    decoded = decode_image(encode(picture(40, 30).convert(mode), form), max_mpx=1)
+    decoded = decode_image(encode(picture(40, 30).convert(mode), form), max_mpx=1.0)
     assert (decoded.mode, decoded.size) == ("RGB", (40, 30))
 
 
 def test_a_palette_with_transparency_raises_no_warning(recwarn: pytest.WarningsRecorder) -> None:
     image = picture(40, 30).convert("P")
-    assert decode_image(encode(image, transparency=bytes(range(256))), max_mpx=1).mode == "RGB"
+    assert decode_image(encode(image, transparency=bytes(range(256))), max_mpx=1.0).mode == "RGB"
     assert not recwarn.list
 
 
 @pytest.mark.parametrize("form", ["GIF", "BMP", "TIFF", "PPM", "ICO"])
 def test_formats_outside_of_the_list_are_refused_whatever_pillow_can(form: str) -> None:
     with pytest.raises(DataError, match="not a JPEG, PNG or WebP image"):
-        decode_image(encode(picture(40, 30), form), max_mpx=1)
+        decode_image(encode(picture(40, 30), form), max_mpx=1.0)
 
 
 @pytest.mark.parametrize(
@@ -225,9 +225,9 @@ def png_header(width: int, height: int) -> bytes:
 
 def test_a_header_that_announces_too_many_pixels_is_refused_before_decoding() -> None:
     with pytest.raises(DataError, match="8000x7000 is 56 megapixels, above the limit of 50"):
-        open_image(png_header(8000, 7000), max_mpx=50)
+        open_image(png_header(8000, 7000), max_mpx=50.0)
     with pytest.raises(DataError):
-        open_image(png_header(100_000, 100_000), max_mpx=50)
+        open_image(png_header(100_000, 100_000), max_mpx=50.0)
 
 
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
@@ -235,7 +235,7 @@ def test_a_cut_image_is_a_data_error_and_never_a_half_picture(form: str) -> None
     data = encode(picture(200, 150), form)
     for cut in [0, 1, 3, 12, 30, len(data) // 4, len(data) // 2, len(data) * 3 // 4]:
         with pytest.raises(DataError):
-            decode_image(data[:cut], max_mpx=1)
+            decode_image(data[:cut], max_mpx=1.0)
 
 
 @pytest.mark.filterwarnings("ignore:.*EXIF data")
@@ -252,7 +252,7 @@ def test_noise_in_an_image_gives_pixels_or_a_data_error_and_nothing_else(
     place = int(at * len(data))
     data[place : place + len(noise)] = noise
     with contextlib.suppress(DataError):
-        assert decode_image(bytes(data), max_mpx=1).mode == "RGB"
+        assert decode_image(bytes(data), max_mpx=1.0).mode == "RGB"
 
 
 EXIF = Image.Exif()
@@ -267,7 +267,7 @@ def test_the_ten_oddities_all_load_upright_and_in_rgb(shared_data: Path) -> None
         for member in tar:
             file = tar.extractfile(member)
             if member.name.endswith(".jpg") and file is not None:
-                image = decode_image(file.read(), max_mpx=50)
+                image = decode_image(file.read(), max_mpx=50.0)
                 assert image.mode == "RGB"
                 sizes[member.name] = image.size
     assert sizes == {
@@ -301,5 +301,7 @@ def test_real_photographs_decode_as_torchvision_does(shared_data: Path) -> None:
                 [256, 256],
                 InterpolationMode.BICUBIC,
             )
-            crop = decode_master(data, side=256, scale=SCALE, ratio=RATIO, max_mpx=50, draws=[draws(number)])
+            crop = decode_master(
+                data, side=256, scale=SCALE, ratio=RATIO, max_mpx=50.0, draws=[draws(number)]
+            )
             np.testing.assert_array_equal(crop[0], np.asarray(expected).transpose(2, 0, 1))

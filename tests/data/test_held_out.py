@@ -43,12 +43,12 @@ def index(tmp_path: Path) -> ShardIndex:
 def test_they_are_spread_evenly_and_step_over_bad_ones(
     index: ShardIndex, count: int, numbers: list[int]
 ) -> None:
-    images, keys = read_held_out(index, count=count, views=VIEWS, max_mpx=1)
+    images, keys = read_held_out(index, count=count, views=VIEWS, max_mpx=1.0)
     assert keys == tuple(f"{number // 4}.tar/{number}" for number in numbers)
     for image, number in zip(images, numbers, strict=True):
-        np.testing.assert_array_equal(image.numpy(), decode_centre(picture(number), side=20, max_mpx=1))
+        np.testing.assert_array_equal(image.numpy(), decode_centre(picture(number), side=20, max_mpx=1.0))
 
 
 def test_never_more_than_there_are(index: ShardIndex) -> None:
     with pytest.raises(DataError, match="none of samples 10 to 10"):
-        read_held_out(index, count=100, views=VIEWS, max_mpx=1)
+        read_held_out(index, count=100, views=VIEWS, max_mpx=1.0)

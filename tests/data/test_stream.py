@@ -143,7 +143,7 @@ def test_each_row_holds_the_planned_sample_with_its_own_crops(index: ShardIndex,
                 for crop in range(crops)
             ]
             expected = decode_master(
-                raw.image, side=20, scale=views.crop_scale, ratio=views.crop_ratio, max_mpx=1, draws=draws
+                raw.image, side=20, scale=views.crop_scale, ratio=views.crop_ratio, max_mpx=1.0, draws=draws
             )
             np.testing.assert_array_equal(batch.images[row].numpy(), expected)
             assert (batch.keys[row], int(batch.labels[row])) == (key, raw.label)
