@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from cmae_scale.core.errors import ConfigError
 from cmae_scale.core.files import PART, write_text
-from cmae_scale.data.index import INDEX_NAME, ShardIndex, ShardInfo
+from cmae_scale.data.index import INDEX_NAME, ShardIndex, ShardInfo, parse_index
 
 OPTIONS_NAME = ".making.json"
 RECORD_ENDING = ".done.json"
@@ -38,10 +38,14 @@ def open_ledger(out: Path, options: dict[str, Any]) -> Iterator[dict[str, Writte
     with _hold(out):
         begun = _read_options(out)
         if begun is None:
+            if any(out.glob("*.tar")):
+                raise ConfigError(
+                    f"{out} holds tar files of unknown origin: write another --out, or delete them"
+                )
             write_text(out / OPTIONS_NAME, json.dumps(options, indent=2))
         elif begun != options:
             raise ConfigError(_describe_change(out, begun, options))
-        for part in out.glob(f".*{PART}"):
+        for part in out.glob(f"*{PART}"):
             part.unlink()
         yield _read_records(out)
 
@@ -80,30 +84,20 @@ def _hold(out: Path) -> Iterator[None]:
 
 def _read_options(out: Path) -> dict[str, Any] | None:
     """The options that the folder was begun with; None for a fresh one."""
-    for name in (OPTIONS_NAME, INDEX_NAME):
-        try:
-            content = json.loads((out / name).read_bytes())
-            return dict(content["options"] if name == INDEX_NAME else content)
-        except FileNotFoundError:
-            continue
-        except (ValueError, KeyError, TypeError):
-            raise ConfigError(f"{out / name} is damaged: delete it, or write another --out") from None
-    return None
+    if (out / OPTIONS_NAME).exists():
+        begun: dict[str, Any] = json.loads((out / OPTIONS_NAME).read_bytes())
+        return begun
+    return parse_index(out).options if (out / INDEX_NAME).exists() else None
 
 
 def _read_records(out: Path) -> dict[str, WrittenShard]:
     """All records whose tar is still there with the right size."""
     records = [json.loads(path.read_bytes()) for path in out.glob(f".*{RECORD_ENDING}")]
+    written = [WrittenShard(ShardInfo(**record["info"]), tuple(record["skipped"])) for record in records]
     if (out / INDEX_NAME).exists():
-        shards = json.loads((out / INDEX_NAME).read_bytes())["shards"]
-        records += [{"info": info, "skipped": []} for info in shards]
-    finished = {}
-    for record in records:
-        info = ShardInfo(**record["info"])
-        path = out / info.name
-        if path.is_file() and path.stat().st_size == info.bytes:
-            finished[info.name] = WrittenShard(info, tuple(record["skipped"]))
-    return finished
+        written += [WrittenShard(info, ()) for info in parse_index(out).shards]
+    sizes = {path.name: path.stat().st_size for path in out.glob("*.tar")}
+    return {shard.info.name: shard for shard in written if sizes.get(shard.info.name) == shard.info.bytes}
 
 
 def _describe_change(out: Path, begun: dict[str, Any], options: dict[str, Any]) -> str:

@@ -6,7 +6,6 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 if __package__ in (
     None,
@@ -19,10 +18,10 @@ from tqdm import tqdm
 from cmae_scale.core.cli import run_command
 from cmae_scale.core.errors import ConfigError, DataError
 from cmae_scale.data.index import ShardIndex, write_index
-from data_prep.layout import ShardTask, hash_listing, plan_shards, shuffle
+from data_prep.layout import Options, ShardTask, describe, plan_shards
 from data_prep.ledger import WrittenShard, drop_records, open_ledger
 from data_prep.sources import SOURCES, Source
-from data_prep.writer import Encoding, ShardWriter, write_shards
+from data_prep.writer import ShardWriter, write_shards
 
 DEFAULT_QUALITY = 90
 LINE_EVERY_S = 5.0
@@ -38,9 +37,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     if args.quality is not None and args.resize_short is None:
         raise ConfigError("--quality needs --resize_short: images are never re-encoded otherwise")
-    out = Path(args.out)
-    for split, source in SOURCES[args.source](Path(args.root) if args.root else None).items():
-        make_shards(source, out / split, args=args)
+    options = Options(
+        source=args.source,
+        seed=args.seed,
+        samples_per_shard=args.samples_per_shard,
+        limit=args.limit,
+        resize_short=args.resize_short,
+        quality=args.quality or DEFAULT_QUALITY,
+    )
+    try:
+        for split, source in SOURCES[args.source](Path(args.root) if args.root else None).items():
+            out = Path(args.out) / split
+            make_shards(source, out, options=options, skip_bad=args.skip_bad, processes=args.processes)
+    except OSError as error:  # a full disk, a folder that may not be read, ...
+        raise DataError(f"{error.filename or args.out}: {error.strerror}") from None
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -81,43 +91,25 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def make_shards(source: Source, out: Path, *, args: argparse.Namespace) -> ShardIndex:
+def make_shards(source: Source, out: Path, *, options: Options, skip_bad: bool, processes: int) -> ShardIndex:
     """Write whatever `out` still lacks, then its index."""
-    items = shuffle(source.items, seed=args.seed)[: args.limit]
-    tasks = plan_shards(items, samples_per_shard=args.samples_per_shard)
-    encoding = Encoding(args.resize_short, quality=args.quality or DEFAULT_QUALITY)
-    writer = ShardWriter(out, source.read, encoding, args.skip_bad)
-    options = describe_options(source, args=args)
+    tasks = plan_shards(source.items, options)
+    writer = ShardWriter(out, source.read, options, skip_bad)
+    description = describe(source.items, options)
     started_s = time.monotonic()
-    with open_ledger(out, options) as finished:
+    with open_ledger(out, description) as finished:
         missing = [task for task in tasks if task.name not in finished]
-        for written in show_progress(
-            write_shards(writer, missing, processes=args.processes), missing, out=out
-        ):
+        for written in show_progress(write_shards(writer, missing, processes=processes), missing, out=out):
             finished[written.info.name] = written
         shards = tuple(finished[task.name].info for task in tasks if finished[task.name].info.samples)
         if not shards:
-            raise DataError(f"none of the {len(items)} files of {source.title} is an image")
+            raise DataError(f"none of the {len(source.items)} files of {source.title} is an image")
         total = sum(shard.samples for shard in shards)
-        index = ShardIndex(out, shards, source.classes, total, source.title, options)
+        index = ShardIndex(out, shards, source.classes, total, source.title, description)
         write_index(index)
         drop_records(index)
     summarise(index, made=sum(len(task.items) for task in missing), seconds=time.monotonic() - started_s)
     return index
-
-
-def describe_options(source: Source, *, args: argparse.Namespace) -> dict[str, Any]:
-    """Everything that decides what a finished shard contains. Not --skip_bad: it lets more of them finish."""
-    return {
-        "source": args.source,
-        "seed": args.seed,
-        "samples_per_shard": args.samples_per_shard,
-        "limit": args.limit,
-        "resize_short": args.resize_short,
-        "quality": args.quality,
-        "files": len(source.items),
-        "listing_sha256": hash_listing(source.items),
-    }
 
 
 def show_progress(

@@ -4,6 +4,7 @@ import hashlib
 import io
 import multiprocessing
 import os
+import signal
 import tarfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -20,19 +21,11 @@ from cmae_scale.core.errors import DataError
 from cmae_scale.core.files import PART, sync
 from cmae_scale.data.decode import decode_image, image_extension, open_image
 from cmae_scale.data.index import ShardInfo
-from data_prep.layout import ShardTask
+from data_prep.layout import Options, ShardTask
 from data_prep.ledger import WrittenShard, record_shard
 from data_prep.sources import Item
 
-MAX_MPX = 1000.0  # training has its own, lower limit; copying needs none, but a header can say anything
-
-
-@dataclass(frozen=True)
-class Encoding:
-    """What happens to an image: nothing, or a smaller JPEG if its short side is above `resize_short` px."""
-
-    resize_short: int | None
-    quality: int
+MAX_MPX = 178.0  # Pillow opens nothing larger (twice its MAX_IMAGE_PIXELS). Training has its own, lower limit
 
 
 @dataclass(frozen=True)
@@ -41,30 +34,25 @@ class ShardWriter:
 
     out: Path
     read: Callable[[Item], bytes]
-    encoding: Encoding
+    options: Options
     skip_bad: bool
 
     def write(self, task: ShardTask) -> WrittenShard:
         """Write the shard of `task` and a record of it. A bad item is a DataError unless `skip_bad`."""
-        skipped = []
-        samples = 0
+        skipped: list[str] = []
         with _write_whole(self.out / task.name) as file:
             hashed = _HashedFile(file)
             with tarfile.open(fileobj=hashed, mode="w", format=tarfile.USTAR_FORMAT) as tar:  # type: ignore[call-overload]
                 for position, item in enumerate(task.items, start=task.first):
                     try:
-                        data = encode(_read(self.read, item), encoding=self.encoding)
+                        image = encode(_read(self.read, item), self.options)
                     except DataError as error:
                         if not self.skip_bad:
-                            raise DataError(
-                                f"{item.name}: {error} (--skip_bad leaves such files out)"
-                            ) from None
+                            raise DataError(f"{item.name}: {error} (--skip_bad leaves it out)") from None
                         skipped.append(f"{item.name}: {error}")
-                        continue
-                    _add_member(tar, f"{position:09d}.{image_extension(data)}", data)
-                    if item.label is not None:
-                        _add_member(tar, f"{position:09d}.cls", str(item.label).encode())
-                    samples += 1
+                    else:
+                        _add_sample(tar, image, key=f"{position:09d}", label=item.label)
+        samples = len(task.items) - len(skipped)
         info = ShardInfo(task.name, samples, hashed.size, hashed.digest.hexdigest())
         written = WrittenShard(info, tuple(skipped))
         record_shard(self.out, written)
@@ -84,7 +72,9 @@ def write_shards(
         initializer=_end_with_parent,
     )
     try:
-        for future in as_completed([pool.submit(writer.write, task) for task in tasks]):
+        with _inherit_no_interrupt():  # processes start while tasks are submitted
+            futures = [pool.submit(writer.write, task) for task in tasks]
+        for future in as_completed(futures):
             yield future.result()
     except BrokenProcessPool:
         raise DataError(
@@ -94,18 +84,18 @@ def write_shards(
         pool.shutdown(cancel_futures=True)
 
 
-def encode(data: bytes, *, encoding: Encoding) -> bytes:
+def encode(data: bytes, options: Options) -> bytes:
     """The bytes to store: the original ones wherever possible. Raises DataError if they are no image."""
-    if encoding.resize_short is None:
+    if options.resize_short is None:
         open_image(data, max_mpx=MAX_MPX)
         return data
     image = decode_image(data, max_mpx=MAX_MPX)
     short = min(image.size)
-    if short <= encoding.resize_short:
+    if short <= options.resize_short:
         return data
-    width, height = (round(side * encoding.resize_short / short) for side in image.size)
+    width, height = (round(side * options.resize_short / short) for side in image.size)
     file = io.BytesIO()
-    image.resize((width, height), Image.Resampling.BICUBIC).save(file, "JPEG", quality=encoding.quality)
+    image.resize((width, height), Image.Resampling.BICUBIC).save(file, "JPEG", quality=options.quality)
     return file.getvalue()
 
 
@@ -152,10 +142,26 @@ def _read(read: Callable[[Item], bytes], item: Item) -> bytes:
         raise DataError(f"cannot be read ({error.strerror})") from None
 
 
+def _add_sample(tar: tarfile.TarFile, image: bytes, *, key: str, label: int | None) -> None:
+    _add_member(tar, f"{key}.{image_extension(image)}", image)
+    if label is not None:
+        _add_member(tar, f"{key}.cls", str(label).encode())
+
+
 def _add_member(tar: tarfile.TarFile, name: str, data: bytes) -> None:
     header = tarfile.TarInfo(name)  # no time and no owner: the same input gives the same bytes
     header.size = len(data)
     tar.addfile(header, io.BytesIO(data))
+
+
+@contextmanager
+def _inherit_no_interrupt() -> Iterator[None]:
+    """Ctrl-C reaches all processes of a terminal; those started here leave it to their parent to end them."""
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
 
 
 def _end_with_parent() -> None:

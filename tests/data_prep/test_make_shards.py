@@ -198,6 +198,26 @@ def test_two_at_once_in_one_folder_are_refused(
     assert make(out, root=images) == 0
 
 
+def test_tars_of_others_are_not_overwritten(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "shard-00000.tar").write_bytes(b"precious")
+    assert make(out, root=images) == 2
+    assert "holds tar files of unknown origin" in capsys.readouterr().err
+    assert contents(out).keys() == {"shard-00000.tar"}
+
+
+def test_a_damaged_index_is_not_continued(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make(tmp_path / "out", root=images)
+    (tmp_path / "out" / "index.json").write_text("{")
+    assert make(tmp_path / "out", root=images) == 2
+    assert "index.json is not JSON" in capsys.readouterr().err
+
+
 BAD = [b"", b"not an image", b"\xff\xd8\xff\xe0", b"GIF89a" + bytes(100), b"\x89PNG\r\n\x1a\n" + bytes(60)]
 
 
@@ -276,23 +296,28 @@ def test_the_limit_takes_a_mixture_of_classes(images: Path, tmp_path: Path) -> N
     [
         (["--source", "imagefolder"], "needs --root"),
         (["--source", "flat", "--root", "/nowhere/at/all"], "--root /nowhere/at/all is not a folder"),
+        (["--source", "digits", "--out", "/dev/null/out"], "/dev/null/out/train: Not a directory"),
         (["--source", "digits", "--quality", "80"], "--quality needs --resize_short"),
     ],
 )
 def test_mistakes_are_one_sentence_and_status_two(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
 ) -> None:
-    assert run_command(main, [*options, "--out", str(tmp_path / "out")]) == 2
+    assert run_command(main, ["--out", str(tmp_path / "out"), *options]) == 2
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
     assert not (tmp_path / "out").exists()
 
 
-def run_script(repository: Path, *argv: str) -> "subprocess.Popen[bytes]":
+def run_script(repository: Path, *argv: str, start_new_session: bool = False) -> "subprocess.Popen[bytes]":
     script = repository / "data_prep" / "make_shards.py"
     return subprocess.Popen(
-        [sys.executable, str(script), *argv], cwd="/", stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [sys.executable, str(script), *argv],
+        start_new_session=start_new_session,
+        cwd="/",
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
     )
 
 
@@ -310,7 +335,7 @@ def test_killed_at_any_moment_and_run_again_gives_the_same_bytes(
     argv = ["--source", "flat", "--root", str(root), "--out", str(out), "--samples_per_shard", "5"]
     rng = random.Random(int(processes))
     kills = 0
-    for _ in range(8):
+    for _ in range(5):
         process = run_script(repository, *argv, "--processes", processes)
         while process.poll() is None and not (out / ".making.json").exists():
             time.sleep(0.005)
@@ -326,6 +351,41 @@ def test_killed_at_any_moment_and_run_again_gives_the_same_bytes(
     assert last.wait() == 0, last.stderr.read().decode() if last.stderr else ""
     assert kills
     assert contents(out) == whole
+
+
+def test_interrupted_it_ends_without_a_traceback_and_continues(repository: Path, tmp_path: Path) -> None:
+    root = tmp_path / "images"
+    root.mkdir()
+    for number in range(400):
+        (root / f"{number}.png").write_bytes(picture(number))
+    argv = [
+        "--source",
+        "flat",
+        "--root",
+        str(root),
+        "--out",
+        str(tmp_path / "out"),
+        "--samples_per_shard",
+        "2",
+    ]
+    process = run_script(repository, *argv, "--processes", "2", start_new_session=True)
+    while process.poll() is None and not list((tmp_path / "out").glob("*.tar")):
+        time.sleep(0.005)
+    os.killpg(process.pid, signal.SIGINT)
+    _, error = process.communicate()
+    assert (process.returncode, error) == (130, b"")
+    assert not list((tmp_path / "out").glob(".*.part"))
+    assert run_script(repository, *argv).wait() == 0
+    assert read_index(tmp_path / "out").total == 400
+
+
+def test_awkward_real_files_are_kept_as_they_are(shared_data: Path, tmp_path: Path) -> None:
+    with tarfile.open(shared_data / "oddities.tar") as tar:
+        tar.extractall(tmp_path / "images", filter="data")
+    assert make(tmp_path / "out", source="flat", root=tmp_path / "images") == 0
+    originals = {path.read_bytes() for path in (tmp_path / "images").glob("*.jpg")}
+    assert {sample.image for sample in read_all(tmp_path / "out")} == originals
+    assert len(originals) == 10
 
 
 def test_digits_by_module_as_the_readme_says(repository: Path, tmp_path: Path) -> None:
