@@ -37,7 +37,7 @@ class RawSample(NamedTuple):
     label: int | None
 
 
-class _Member(NamedTuple):
+class Member(NamedTuple):
     """One file of the archive; `header` and `data` are the positions where they begin in the tar."""
 
     key: str
@@ -67,6 +67,18 @@ def read_samples(path: Path, *, first: int, count: int, expected: ShardInfo) -> 
                 yield from _take(file, start, count=count, ends=first + count == expected.samples)
     except _Damage as damage:
         raise DataError(f"{path} ({expected.samples} samples) is damaged: {damage}: {REMEDY}") from None
+
+
+def list_members(file: BinaryIO, *, name: str) -> Iterator[Member]:
+    """Every plain file of an open tar that has an ending, in order, by its headers alone.
+
+    For archives without an index: it must still end as one. DataError at any damage, for which `name` says
+    which archive it is.
+    """
+    try:
+        yield from _walk(file, 0)
+    except _Damage as damage:
+        raise DataError(f"{name} is damaged: {damage}: copy it again") from None
 
 
 def _open(path: Path, expected: ShardInfo) -> io.FileIO:
@@ -103,7 +115,7 @@ def _take(file: BinaryIO, start: int, *, count: int, ends: bool) -> Iterator[Raw
         raise _Damage("it holds more samples than the index says")
 
 
-def _read_sample(file: BinaryIO, key: str, members: Iterator[_Member]) -> RawSample:
+def _read_sample(file: BinaryIO, key: str, members: Iterator[Member]) -> RawSample:
     image: bytes | None = None
     label: int | None = None
     for member in members:
@@ -121,7 +133,7 @@ def _read_sample(file: BinaryIO, key: str, members: Iterator[_Member]) -> RawSam
     return RawSample(key, image, label)
 
 
-def _walk(file: BinaryIO, position: int) -> Iterator[_Member]:
+def _walk(file: BinaryIO, position: int) -> Iterator[Member]:
     """Every file of the archive from `position` to a proper end. The caller may read the data of each."""
     name = None  # of the next file, when an extended header gives it
     begin = position  # of the next file's first header
@@ -137,7 +149,7 @@ def _walk(file: BinaryIO, position: int) -> Iterator[_Member]:
             case b"0" | b"\0":
                 sample = SAMPLE_NAME.fullmatch(_read_name(header) if name is None else name)
                 if sample is not None:
-                    yield _Member(sample[1], sample[2].lower(), size, begin, data)
+                    yield Member(sample[1], sample[2].lower(), size, begin, data)
                 name, begin = None, position
             case b"L":  # GNU: the data is the name of the next file
                 name = _decode(_read_data(file, size, limit=MAX_SMALL_BYTES).rstrip(b"\0"))

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from cmae_scale.core.errors import DataError
 from cmae_scale.data.index import ShardInfo
-from cmae_scale.data.tar import RawSample, read_samples
+from cmae_scale.data.tar import RawSample, list_members, read_samples
 
 SAMPLES = [
     RawSample("000000000", b"\xff\xd8\xff first", 3),
@@ -224,3 +224,23 @@ def test_an_abandoned_reader_closes_its_file(tmp_path: Path, whole: bytes) -> No
         next(samples)
         samples.close()
     assert len(list(handles.iterdir())) == before
+
+
+def test_members_are_listed_without_an_index_and_damage_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "some.tar"
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for name in ("a/1.tar", "no_ending", "2.JPEG"):
+            header = tarfile.TarInfo(name)
+            header.size = 700
+            tar.addfile(header, io.BytesIO(name[:1].encode() * 700))
+    with path.open("rb") as file:
+        members = list(list_members(file, name="some.tar"))
+        assert [(member.key, member.ending, member.size) for member in members] == [
+            ("a/1", "tar", 700),
+            ("2", "jpeg", 700),
+        ]
+        file.seek(members[1].data)
+        assert file.read(700) == b"2" * 700
+    path.write_bytes(path.read_bytes()[:4096])
+    with path.open("rb") as file, pytest.raises(DataError, match=r"some\.tar is damaged: it ends at byte"):
+        list(list_members(file, name="some.tar"))
