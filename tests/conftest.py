@@ -47,9 +47,16 @@ def on_ranks() -> Callable[..., list[Any]]:
     They are forked from this process, which has imported everything already: a second instead of half a
     minute. The environment is that of a launcher; the function starts the process group itself.
     """
-    import deepspeed  # noqa: F401
-    import torch._dynamo
-    import torch._inductor  # noqa: F401
+    # what DeepSpeed and we import late, once for all ranks to come: seconds each
+    import deepspeed.runtime.zero.muon.muon_optimizer
+    import deepspeed.runtime.zero.stage3  # noqa: F401
+    import torch._inductor.compile_fx  # noqa: F401
+
+    import cmae_scale.data.stream
+    import cmae_scale.engine.journal
+    import cmae_scale.engine.preview
+    import cmae_scale.engine.session
+    import cmae_scale.report  # noqa: F401
 
     return run_on_ranks
 
@@ -75,7 +82,7 @@ def run_on_ranks(function: Callable[[], Any], *, ranks: int, timeout_s: float = 
         for process in processes:
             process.join(5)
             process.kill()
-    for rank, (result, error) in enumerate(answers):
+    for rank, (_, error) in enumerate(answers):
         assert error is None, f"rank {rank} failed:\n{error}"
     return [result for result, _ in answers]
 

@@ -15,6 +15,8 @@ from cmae_scale.core.settings import CmaeConfig
 
 Json = dict[str, Any]
 
+_DURATIONS = frozenset({"duration", "warmup", "every"})  # settings in core/durations' grammar
+
 
 @dataclass(frozen=True)
 class Run:
@@ -201,7 +203,7 @@ def _describe(error: Mapping[str, Any], tree: Json) -> str:
             return f'"{place}" is missing: write it'
         case "value_error":
             return f"{place}: {error['ctx']['error']}"
-        case "string_pattern_mismatch":
+        case "string_pattern_mismatch" | "string_type" if location[-1] in _DURATIONS:
             return (
                 f'{place}: {error["input"]!r} is no duration: write "300ep", "5000st", "1.5Msamples" or "2%"'
             )

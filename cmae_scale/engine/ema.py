@@ -31,13 +31,14 @@ class TargetEma:
 
     @torch.no_grad()
     def update_(self, momentum: float) -> None:
-        """One step of the average."""
+        """One step of the average; nothing to do for a plain MAE, which has no target."""
+        if not self.target:
+            return
         if self.masters is None:
             torch._foreach_lerp_(*self._shards(), 1 - momentum)
         else:
             torch._foreach_lerp_(self.masters, [_master(p) for p in self.online], 1 - momentum)
             torch._foreach_copy_([_shard(p) for p in self.target], self.masters)
-        self._refresh_whole(momentum)
 
     def state(self) -> dict[str, Tensor] | None:
         """The fp32 masters of this rank by name; None when the target itself is fp32 (it is in the model)."""
@@ -53,22 +54,6 @@ class TargetEma:
     def _shards(self) -> tuple[list[Tensor], list[Tensor]]:
         return [_shard(p) for p in self.target], [_shard(p) for p in self.online]
 
-    def _refresh_whole(self, momentum: float) -> None:
-        """ZeRO-3 keeps small parameters whole beside their shards: average those copies too.
-
-        Elementwise with the same numbers, so a copy stays equal to its gathered shards.
-        """
-        whole = [(t, o) for t, o in zip(self.target, self.online, strict=True) if _is_kept_whole(t)]
-        if not whole:
-            return
-        if self.masters is None:
-            assert all(_is_kept_whole(online) for _, online in whole)
-            torch._foreach_lerp_([t.data for t, _ in whole], [o.data for _, o in whole], 1 - momentum)
-        else:
-            for target, _ in whole:
-                target.partition()  # type: ignore[attr-defined]
-                target.all_gather()  # type: ignore[attr-defined]
-
 
 def _shard(parameter: nn.Parameter) -> Tensor:
     """The elements of `parameter` that live on this rank: all of them below ZeRO-3."""
@@ -83,11 +68,3 @@ def _master(parameter: nn.Parameter) -> Tensor:
     else:
         local = safe_get_full_fp32_param(parameter)
     return _shard(parameter).float() if local is None else local.reshape(_shard(parameter).shape)
-
-
-def _is_kept_whole(parameter: nn.Parameter) -> bool:
-    """Whether a ZeRO-3 parameter has a whole copy of its own; with one rank it may be the shard itself."""
-    shard: Any = getattr(parameter, "ds_tensor", None)
-    if shard is None or parameter.data.numel() != parameter.ds_numel:  # type: ignore[attr-defined]
-        return False
-    return bool(parameter.data_ptr() != shard.data_ptr())

@@ -43,6 +43,23 @@ def choose_block_runner(remat: Remat, *, settings: dict[str, Any]) -> BlockRunne
     return {"none": None, "full": _run_full, "selective": _run_selective}[remat]
 
 
+def adapt_settings(remat: Remat, *, settings: dict[str, Any]) -> dict[str, Any]:
+    """DeepSpeed's settings with which "selective" is correct under ZeRO-3: its own linear layer switched off.
+
+    That layer adds the bias in place, into the very matrix product that was kept: recomputation would add it a
+    second time. Raises ConfigError when the run file asks for it.
+    """
+    zero = settings.get("zero_optimization", {})
+    if remat != "selective" or zero.get("stage", 0) != 3:
+        return settings
+    if zero.get("memory_efficient_linear", False):
+        raise ConfigError(
+            'cmae.model.remat "selective" and zero_optimization.memory_efficient_linear give wrong gradients '
+            "together: drop one"
+        )
+    return {**settings, "zero_optimization": {**zero, "memory_efficient_linear": False}}
+
+
 def _run_through_deepspeed(block: nn.Module, tokens: Tensor) -> Tensor:
     if not torch.is_grad_enabled():
         return _as_tensor(block(tokens))

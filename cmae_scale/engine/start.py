@@ -18,7 +18,7 @@ from cmae_scale.core.config import Run
 from cmae_scale.core.errors import ConfigError
 from cmae_scale.core.world import World, read_world
 from cmae_scale.engine.optim import weight_decay_groups
-from cmae_scale.engine.remat import choose_block_runner
+from cmae_scale.engine.remat import adapt_settings, choose_block_runner
 
 Engine = Any  # deepspeed.DeepSpeedEngine, which ships no types
 
@@ -107,7 +107,7 @@ def start_engine(model: nn.Module, run: Run) -> Engine:
 
     `run` is resolved (no "auto" left). Raises ConfigError for what DeepSpeed refuses.
     """
-    settings = dict(run.deepspeed)
+    settings = adapt_settings(run.cmae.model.remat, settings=run.deepspeed)
     _check(settings, run)
     decay = settings.get("optimizer", {}).get("params", {}).get("weight_decay", 0.0)
     runner = choose_block_runner(run.cmae.model.remat, settings=settings)
@@ -119,6 +119,7 @@ def start_engine(model: nn.Module, run: Run) -> Engine:
     except (TypeError, ValueError, AttributeError, AssertionError, ValidationError) as error:
         raise ConfigError(f"{run.path}: DeepSpeed refuses these settings: {_first_line(error)}") from error
     _forget_rehearsal(engine)
+    _split_frozen(engine)
     return engine
 
 
@@ -131,6 +132,20 @@ def _forget_rehearsal(engine: Engine) -> None:
     inner = getattr(engine.optimizer, "optimizer", None)
     if inner is not None:
         inner.state.clear()
+
+
+def _split_frozen(engine: Engine) -> None:
+    """Have no whole copies of frozen parameters beside their shards.
+
+    ZeRO-3 keeps small parameters whole and renews those copies in its optimizer step, rounded where autocast
+    communicates in bf16. The target moves after that step, shard by shard: a whole copy would lag behind.
+    """
+    kept_whole = getattr(engine.optimizer, "persistent_parameters", [])
+    for parameter in kept_whole:
+        if not parameter.requires_grad:
+            parameter.ds_persist = False
+            parameter.partition()
+    kept_whole[:] = [parameter for parameter in kept_whole if parameter.requires_grad]
 
 
 def _check(settings: dict[str, Any], run: Run) -> None:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from cmae_scale.core.settings import DecoderConfig
 from cmae_scale.layers.blocks import NORM_EPS, BlockRunner, build_blocks, run_block
+from cmae_scale.layers.exact import ExactLinear
 from cmae_scale.layers.masking import TokenMask, scatter_tokens, take_tokens
 from cmae_scale.layers.positions import sincos_positions
 
@@ -94,7 +95,7 @@ class FeatureHead(nn.Module):
     def __init__(self, width_in: int, width_out: int) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(width_in, eps=NORM_EPS)
-        self.predict = nn.Linear(width_in, width_out)
+        self.predict = ExactLinear(width_in, width_out)
 
     def forward(self, tokens: Float[Tensor, "batch tokens embed"]) -> Float[Tensor, "batch width_out"]:
         """The image's feature; the class token takes no part."""

@@ -6,6 +6,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from cmae_scale.core.settings import HeadsConfig
+from cmae_scale.layers.exact import ExactLinear
 from cmae_scale.layers.sync_norm import SyncBatchNorm
 
 HEAD_NORM_EPS = 1e-6  # Source: official necks/nonlinear_neck.py
@@ -23,13 +24,13 @@ class Head(nn.Module):
 
     def __init__(self, width_in: int, cfg: HeadsConfig) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(width_in, cfg.hidden_dim)
+        self.fc1 = ExactLinear(width_in, cfg.hidden_dim)
         match cfg.norm:
             case "sync_batch":
                 self.norm: nn.Module = SyncBatchNorm(cfg.hidden_dim, eps=HEAD_NORM_EPS)
             case "layer":
                 self.norm = nn.LayerNorm(cfg.hidden_dim, eps=HEAD_NORM_EPS)
-        self.fc2 = nn.Linear(cfg.hidden_dim, cfg.out_dim, bias=False)
+        self.fc2 = ExactLinear(cfg.hidden_dim, cfg.out_dim, bias=False)
 
     def forward(self, features: Float[Tensor, "batch width_in"]) -> Float[Tensor, "batch width_out"]:
         """Vectors to compare; their length carries nothing."""

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist  # noqa: TID251 - this test plays the ranks
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from cmae_scale.core.errors import ConfigError

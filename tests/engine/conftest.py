@@ -1,0 +1,111 @@
+"""A tiny run in memory, without shards: what the engine does with given images."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cmae_scale.core.batches import plan_batch
+from cmae_scale.core.config import Run, resolve_run
+from cmae_scale.core.settings import CmaeConfig
+
+TINY = {
+    "model": {
+        "embed_dim": 32,
+        "depth": 2,
+        "num_heads": 2,
+        "patch_size": 4,
+        "pixel_decoder": {"depth": 2, "embed_dim": 16, "num_heads": 2},
+        "feature_decoder": {"depth": 1, "embed_dim": 16, "num_heads": 2},
+    },
+    "mask": {"ratio": 0.5, "cell": 2},
+    "views": {"img_px": 16, "master_px": 20, "shift_px": 5},
+    "heads": {"hidden_dim": 32, "out_dim": 8},
+    "target": {"momentum": 0.9},
+    "data": {"shards": "none"},
+}
+
+
+def merge(tree: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(tree)
+    for name, value in changes.items():
+        both = isinstance(value, dict) and isinstance(merged.get(name), dict)
+        merged[name] = merge(merged[name], value) if both else value
+    return merged
+
+
+@pytest.fixture
+def tiny_run(tmp_path: Path) -> Callable[..., Run]:
+    """`tiny_run(ranks=2, stage=3, cmae={...}, **deepspeed)`: a resolved run of 8 images per step."""
+
+    def build(
+        *,
+        ranks: int = 1,
+        stage: int = 0,
+        accumulation: int = 1,
+        cmae: dict[str, Any] | None = None,
+        **more: Any,
+    ) -> Run:
+        ours = merge(TINY, {"out": str(tmp_path / "run"), **(cmae or {})})
+        deepspeed = {
+            "train_batch_size": 8,
+            "gradient_accumulation_steps": accumulation,
+            "zero_optimization": {"stage": stage},
+            "optimizer": {
+                "type": "AdamW",
+                # eps: some gradients are 0 but for rounding (a bias before BatchNorm); with the usual 1e-8
+                # Adam would turn that noise into steps of full length, and no two runs could be compared
+                "params": {"lr": 1e-3, "eps": 1e-3, "weight_decay": 0.05, "torch_adam": True},
+            },
+            **more,
+        }
+        run = Run(Path("tiny.json"), CmaeConfig.model_validate_json(json.dumps(ours)), deepspeed)
+        return resolve_run(run, batch=plan_batch(deepspeed, ranks=ranks), total_steps=10, warmup_steps=1)
+
+    return build
+
+
+@pytest.fixture
+def train_tiny() -> Callable[..., dict[str, Any]]:
+    """`train_tiny(run, steps=3)` inside a rank: losses of each step, weights at the end, grad norm."""
+    return run_steps
+
+
+def run_steps(
+    run: Run, *, steps: int, first: int | None = None, save_at: int | None = None
+) -> dict[str, Any]:
+    import torch
+
+    from cmae_scale.engine.inputs import draw_step
+    from cmae_scale.engine.session import start_session
+    from cmae_scale.engine.start import start_processes
+    from cmae_scale.engine.step import train_step
+    from cmae_scale.engine.weights import gather_weights
+
+    place = start_processes()
+    batch = plan_batch(run.deepspeed, ranks=place.world.size)
+    session = start_session(run, place=place, data_order="tiny")
+    side = run.cmae.views.master_px
+    losses = {}
+    for step in range(session.first_step if first is None else first, steps):
+        pixels = torch.Generator().manual_seed(step)
+        images = torch.randint(0, 256, (8, 1, 3, side, side), generator=pixels, dtype=torch.uint8)
+        draws = draw_step(run.cmae, total=8, step=step)
+        rank = place.world.rank
+        rows = range(rank * batch.local, (rank + 1) * batch.local, batch.micro)
+        parts = [draws.prepare(images[row : row + batch.micro], first_row=row, cfg=run.cmae) for row in rows]
+        with session.use_attention():
+            step_losses = train_step(session.engine, parts, cfg=run.cmae, rank=rank)
+        session.update_target_(run.cmae.target.momentum)
+        losses[step] = torch.stack([step_losses.total, step_losses.pixel, step_losses.contrast])
+        if step + 1 == save_at:
+            session.save(step + 1)
+    norm = session.engine.get_global_grad_norm()
+    return {
+        "losses": losses,
+        "weights": gather_weights(session.engine.module),
+        "grad_norm": None if norm is None else float(norm),
+        "first_step": session.first_step,
+    }

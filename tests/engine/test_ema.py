@@ -1,0 +1,108 @@
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from cmae_scale.engine.ema import TargetEma
+
+
+def layers(count: int, rng: torch.Generator) -> list[nn.Parameter]:
+    return [nn.Parameter(torch.randn(3, number + 1, generator=rng)) for number in range(count)]
+
+
+def test_the_average_equals_its_definition(rng: torch.Generator) -> None:
+    online, target = layers(4, rng), layers(4, rng)
+    expected = [parameter.detach().double() for parameter in target]
+    ema = TargetEma(
+        [(str(i), o, t) for i, (o, t) in enumerate(zip(online, target, strict=True))], keep_master=False
+    )
+    for momentum in (0.9, 0.996, 1.0, 0.5):
+        ema.update_(momentum)
+        expected = [
+            momentum * old + (1 - momentum) * new.detach().double()
+            for old, new in zip(expected, online, strict=True)
+        ]
+    for got, want in zip(target, expected, strict=True):
+        torch.testing.assert_close(got.detach(), want.float(), rtol=1e-6, atol=1e-6)
+
+
+def test_it_equals_timms_average(rng: torch.Generator) -> None:
+    from timm.utils import ModelEmaV3
+
+    model = nn.Linear(4, 4)
+    reference = ModelEmaV3(model, decay=0.99)
+    followed = nn.Linear(4, 4)
+    followed.load_state_dict(model.state_dict())
+    ema = TargetEma(
+        [(n, o, t) for (n, o), t in zip(model.named_parameters(), followed.parameters(), strict=True)],
+        keep_master=False,
+    )
+    for _ in range(5):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter += torch.randn(parameter.shape, generator=rng)
+        reference.update(model)
+        ema.update_(0.99)
+    for got, want in zip(followed.parameters(), reference.module.parameters(), strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("keep_master", [False, True])
+def test_a_bf16_target_moves_only_with_a_master(keep_master: bool) -> None:
+    """At momentum 0.996 a bf16 average from 1.0 towards 1.2 stays at 1.0 for ever."""
+    online = nn.Parameter(torch.full((4,), 1.0, dtype=torch.bfloat16))
+    target = nn.Parameter(torch.full((4,), 1.0, dtype=torch.bfloat16))
+    ema = TargetEma([("weight", online, target)], keep_master=keep_master)
+    online.data.fill_(1.2)
+    for _ in range(1000):
+        ema.update_(0.996)
+    assert target.detach().float().max() == pytest.approx(1.2 if keep_master else 1.0, abs=0.01)
+
+
+def test_a_plain_mae_has_nothing_to_average() -> None:
+    TargetEma([], keep_master=False).update_(0.9)
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("threshold", [0, 10**6], ids=["all split", "small ones whole"])
+def test_the_average_is_bit_equal_under_every_zero_stage(
+    on_ranks: Callable[..., list[Any]],
+    tiny_run: Callable[..., Any],
+    train_tiny: Callable[..., Any],
+    stage: int,
+    threshold: int,
+) -> None:
+    """Without learning the target must approach the online weights by the same bits on two ranks."""
+
+    def follow(stage: int) -> Callable[[], Any]:
+        def inside() -> Any:
+            from cmae_scale.engine.session import start_session
+            from cmae_scale.engine.start import start_processes
+            from cmae_scale.engine.weights import gather_weights
+
+            zero = {
+                "stage": stage,
+                **({"stage3_param_persistence_threshold": threshold} if stage == 3 else {}),
+            }
+            run = tiny_run(ranks=2, zero_optimization=zero)
+            session = start_session(run, place=start_processes(), data_order="none")
+            with torch.no_grad():
+                for parameter in session.ema.online:  # as an optimizer step would
+                    shard = getattr(parameter, "ds_tensor", parameter.data)
+                    shard.mul_(1.5)
+                    if parameter.data.numel() and parameter.data_ptr() != shard.data_ptr():
+                        parameter.data.mul_(1.5)
+            for _ in range(3):
+                session.ema.update_(0.9)
+            module = session.engine.module
+            return gather_weights(module.target_encoder) | gather_weights(module.target_projector)
+
+        return inside
+
+    plain = on_ranks(follow(0), ranks=2)[0]
+    for answer in on_ranks(follow(stage), ranks=2):
+        for name, value in plain.items():
+            assert torch.equal(answer[name], value), name

@@ -1,0 +1,112 @@
+"""The same run, however it is spread over ranks, ZeRO stages, micro-batches and memory plans."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.dist
+
+STEPS = 4
+# Sums over a batch are split differently, so fp32 rounds differently: some 1e-7 of a loss. Weights move by
+# at most lr = 1e-3 a step, so 5e-6 is a 200th of a step.
+LOSS = {"rtol": 2e-6, "atol": 2e-6}
+WEIGHT = {"rtol": 0.0, "atol": 5e-6}
+
+
+def mean_losses(answers: list[dict[str, Any]]) -> dict[int, torch.Tensor]:
+    return {
+        step: torch.stack([answer["losses"][step] for answer in answers]).mean(0)
+        for step in answers[0]["losses"]
+    }
+
+
+@pytest.fixture
+def same_as_plain(
+    on_ranks: Callable[..., list[Any]], tiny_run: Callable[..., Any], train_tiny: Callable[..., Any]
+) -> Callable[..., None]:
+    """Compare a way of running with one rank at stage 0 in one micro-batch."""
+
+    def compare(
+        *, ranks: int = 1, cmae: dict[str, Any] | None = None, plain: dict[str, Any] | None = None, **how: Any
+    ) -> None:
+        reference = on_ranks(lambda: train_tiny(tiny_run(cmae=plain or cmae), steps=STEPS), ranks=1)
+        answers = on_ranks(
+            lambda: train_tiny(tiny_run(ranks=ranks, cmae=cmae, **how), steps=STEPS), ranks=ranks
+        )
+        torch.testing.assert_close(mean_losses(answers), mean_losses(reference), **LOSS)
+        for answer in answers:
+            weights = {name: value for name, value in answer["weights"].items() if "running_" not in name}
+            expected = {name: reference[0]["weights"][name] for name in weights}
+            torch.testing.assert_close(weights, expected, **WEIGHT, check_dtype=False)
+
+    return compare
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_zero_stages_and_ranks_change_nothing(
+    same_as_plain: Callable[..., None], ranks: int, stage: int
+) -> None:
+    same_as_plain(ranks=ranks, stage=stage)
+
+
+# The heads' BatchNorm sees one micro-batch of all ranks at a time, so accumulation alone changes it; without
+# BatchNorm accumulation changes nothing.
+@pytest.mark.parametrize(
+    ("ranks", "stage", "accumulation"), [(1, 0, 4), (1, 2, 2), (2, 1, 2), (2, 3, 2), (4, 2, 1), (4, 3, 2)]
+)
+def test_accumulation_changes_nothing(
+    same_as_plain: Callable[..., None], ranks: int, stage: int, accumulation: int
+) -> None:
+    heads = {"heads": {"norm": "layer", "hidden_dim": 32, "out_dim": 8}}
+    same_as_plain(ranks=ranks, stage=stage, accumulation=accumulation, cmae=heads)
+
+
+@pytest.mark.parametrize("remat", ["selective", "full"])
+@pytest.mark.parametrize("stage", [0, 3])
+def test_rematerialisation_changes_nothing(
+    same_as_plain: Callable[..., None], remat: str, stage: int
+) -> None:
+    same_as_plain(stage=stage, cmae={"model": {"remat": remat}}, plain={})
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_deepspeeds_own_checkpointing_changes_nothing(same_as_plain: Callable[..., None], stage: int) -> None:
+    same_as_plain(ranks=2, stage=stage, activation_checkpointing={"partition_activations": False})
+
+
+@pytest.mark.parametrize(
+    "cmae",
+    [
+        {"loss": {"weight": 0.0}},
+        {"loss": {"contrast": "byol", "scale": "paper"}},
+        {"target": {"final_norm": True, "mask_ratio": 0.5, "pool": "cls"}},
+        {"model": {"feature_decoder": {"depth": 0, "embed_dim": 16, "num_heads": 2}}},
+        {"model": {"feature_decoder": {"depth": 1, "embed_dim": 16, "num_heads": 2, "shared": True}}},
+        {"views": {"color": False, "flip_p": 1.0}},
+    ],
+    ids=["mae", "byol", "target", "no feature decoder", "shared decoder", "views"],
+)
+def test_every_variant_of_the_method_is_the_same_under_zero_3(
+    same_as_plain: Callable[..., None], cmae: dict[str, Any]
+) -> None:
+    same_as_plain(ranks=2, stage=3, cmae=cmae)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize(
+    "precision", [{"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}, {"bf16": {"enabled": True}}]
+)
+def test_low_precision_follows_full_precision(
+    on_ranks: Callable[..., list[Any]],
+    tiny_run: Callable[..., Any],
+    train_tiny: Callable[..., Any],
+    stage: int,
+    precision: dict[str, Any],
+) -> None:
+    full = on_ranks(lambda: train_tiny(tiny_run(), steps=STEPS), ranks=1)
+    low = on_ranks(lambda: train_tiny(tiny_run(ranks=2, stage=stage, **precision), steps=STEPS), ranks=2)
+    # bf16 has 8 bits, 0.4 % a product, and the temperature divides a cosine's error by 0.07
+    torch.testing.assert_close(mean_losses(low), mean_losses(full), rtol=0.05, atol=0.05)

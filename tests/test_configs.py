@@ -1,0 +1,54 @@
+"""Every shipped run file reads, resolves and builds; what its table says of it is true."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from cmae_scale.core.batches import plan_batch
+from cmae_scale.core.config import read_run, resolve_run
+from cmae_scale.models import build_cmae
+
+CONFIGS = sorted((Path(__file__).resolve().parent.parent / "ds_configs").rglob("*.json"))
+TRAINABLE = {  # Source: the official CMAE-B and the MAE models, counted; see tests/models/test_parameters.py
+    "vits": 55_880_832,
+    "vitb": 121_118_208,
+    "vitl": 339_357_440,
+    "mae_vitb": 111_655_680,
+}
+
+
+@pytest.fixture(params=CONFIGS, ids=lambda path: path.stem)
+def config(request: pytest.FixtureRequest) -> Path:
+    path: Path = request.param
+    return path
+
+
+@pytest.mark.parametrize("ranks", [1, 8, 32])
+def test_it_resolves_on_one_and_on_many_gpus(config: Path, ranks: int) -> None:
+    run = read_run(config)
+    batch = plan_batch(run.deepspeed, ranks=ranks)
+    resolved = resolve_run(run, batch=batch, total_steps=1000, warmup_steps=100)
+    assert batch.micro * batch.accumulation * ranks == batch.total
+    assert resolved.peak_lr == pytest.approx(run.cmae.schedule.base_lr * batch.total / 256)
+
+
+def test_its_model_builds(config: Path) -> None:
+    with torch.device("meta"):
+        model = build_cmae(read_run(config).cmae)
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert trainable == TRAINABLE.get(config.stem, trainable)
+
+
+def test_deepspeed_accepts_its_part(config: Path) -> None:
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    run = read_run(config)
+    batch = plan_batch(run.deepspeed, ranks=1)
+    DeepSpeedConfig(resolve_run(run, batch=batch, total_steps=10, warmup_steps=1).deepspeed)
+
+
+def test_the_table_names_every_run_file() -> None:
+    table = (CONFIGS[0].parent / "README.md").read_text()
+    for path in CONFIGS:
+        assert f"`{path.relative_to(CONFIGS[0].parent)}`" in table, path.name
