@@ -1,12 +1,11 @@
-"""What goes into which shard: pure functions of the listing and the options, so that a second run agrees."""
+"""What goes into which shard: pure functions of the listing and the options, so that every part agrees."""
 
-import hashlib
-import random
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
-from data_prep.sources import Item
+from data_prep.listing import Item, Listing
+from data_prep.shuffle import Shuffle
 
 
 @dataclass(frozen=True)
@@ -22,35 +21,97 @@ class Options:
     limit: int | None
     resize_short: int | None
     quality: int
+    min_side_px: int | None = None
+    dedup: bool = False
+    verify_pixels: bool = False
+
+
+class Part(NamedTuple):
+    """One of `of` runs that share the shards of a folder between them. Counted from 1."""
+
+    number: int
+    of: int
+
+    def owns(self, shard: int) -> bool:
+        """Whether shard number `shard` is for this part to write."""
+        return shard % self.of == self.number - 1
+
+
+class Skipped(NamedTuple):
+    """An image that is in no shard. `kind` is bad, small or duplicate; `reason` says more."""
+
+    position: int
+    name: str
+    kind: str
+    reason: str
+
+
+class ShardSlot(NamedTuple):
+    """Positions first .. first+samples-1 of the shuffled items; keys count from `first`."""
+
+    number: int
+    name: str
+    first: int
+    samples: int
 
 
 class ShardTask(NamedTuple):
-    """A slice of the shuffled items. `first` is the position of its first item; keys count from there."""
+    """A slot with its items. Positions of `left_out` are not even read."""
 
     name: str
     first: int
     items: Sequence[Item]
+    left_out: Mapping[int, Skipped]
 
 
-def plan_shards(items: Sequence[Item], options: Options) -> list[ShardTask]:
-    """Equal slices of the shuffled items; the last one may be shorter."""
-    chosen = shuffle(items, seed=options.seed)[: options.limit]
-    starts = range(0, len(chosen), options.samples_per_shard)
-    return [
-        ShardTask(f"shard-{number:05d}.tar", start, chosen[start : start + options.samples_per_shard])
-        for number, start in enumerate(starts)
-    ]
+@dataclass(frozen=True)
+class ShardPlan:
+    """The shuffled items in equal slices; the last one may be shorter. Holds the items' list, no item."""
 
+    items: Listing = field(repr=False)
+    options: Options
 
-def shuffle(items: Sequence[Item], *, seed: int) -> list[Item]:
-    """The items in an order fixed by `seed`: Python promises that random() stays as it is, not shuffle()."""
-    rng = random.Random(seed)  # noqa: S311 -- not for secrets
-    return sorted(items, key=lambda _: rng.random())
+    def __len__(self) -> int:
+        return -(-self.num_samples // self.options.samples_per_shard)
 
+    @property
+    def num_samples(self) -> int:
+        """Items that have a place in a shard."""
+        return min(len(self.items), self.options.limit or len(self.items))
 
-def describe(items: Sequence[Item], options: Options) -> dict[str, Any]:
-    """The options and a digest of all names and labels, as the index keeps them and a second run compares."""
-    listing = hashlib.sha256()
-    for item in items:
-        listing.update(f"{item.name}\t{item.label}\n".encode(errors="surrogateescape"))
-    return {**asdict(options), "files": len(items), "listing_sha256": listing.hexdigest()}
+    @property
+    def shuffle(self) -> Shuffle:
+        """Which item stands at which position."""
+        return Shuffle(len(self.items), self.options.seed)
+
+    def slot(self, number: int) -> ShardSlot:
+        """Shard number `number`."""
+        size = self.options.samples_per_shard
+        first = number * size
+        return ShardSlot(number, f"shard-{number:05d}.tar", first, min(size, self.num_samples - first))
+
+    def slot_of(self, position: int) -> ShardSlot:
+        """The shard that holds a position."""
+        return self.slot(position // self.options.samples_per_shard)
+
+    def slots(self, part: Part) -> list[ShardSlot]:
+        """The shards of a part: every so-manieth, so that all parts end with about as many."""
+        return [self.slot(number) for number in range(len(self)) if part.owns(number)]
+
+    def fill(self, slot: ShardSlot, *, left_out: Mapping[int, Skipped]) -> ShardTask:
+        """The slot with its items, for a writer."""
+        items = [self.items[item] for item in self.shuffle.find_items(slot.first, slot.samples).tolist()]
+        return ShardTask(slot.name, slot.first, items, left_out)
+
+    def items_of(self, slots: Iterable[ShardSlot]) -> Iterator[int]:
+        """The numbers of all items of some slots."""
+        for slot in slots:
+            yield from self.shuffle.find_items(slot.first, slot.samples).tolist()
+
+    def item_at(self, position: int) -> Item:
+        """The item at one position."""
+        return self.items[int(self.shuffle.find_items(position, 1)[0])]
+
+    def describe(self) -> dict[str, Any]:
+        """The options and a digest of the list, as the index keeps them and a second run compares."""
+        return {**asdict(self.options), "files": len(self.items), "listing_sha256": self.items.digest}

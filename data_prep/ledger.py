@@ -1,107 +1,176 @@
 """What is already done in a folder of shards, so that a command that was killed goes on where it stopped.
 
 While shards are being made, a folder holds `.making.json` (the options) and one `.<shard>.done.json` beside
-each finished shard; when index.json is in place it says all of that, and they go.
+each finished shard; when index.json is in place it says all of that, and they go. Several parts may be at
+work in one folder: each writes shards of its own, and whoever finishes the last one writes the index.
 """
 
-import fcntl
 import json
-import os
+import re
+import shutil
+import tempfile
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
+from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from cmae_scale.core.errors import ConfigError
-from cmae_scale.core.files import PART, write_text
+from cmae_scale.core.files import PART
 from cmae_scale.data.index import INDEX_NAME, ShardIndex, ShardInfo, parse_index
+from data_prep.layout import Part, ShardPlan, Skipped
+from data_prep.locks import hold_part
+from data_prep.tally import Tally, pack_tally, unpack_tally
+from data_prep.whole_files import write_first, write_whole
 
 OPTIONS_NAME = ".making.json"
 RECORD_ENDING = ".done.json"
+SKIPPED_NAME = "skipped.jsonl"
+SHARD_PART = re.compile(rf"\.shard-(\d+)\.tar.*{re.escape(PART)}")
 
 
-class WrittenShard(NamedTuple):
-    """A finished shard and what was left out of it, a sentence each."""
+@dataclass(frozen=True)
+class WrittenShard:
+    """A finished shard, what was left out of it, and with --dedup the digest of each image in it."""
 
     info: ShardInfo
-    skipped: tuple[str, ...]
+    skipped: tuple[Skipped, ...] = ()
+    tally: Tally = field(default_factory=Tally)
+    digests: tuple[tuple[int, str], ...] = ()  # position, 128 bits of BLAKE2b of the original bytes
 
 
 @contextmanager
-def open_ledger(out: Path, options: dict[str, Any]) -> Iterator[dict[str, WrittenShard]]:
-    """The shards of `out` that are finished, by name, with the folder held for this process alone.
+def open_ledger(out: Path, options: dict[str, Any], *, part: Part) -> Iterator[None]:
+    """The folder, held for this part of the work alone, cleaned of what its killed forerunners left.
 
     ConfigError when another process holds it, or when it was begun with other options.
     """
     out.mkdir(parents=True, exist_ok=True)
-    with _hold(out):
+    with hold_part(out, part):
+        has_tars = any(out.glob("*.tar"))  # asked first: options are written before any tar
         begun = _read_options(out)
         if begun is None:
-            if any(out.glob("*.tar")):
+            if has_tars:
                 raise ConfigError(
                     f"{out} holds tar files of unknown origin: write another --out, or delete them"
                 )
-            write_text(out / OPTIONS_NAME, json.dumps(options, indent=2))
-        elif begun != options:
-            raise ConfigError(_describe_change(out, begun, options))
-        for part in out.glob(f"*{PART}"):
-            part.unlink()
-        yield _read_records(out)
+            if not write_first(out / OPTIONS_NAME, json.dumps(options, indent=2).encode()):
+                begun = _read_options(out)  # another part was faster
+        if begun is not None and (changed := [name for name in options if begun.get(name) != options[name]]):
+            raise ConfigError(_describe_change(out, begun, options, changed))
+        for left in out.glob(f"*{PART}"):
+            shard = SHARD_PART.fullmatch(left.name)
+            if part.of == 1 or (shard is not None and part.owns(int(shard[1]))):
+                left.unlink(missing_ok=True)
+        for left in out.glob(f"{_scratch_prefix(part)}*"):
+            shutil.rmtree(left)
+        yield
+
+
+@contextmanager
+def open_scratch(out: Path, *, part: Part) -> Iterator[Path]:
+    """A folder for what a part needs on disk while it works: beside its shards, where there must be room."""
+    with tempfile.TemporaryDirectory(prefix=_scratch_prefix(part), dir=out) as folder:
+        yield Path(folder)
 
 
 def record_shard(out: Path, written: WrittenShard) -> None:
     """Note that a shard is finished. To be called when its tar is in place."""
-    record = json.dumps({"info": asdict(written.info), "skipped": written.skipped})
-    write_text(out / f".{written.info.name}{RECORD_ENDING}", record)
+    with write_whole(_record_path(out, written.info.name)) as file:
+        record = {
+            "info": asdict(written.info),
+            "skipped": written.skipped,
+            "tally": pack_tally(written.tally),
+            "digests": written.digests,
+        }
+        file.write(json.dumps(record).encode())
+
+
+def read_record(out: Path, name: str) -> WrittenShard | None:
+    """The note on one shard; None if there is none (any more)."""
+    try:
+        record = json.loads(_record_path(out, name).read_bytes())
+    except FileNotFoundError:
+        return None
+    return WrittenShard(
+        ShardInfo(**record["info"]),
+        tuple(Skipped(*each) for each in record["skipped"]),
+        unpack_tally(record["tally"]),
+        tuple((position, digest) for position, digest in record["digests"]),
+    )
+
+
+def read_finished(out: Path, plan: ShardPlan) -> dict[str, ShardInfo]:
+    """All shards that need no more work: those in place with the right size, and those that stay empty."""
+    finished: dict[str, ShardInfo] = {}
+    if (out / INDEX_NAME).exists():
+        finished = {info.name: info for info in parse_index(out).shards}
+        for name, skipped in read_skipped(out).items():
+            if name not in finished and len(skipped) == plan.slot_of(skipped[0].position).samples:
+                finished[name] = ShardInfo(name, 0, 0, "")
+    for path in out.glob(f".*{RECORD_ENDING}"):
+        name = path.name.removeprefix(".").removesuffix(RECORD_ENDING)
+        if (record := read_record(out, name)) is not None:
+            finished[name] = record.info
+    sizes = {path.name: path.stat().st_size for path in out.glob("*.tar")}
+    return {name: info for name, info in finished.items() if not info.bytes or sizes.get(name) == info.bytes}
+
+
+def read_skipped(out: Path) -> dict[str, list[Skipped]]:
+    """What a finished folder says that it lacks, by shard."""
+    skipped: dict[str, list[Skipped]] = defaultdict(list)
+    if (out / SKIPPED_NAME).exists():
+        with (out / SKIPPED_NAME).open(encoding="utf-8") as file:
+            for line in file:
+                fields = json.loads(line)
+                skipped[fields.pop("shard")].append(Skipped(**fields))
+    return skipped
+
+
+def write_skipped(out: Path, skipped: Iterator[tuple[str, Skipped]]) -> None:
+    """Write (shard, skipped image) one a line; no file if there are none."""
+    first = next(skipped, None)
+    if first is None:
+        (out / SKIPPED_NAME).unlink(missing_ok=True)
+        return
+    with write_whole(out / SKIPPED_NAME) as file:
+        for shard, each in chain([first], skipped):
+            file.write(json.dumps({"shard": shard, **each._asdict()}).encode() + b"\n")
 
 
 def drop_records(index: ShardIndex) -> None:
-    """Remove what index.json has made superfluous, and shards of which every file was skipped."""
+    """Remove what index.json has made superfluous, and shards of which every image was skipped."""
     listed = {shard.name for shard in index.shards}
     for record in index.folder.glob(f".*{RECORD_ENDING}"):
         name = record.name.removeprefix(".").removesuffix(RECORD_ENDING)
         if name not in listed:
             (index.folder / name).unlink(missing_ok=True)
-        record.unlink()
+        record.unlink(missing_ok=True)
+    for left in index.folder.glob(f"*{PART}"):
+        left.unlink(missing_ok=True)
     (index.folder / OPTIONS_NAME).unlink(missing_ok=True)
 
 
-@contextmanager
-def _hold(out: Path) -> Iterator[None]:
-    """The folder's own lock: the kernel lets go of it however the process ends."""
-    folder = os.open(out, os.O_RDONLY)
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError:
-        raise ConfigError(
-            f"another make_shards is writing to {out}: wait for it or write another --out"
-        ) from None
-    finally:
-        os.close(folder)
+def _scratch_prefix(part: Part) -> str:
+    return f".scratch-{part.number}-of-{part.of}-"
+
+
+def _record_path(out: Path, name: str) -> Path:
+    return out / f".{name}{RECORD_ENDING}"
 
 
 def _read_options(out: Path) -> dict[str, Any] | None:
     """The options that the folder was begun with; None for a fresh one."""
-    if (out / OPTIONS_NAME).exists():
+    try:
         begun: dict[str, Any] = json.loads((out / OPTIONS_NAME).read_bytes())
-        return begun
-    return parse_index(out).options if (out / INDEX_NAME).exists() else None
+    except FileNotFoundError:
+        return parse_index(out).options if (out / INDEX_NAME).exists() else None
+    return begun
 
 
-def _read_records(out: Path) -> dict[str, WrittenShard]:
-    """All records whose tar is still there with the right size."""
-    records = [json.loads(path.read_bytes()) for path in out.glob(f".*{RECORD_ENDING}")]
-    written = [WrittenShard(ShardInfo(**record["info"]), tuple(record["skipped"])) for record in records]
-    if (out / INDEX_NAME).exists():
-        written += [WrittenShard(info, ()) for info in parse_index(out).shards]
-    sizes = {path.name: path.stat().st_size for path in out.glob("*.tar")}
-    return {shard.info.name: shard for shard in written if sizes.get(shard.info.name) == shard.info.bytes}
-
-
-def _describe_change(out: Path, begun: dict[str, Any], options: dict[str, Any]) -> str:
-    changed = [name for name in options if begun.get(name) != options[name]]
+def _describe_change(out: Path, begun: dict[str, Any], options: dict[str, Any], changed: list[str]) -> str:
     if changed in (["listing_sha256"], ["files", "listing_sha256"]):
         return f"the images are not those that {out} was begun with: write another --out, or delete {out}"
     differences = ", ".join(f"{name} {begun.get(name)} (now {options[name]})" for name in changed)

@@ -1,31 +1,34 @@
-"""Writing one shard, and many of them in several processes. A shard depends on its task and nothing else."""
+"""Writing one shard. What is in it depends on its task and on nothing else."""
 
 import hashlib
 import io
-import multiprocessing
-import os
-import signal
 import tarfile
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 from PIL import Image
 
 from cmae_scale.core.errors import DataError
-from cmae_scale.core.files import PART, sync
 from cmae_scale.data.decode import decode_image, image_extension, open_image
 from cmae_scale.data.index import ShardInfo
-from data_prep.layout import Options, ShardTask
+from data_prep.layout import Options, ShardTask, Skipped
 from data_prep.ledger import WrittenShard, record_shard
-from data_prep.sources import Item
+from data_prep.listing import Item
+from data_prep.tally import Tally
+from data_prep.whole_files import write_whole
 
 MAX_MPX = 178.0  # Pillow opens nothing larger (twice its MAX_IMAGE_PIXELS). Training has its own, lower limit
+DIGEST_BYTES = 16  # two different images in a billion share 128 bits with probability 1e-21
+
+
+class Encoded(NamedTuple):
+    """The bytes to store and the length of their image's shorter side, px."""
+
+    data: bytes
+    ending: str
+    short_side: int
 
 
 @dataclass(frozen=True)
@@ -39,100 +42,86 @@ class ShardWriter:
 
     def write(self, task: ShardTask) -> WrittenShard:
         """Write the shard of `task` and a record of it. A bad item is a DataError unless `skip_bad`."""
-        skipped: list[str] = []
-        with _write_whole(self.out / task.name) as file:
-            hashed = _HashedFile(file)
-            with tarfile.open(fileobj=hashed, mode="w", format=tarfile.USTAR_FORMAT) as tar:  # type: ignore[call-overload]
-                for position, item in enumerate(task.items, start=task.first):
-                    try:
-                        image = encode(_read(self.read, item), self.options)
-                    except DataError as error:
-                        if not self.skip_bad:
-                            raise DataError(f"{item.name}: {error} (--skip_bad leaves it out)") from None
-                        skipped.append(f"{item.name}: {error}")
-                    else:
-                        _add_sample(tar, image, key=f"{position:09d}", label=item.label)
-        samples = len(task.items) - len(skipped)
-        info = ShardInfo(task.name, samples, hashed.size, hashed.digest.hexdigest())
-        written = WrittenShard(info, tuple(skipped))
+        skipped: list[Skipped] = []
+        digests: list[tuple[int, str]] = []
+        tally = Tally()
+        with write_whole(self.out / task.name) as file:
+            tar = _TarFile(file)
+            for position, item in enumerate(task.items, start=task.first):
+                if (left_out := task.left_out.get(position)) is not None:
+                    skipped.append(left_out)
+                    continue
+                try:
+                    original = _read(self.read, item)
+                    image = encode(original, self.options)
+                except DataError as error:
+                    if not self.skip_bad:
+                        raise DataError(f"{item.name}: {error} (--skip_bad leaves it out)") from None
+                    skipped.append(Skipped(position, item.name, "bad", str(error)))
+                    continue
+                if image.short_side < (self.options.min_side_px or 0):
+                    reason = (
+                        f"short side of {image.short_side} px, --min_side_px is {self.options.min_side_px}"
+                    )
+                    skipped.append(Skipped(position, item.name, "small", reason))
+                    continue
+                tar.add(f"{position:09d}.{image.ending}", image.data)
+                if item.label is not None:
+                    tar.add(f"{position:09d}.cls", str(item.label).encode())
+                tally.count_image(image.ending, size=len(image.data), short_side=image.short_side)
+                if self.options.dedup:
+                    digest = hashlib.blake2b(original, digest_size=DIGEST_BYTES)
+                    digests.append((position, digest.hexdigest()))
+            tar.end()
+        tally.skipped.update(each.kind for each in skipped)
+        info = ShardInfo(task.name, tally.images, tar.size, tar.digest.hexdigest())
+        written = WrittenShard(info, tuple(skipped), tally, tuple(digests))
         record_shard(self.out, written)
         return written
 
 
-def write_shards(
-    writer: ShardWriter, tasks: Sequence[ShardTask], *, processes: int
-) -> Iterator[WrittenShard]:
-    """Each shard as it is finished, in any order. The first error ends all."""
-    if processes == 1 or len(tasks) <= 1:
-        yield from map(writer.write, tasks)
-        return
-    pool = ProcessPoolExecutor(
-        max_workers=min(processes, len(tasks)),
-        mp_context=multiprocessing.get_context("spawn"),
-        initializer=_end_with_parent,
-    )
-    try:
-        with _inherit_no_interrupt():  # processes start while tasks are submitted
-            futures = [pool.submit(writer.write, task) for task in tasks]
-        for future in as_completed(futures):
-            yield future.result()
-    except BrokenProcessPool:
-        raise DataError(
-            "a writing process was killed (out of memory?): run the same command with fewer --processes"
-        ) from None
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def encode(data: bytes, options: Options) -> bytes:
-    """The bytes to store: the original ones wherever possible. Raises DataError if they are no image."""
-    if options.resize_short is None:
-        open_image(data, max_mpx=MAX_MPX)
-        return data
-    image = decode_image(data, max_mpx=MAX_MPX)
+def encode(data: bytes, options: Options) -> Encoded:
+    """What to store: the original bytes wherever possible. Raises DataError if they are no image."""
+    image = open_image(data, max_mpx=MAX_MPX)
     short = min(image.size)
-    if short <= options.resize_short:
-        return data
-    width, height = (round(side * options.resize_short / short) for side in image.size)
+    if options.resize_short is None or short <= options.resize_short:
+        if options.verify_pixels or options.resize_short is not None:
+            decode_image(data, max_mpx=MAX_MPX)
+        return Encoded(data, image_extension(data) or "", short)
+    upright = decode_image(data, max_mpx=MAX_MPX)
+    width, height = (round(side * options.resize_short / short) for side in upright.size)
     file = io.BytesIO()
-    image.resize((width, height), Image.Resampling.BICUBIC).save(file, "JPEG", quality=options.quality)
-    return file.getvalue()
+    upright.resize((width, height), Image.Resampling.BICUBIC).save(file, "JPEG", quality=options.quality)
+    return Encoded(file.getvalue(), "jpg", options.resize_short)
 
 
-class _HashedFile:
-    """The part of a file that tarfile writes to; knows size and SHA-256 of what passed through."""
+class _TarFile:
+    """An archive being written front to back; knows its size and SHA-256 so far.
+
+    Members carry no time and no owner, so the same input gives the same bytes.
+    """
 
     def __init__(self, file: BinaryIO) -> None:
         self.file = file
         self.size = 0
         self.digest = hashlib.sha256()
 
-    def write(self, data: bytes) -> int:
+    def add(self, name: str, data: bytes) -> None:
+        header = tarfile.TarInfo(name)
+        header.size = len(data)
+        self._write(header.tobuf(tarfile.USTAR_FORMAT))
+        self._write(data)
+        self._write(bytes(-len(data) % tarfile.BLOCKSIZE))
+
+    def end(self) -> None:
+        """Two blocks of zeros, and as many as fill a record, as tar writes them."""
+        self._write(bytes(2 * tarfile.BLOCKSIZE))
+        self._write(bytes(-self.size % tarfile.RECORDSIZE))
+
+    def _write(self, data: bytes) -> None:
+        self.file.write(data)
         self.digest.update(data)
         self.size += len(data)
-        return self.file.write(data)
-
-    def tell(self) -> int:
-        return self.size
-
-
-@contextmanager
-def _write_whole(path: Path) -> Iterator[BinaryIO]:
-    """A file that appears at `path` when the block ends well, complete and on disk, and not otherwise.
-
-    The part is named after its process: one that outlives its killed parent for a moment meets no other.
-    """
-    part = path.with_name(f".{path.name}.{os.getpid()}{PART}")
-    try:
-        with part.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
-    sync(path.parent)
 
 
 def _read(read: Callable[[Item], bytes], item: Item) -> bytes:
@@ -140,37 +129,3 @@ def _read(read: Callable[[Item], bytes], item: Item) -> bytes:
         return read(item)
     except OSError as error:
         raise DataError(f"cannot be read ({error.strerror})") from None
-
-
-def _add_sample(tar: tarfile.TarFile, image: bytes, *, key: str, label: int | None) -> None:
-    _add_member(tar, f"{key}.{image_extension(image)}", image)
-    if label is not None:
-        _add_member(tar, f"{key}.cls", str(label).encode())
-
-
-def _add_member(tar: tarfile.TarFile, name: str, data: bytes) -> None:
-    header = tarfile.TarInfo(name)  # no time and no owner: the same input gives the same bytes
-    header.size = len(data)
-    tar.addfile(header, io.BytesIO(data))
-
-
-@contextmanager
-def _inherit_no_interrupt() -> Iterator[None]:
-    """Ctrl-C reaches all processes of a terminal; those started here leave it to their parent to end them."""
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, handler)
-
-
-def _end_with_parent() -> None:
-    """A killed parent cannot stop its pool: each worker watches for that itself."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def watch() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from cmae_scale.core.errors import DataError
 
@@ -59,6 +59,8 @@ def open_image(data: bytes, *, max_mpx: float) -> Image.Image:
         raise DataError(f"not a JPEG, PNG or WebP image (begins with {data[:8]!r})")
     try:
         image = Image.open(BytesIO(data), formats=FORMATS)
+    except UnidentifiedImageError:  # its own text names an address in memory
+        raise DataError("damaged header (no decoder knows it)") from None
     except Exception as error:  # Pillow's parsers raise a dozen unrelated kinds on damaged headers
         raise DataError(f"damaged header ({type(error).__name__}: {error})") from None
     if (mpx := image.width * image.height / 1e6) > max_mpx:

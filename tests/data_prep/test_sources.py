@@ -6,7 +6,12 @@ import pytest
 from PIL import Image
 
 from cmae_scale.core.errors import ConfigError
-from data_prep.sources import Item, list_digits, list_flat, list_imagefolder
+from data_prep.listing import Item
+from data_prep.sources import SOURCES, Source, SourceRequest
+
+
+def list_source(kind: str, root: Path | None) -> dict[str, Source]:
+    return SOURCES[kind](SourceRequest(root))
 
 
 def touch(root: Path, *names: str) -> None:
@@ -19,7 +24,7 @@ def touch(root: Path, *names: str) -> None:
 def test_an_image_folder_numbers_its_classes_in_sorted_order(tmp_path: Path) -> None:
     touch(tmp_path, "b/2.jpg", "b/1.JPEG", "a/x/deep.png", "c/3.webp")
     (tmp_path / "aa empty").mkdir()
-    source = list_imagefolder(tmp_path)[""]
+    source = list_source("imagefolder", tmp_path)[""]
     assert source.classes == ("a", "aa empty", "b", "c")
     assert list(source.items) == [
         Item("a/x/deep.png", 0),
@@ -42,18 +47,18 @@ def test_other_files_and_hidden_ones_are_not_listed(tmp_path: Path) -> None:
         "3.jpg",
         "a/g.gif",
     )
-    assert [item.name for item in list_imagefolder(tmp_path)[""].items] == ["a/1.jpg"]
+    assert [item.name for item in list_source("imagefolder", tmp_path)[""].items] == ["a/1.jpg"]
 
 
 def test_a_flat_folder_has_no_labels(tmp_path: Path) -> None:
     touch(tmp_path, "1.jpg", "b/2.png", "a/3.jpg")
-    source = list_flat(tmp_path)[""]
+    source = list_source("flat", tmp_path)[""]
     assert list(source.items) == [Item("1.jpg", None), Item("a/3.jpg", None), Item("b/2.png", None)]
     assert source.classes == ()
 
 
 def test_digits_are_split_by_class_without_overlap() -> None:
-    splits = list_digits(None)
+    splits = list_source("digits", None)
     train, val = splits["train"], splits["val"]
     names = [item.name for source in (train, val) for item in source.items]
     assert len(names) == len(set(names)) == 1797
@@ -63,7 +68,7 @@ def test_digits_are_split_by_class_without_overlap() -> None:
 
 
 def test_a_digit_is_a_small_png_of_its_own() -> None:
-    source = list_digits(None)["val"]
+    source = list_source("digits", None)["val"]
     images = {source.read(item) for item in source.items[:5]}
     assert len(images) == 5
     assert all(image.startswith(b"\x89PNG") for image in images)
@@ -81,26 +86,26 @@ def test_a_digit_is_a_small_png_of_its_own() -> None:
 def test_an_image_folder_that_is_none_says_why(tmp_path: Path, names: tuple[str, ...], message: str) -> None:
     touch(tmp_path, *names)
     with pytest.raises(ConfigError, match=message):
-        list_imagefolder(tmp_path)
+        list_source("imagefolder", tmp_path)
 
 
 def test_missing_and_empty_roots_are_told(tmp_path: Path) -> None:
-    for list_source in (list_flat, list_imagefolder):
+    for kind in ("flat", "imagefolder"):
         with pytest.raises(ConfigError, match="needs --root"):
-            list_source(None)
+            list_source(kind, None)
         with pytest.raises(ConfigError, match="is not a folder"):
-            list_source(tmp_path / "none")
+            list_source(kind, tmp_path / "none")
     with pytest.raises(ConfigError, match="holds no image file"):
-        list_flat(tmp_path)
+        list_source("flat", tmp_path)
     with pytest.raises(ConfigError, match="leave out --root"):
-        list_digits(tmp_path)
+        list_source("digits", tmp_path)
 
 
 def test_linked_folders_are_followed(tmp_path: Path) -> None:
     touch(tmp_path, "real/a/1.jpg")
     (tmp_path / "root").mkdir()
     (tmp_path / "root" / "a").symlink_to(tmp_path / "real" / "a")
-    source = list_imagefolder(tmp_path / "root")[""]
+    source = list_source("imagefolder", tmp_path / "root")[""]
     assert source.read(source.items[0]) == b"real/a/1.jpg"
 
 
@@ -109,5 +114,5 @@ def test_names_that_are_not_utf8_are_read(tmp_path: Path) -> None:
     folder.mkdir()
     with open(bytes(folder) + b"/\xff.png", "wb") as file:  # noqa: PTH123 -- a name that Path cannot spell
         Image.new("L", (4, 4)).save(file, "PNG")
-    source = list_imagefolder(tmp_path)[""]
+    source = list_source("imagefolder", tmp_path)[""]
     assert source.read(source.items[0]).startswith(b"\x89PNG")

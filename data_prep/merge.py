@@ -1,0 +1,105 @@
+"""From finished shards to one data set: duplicates across shards, the list of skipped images, the index."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Int64
+
+from cmae_scale.core.errors import DataError
+from cmae_scale.data.index import ShardIndex, ShardInfo, write_index
+from data_prep.layout import ShardPlan, ShardSlot, Skipped
+from data_prep.ledger import drop_records, read_record, read_skipped, write_skipped
+from data_prep.sources import Source
+from data_prep.tally import Tally
+
+LeftOut = Mapping[int, Skipped]
+
+
+def write_data_set(
+    source: Source, plan: ShardPlan, *, out: Path, finished: Mapping[str, ShardInfo]
+) -> tuple[ShardIndex, Tally]:
+    """Write skipped.jsonl and the index of a folder in which every shard of the plan is finished.
+
+    Also the tally of the shards that were made since there was an index.
+    """
+    slots = [plan.slot(number) for number in range(len(plan))]
+    shards = tuple(finished[slot.name] for slot in slots if finished[slot.name].samples)
+    if not shards:
+        raise DataError(f"none of the {len(source.items)} files of {source.title} can be used as an image")
+    tally = Tally()
+    write_skipped(out, _collect(slots, out=out, tally=tally))
+    total = sum(shard.samples for shard in shards)
+    index = ShardIndex(out, shards, source.classes, total, source.title, plan.describe())
+    write_index(index)
+    drop_records(index)
+    return index, tally
+
+
+def _collect(slots: Iterable[ShardSlot], *, out: Path, tally: Tally) -> Iterator[tuple[str, Skipped]]:
+    """What was skipped, in the order of the plan; counts what the records say on the way."""
+    before = read_skipped(out)
+    for slot in slots:
+        record = read_record(out, slot.name)
+        if record is not None:
+            tally.add(record.tally)
+        for each in before.get(slot.name, ()) if record is None else record.skipped:
+            yield slot.name, each
+
+
+def plan_left_out(plan: ShardPlan, out: Path) -> dict[str, LeftOut]:
+    """The images, by shard, that are in a shard though an equal one stands before them in the shuffled order.
+
+    Reads the records; takes 24 bytes of memory per image.
+    """
+    positions, digests = _read_digests(plan, out)
+    left_out: dict[str, dict[int, Skipped]] = defaultdict(dict)
+    for position, first in find_duplicates(positions, digests):
+        item, kept = plan.item_at(position), plan.item_at(first)
+        labels = "" if item.label == kept.label else f", which has label {kept.label}, not {item.label}"
+        reason = f"same content as {kept.name}{labels}"
+        left_out[plan.slot_of(position).name][position] = Skipped(position, item.name, "duplicate", reason)
+    for name, shard in left_out.items():  # what earlier rounds left out stays out
+        record = read_record(out, name)
+        earlier = () if record is None else record.skipped
+        shard.update({each.position: each for each in earlier if each.kind == "duplicate"})
+    return dict(left_out)
+
+
+def find_duplicates(
+    positions: Int64[np.ndarray, " images"], digests: Int64[np.ndarray, "images 2"]
+) -> Iterator[tuple[int, int]]:
+    """Each position whose digest a smaller position has too, with the smallest one."""
+    order = np.lexsort((positions, digests[:, 1], digests[:, 0]))
+    ranked = digests[order]
+    is_same = np.zeros(len(order), dtype=bool)
+    is_same[1:] = (ranked[1:] == ranked[:-1]).all(axis=1)
+    first_of_run = np.maximum.accumulate(np.where(is_same, 0, np.arange(len(order))))
+    for rank in np.flatnonzero(is_same):
+        yield int(positions[order[rank]]), int(positions[order[first_of_run[rank]]])
+
+
+def _read_digests(
+    plan: ShardPlan, out: Path
+) -> tuple[Int64[np.ndarray, " images"], Int64[np.ndarray, "images 2"]]:
+    positions = np.empty(plan.num_samples, dtype=np.int64)
+    digests = np.empty((plan.num_samples, 2), dtype=np.int64)
+    count = 0
+    for number in range(len(plan)):
+        record = read_record(out, plan.slot(number).name)
+        for position, digest in () if record is None else record.digests:
+            positions[count] = position
+            digests[count] = np.frombuffer(bytes.fromhex(digest), dtype="<i8")
+            count += 1
+    return positions[:count], digests[:count]
+
+
+def known_left_out(plan: ShardPlan, out: Path) -> dict[str, LeftOut]:
+    """The duplicates that a finished folder left out: a shard of it that was lost is made without them."""
+    if not plan.options.dedup:
+        return {}
+    return {
+        name: {each.position: each for each in skipped if each.kind == "duplicate"}
+        for name, skipped in read_skipped(out).items()
+    }

@@ -1,0 +1,73 @@
+"""What make_shards tells its user: progress, a plan, closing figures."""
+
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+from cmae_scale.core.progress import format_seconds
+from cmae_scale.data.index import ShardIndex
+from data_prep.arguments import Command
+from data_prep.layout import ShardPlan, ShardSlot
+from data_prep.ledger import WrittenShard
+from data_prep.sources import Source
+from data_prep.tally import Tally
+
+LINE_EVERY_S = 5.0
+MAX_BAD_LINES = 20  # skipped.jsonl has them all
+
+
+def show_progress(shards: Iterable[WrittenShard], *, total: int, out: Path) -> Iterator[WrittenShard]:
+    """Pass the shards on, with a bar on a terminal and a line now and then elsewhere."""
+    started_s = line_s = time.monotonic()
+    with tqdm(total=total, unit=" images", desc=str(out), disable=None, leave=False) as bar:
+        done = bad = 0
+        for written in shards:
+            for each in written.skipped:
+                bad += each.kind == "bad"
+                if each.kind == "bad" and bad <= MAX_BAD_LINES:
+                    bar.write(f"skipped {each.name}: {each.reason}", file=sys.stderr)
+            done += written.info.samples + len(written.skipped)
+            bar.update(written.info.samples + len(written.skipped))
+            now_s = time.monotonic()
+            if bar.disable and now_s - line_s > LINE_EVERY_S:
+                line_s = now_s
+                left = format_seconds((now_s - started_s) / done * (total - done))
+                print(f"{out}: {done:,} of {total:,} images, {left} left", flush=True)
+            yield written
+
+
+def say_plan(source: Source, plan: ShardPlan, *, out: Path, missing: Sequence[ShardSlot]) -> None:
+    """What a run would do."""
+    count = f"{plan.num_samples:,} images, {len(source.classes)} classes, {len(plan)} shards"
+    todo = f"{sum(slot.samples for slot in missing):,} images in {len(missing)} shards"
+    print(f"{out}: {count}; this run would write {todo}", flush=True)
+
+
+def summarise(index: ShardIndex, *, made: Tally, whole: Tally, seconds: float) -> None:
+    """The closing lines: what is there now, how fast its new part was made, and what is in it."""
+    size_mb = sum(shard.bytes for shard in index.shards) / 1e6
+    count = (
+        f"{index.total:,} images, {len(index.classes)} classes, {len(index.shards)} shards, {size_mb:,.1f} MB"
+    )
+    print(f"{index.folder}: {count}, {_say_speed(made, seconds)}", flush=True)
+    for line in whole.describe():
+        print(f"  {line}", flush=True)
+
+
+def summarise_part(
+    plan: ShardPlan, made: Tally, *, command: Command, out: Path, there: int, seconds: float
+) -> None:
+    """The closing line of a part that is not the last one."""
+    part = f"part {command.part.number}/{command.part.of} done, {_say_speed(made, seconds)}"
+    print(
+        f"{out}: {part}; {there} of {len(plan)} shards are there, the last part writes the index", flush=True
+    )
+
+
+def _say_speed(made: Tally, seconds: float) -> str:
+    if not made.images + made.skipped.total():
+        return "all there already"
+    return f"{made.images / seconds:,.0f} images/s, {made.image_bytes / 1e6 / seconds:,.1f} MB/s"

@@ -1,0 +1,51 @@
+"""What a source is: a list of images, and a function that gives the bytes of one."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from cmae_scale.core.errors import ConfigError
+from data_prep.listing import Item, Listing
+
+IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
+
+Read = Callable[[Item], bytes]
+
+
+@dataclass(frozen=True)
+class SourceRequest:
+    """What the user says about a source. `root` is a folder or a file, as the kind of source has it."""
+
+    root: Path | None = None
+    image_column: str | None = None
+    label_column: str | None = None
+
+
+@dataclass(frozen=True)
+class Source:
+    """Images and where their bytes come from. `read` must be picklable: it runs in other processes.
+
+    Where an image cannot be read by itself, only among hundreds of others, `stage` first copies those that
+    are needed into a scratch folder, in one pass through the source, and returns the `read` to use.
+    """
+
+    title: str
+    items: Listing
+    classes: tuple[str, ...]
+    read: Read
+    stage: Callable[[Path, Iterator[int]], Read] | None = None
+
+
+def existing_folder(request: SourceRequest, source: str) -> Path:
+    """The root, if it is a folder."""
+    if request.root is None:
+        raise ConfigError(f"--source {source} needs --root, the folder that holds the images")
+    if not request.root.is_dir():
+        raise ConfigError(f"--root {request.root} is not a folder")
+    return request.root
+
+
+def number_classes(items: Listing) -> tuple[str, ...]:
+    """Names for classes that have only numbers: 0 up to the largest label."""
+    largest = max((-1 if item.label is None else item.label for item in items), default=-1)
+    return tuple(str(label) for label in range(largest + 1))

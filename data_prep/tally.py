@@ -1,0 +1,78 @@
+"""What was written, in figures."""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+KINDS = {"bad": "unreadable", "small": "too small", "duplicate": "duplicates"}
+
+
+@dataclass
+class Tally:
+    """Sums over shards. `short_sides` counts images by their short side, px."""
+
+    images: int = 0
+    image_bytes: int = 0
+    formats: Counter[str] = field(default_factory=Counter)
+    short_sides: Counter[int] = field(default_factory=Counter)
+    skipped: Counter[str] = field(default_factory=Counter)
+
+    def count_image(self, ending: str, *, size: int, short_side: int) -> None:
+        """Add an image of `size` bytes."""
+        self.images += 1
+        self.image_bytes += size
+        self.formats[ending] += 1
+        self.short_sides[short_side] += 1
+
+    def add(self, other: "Tally") -> None:
+        """Add the sums of another tally."""
+        self.images += other.images
+        self.image_bytes += other.image_bytes
+        self.formats += other.formats
+        self.short_sides += other.short_sides
+        self.skipped += other.skipped
+
+    def describe(self) -> Iterator[str]:
+        """Lines for a user: formats and sizes, and how many were skipped why."""
+        if self.images:
+            formats = ", ".join(f"{ending} {count:,}" for ending, count in self.formats.most_common())
+            low, middle, high = read_quantiles(self.short_sides)
+            size_kb = self.image_bytes / self.images / 1e3
+            yield f"{formats}; short side {low} to {high} px, median {middle}; {size_kb:,.1f} kB an image"
+        if total := self.skipped.total():
+            kinds = ", ".join(f"{count:,} {KINDS[kind]}" for kind, count in self.skipped.most_common())
+            yield f"skipped {total:,}: {kinds}; skipped.jsonl names each"
+
+
+def pack_tally(tally: Tally) -> dict[str, Any]:
+    """A tally as JSON can keep it."""
+    return {
+        "images": tally.images,
+        "image_bytes": tally.image_bytes,
+        "formats": tally.formats,
+        "short_sides": sorted(tally.short_sides.items()),  # JSON has no numbers as keys
+        "skipped": tally.skipped,
+    }
+
+
+def unpack_tally(packed: Mapping[str, Any]) -> Tally:
+    """What `pack_tally` packed."""
+    return Tally(
+        packed["images"],
+        packed["image_bytes"],
+        Counter(packed["formats"]),
+        Counter(dict(packed["short_sides"])),
+        Counter(packed["skipped"]),
+    )
+
+
+def read_quantiles(counts: Mapping[int, int]) -> tuple[int, int, int]:
+    """Least, median (the lower one of two) and greatest of values given with their counts."""
+    values = sorted(counts)
+    half, passed = (sum(counts.values()) + 1) // 2, 0
+    for value in values:
+        passed += counts[value]
+        if passed >= half:
+            return values[0], value, values[-1]
+    raise ValueError("no value")
