@@ -1,4 +1,4 @@
-"""cmae-scale: pre-training of vision encoders with contrastive masked autoencoders, at scale.
+"""Pre-training of vision encoders with contrastive masked autoencoders, at scale.
 
-Files at this level are commands; folders are libraries; imports go down only (see README, "How the tree reads").
+Files at this level are commands; folders are libraries; imports go down only (README, "How the tree reads").
 """

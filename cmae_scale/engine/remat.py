@@ -46,8 +46,8 @@ def choose_block_runner(remat: Remat, *, settings: dict[str, Any]) -> BlockRunne
 def adapt_settings(remat: Remat, *, settings: dict[str, Any]) -> dict[str, Any]:
     """DeepSpeed's settings with which "selective" is correct under ZeRO-3: its own linear layer switched off.
 
-    That layer adds the bias in place, into the very matrix product that was kept: recomputation would add it a
-    second time. Raises ConfigError when the run file asks for it.
+    That layer adds the bias in place, into the very matrix product that was kept: recomputation would add it
+    a second time. Raises ConfigError when the run file asks for it.
     """
     zero = settings.get("zero_optimization", {})
     if remat != "selective" or zero.get("stage", 0) != 3:

@@ -26,6 +26,16 @@ Engine = Any  # deepspeed.DeepSpeedEngine, which ships no types
 # and building it would cost minutes and a C++ compiler at the first start on a CPU.
 _UNUSED_OP = "deepspeed_shm_comm"
 
+# what DeepSpeed calls the sections of a ds_config in its own complaints
+_SECTIONS = {
+    "DeepSpeedZeroConfig": "zero_optimization",
+    "DeepSpeedBF16Config": "bf16",
+    "DeepSpeedFP16Config": "fp16",
+    "TensorBoardConfig": "tensorboard",
+    "WandbConfig": "wandb",
+    "CSVConfig": "csv_monitor",
+}
+
 
 @dataclass(frozen=True)
 class Place:
@@ -154,8 +164,8 @@ def _check(settings: dict[str, Any], run: Run) -> None:
         DeepSpeedConfig(dict(settings))
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        place = ".".join(str(part) for part in first["loc"])
-        raise ConfigError(f"{run.path}: DeepSpeed refuses {error.title} {place}: {first['msg']}") from None
+        place = ".".join([_SECTIONS.get(error.title, error.title), *(str(part) for part in first["loc"])])
+        raise ConfigError(f"{run.path}: DeepSpeed refuses {place}: {first['msg']}") from None
     except (
         ValueError,
         TypeError,

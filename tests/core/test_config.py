@@ -131,7 +131,9 @@ def test_scheduler_totals_follow_the_schedule(run_file: Path) -> None:
     run = read_run(
         run_file,
         [
-            'scheduler={"type": "WarmupCosineLR", "params": {"total_num_steps": "auto", "warmup_num_steps": "auto"}}'
+            "scheduler.type=WarmupCosineLR",
+            "scheduler.params.total_num_steps=auto",
+            "scheduler.params.warmup_num_steps=auto",
         ],
     )
     resolved = resolve_run(run, batch=plan_batch(run.deepspeed, ranks=1), total_steps=100, warmup_steps=10)
