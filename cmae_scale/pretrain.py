@@ -59,12 +59,13 @@ def train(run: Run, *, stop_at: int | None = None) -> None:
     from cmae_scale.engine.journal import Journal
     from cmae_scale.engine.optim import set_learning_rate_
     from cmae_scale.engine.session import describe, start_session
-    from cmae_scale.engine.start import start_processes
+    from cmae_scale.engine.start import start_processes, stop_processes
     from cmae_scale.engine.step import train_step
 
     place = start_processes()
     rank, ranks = place.world.rank, place.world.size
     index = open_shards(run.cmae.data.shards)
+    held_out = open_shards(run.cmae.data.val_shards) if run.cmae.data.val_shards else index
     batch = plan_batch(run.deepspeed, ranks=ranks)
     plan = plan_data(index, run.cmae.data, global_batch=batch.total, seed=run.cmae.seed)
     times = plan_timetable(run.cmae, steps_per_epoch=plan.steps_per_epoch, batch_samples=batch.total)
@@ -113,13 +114,14 @@ def train(run: Run, *, stop_at: int | None = None) -> None:
             if saves:
                 session.save(done)
         if steps.stop == times.total_steps:
-            finish(session, journal, training=index)
+            finish(session, journal, held_out=held_out)
     journal.close()
+    stop_processes()
 
 
-def finish(session: "Session", journal: "Journal", *, training: "ShardIndex") -> None:
+def finish(session: "Session", journal: "Journal", *, held_out: "ShardIndex") -> None:
     """What a finished run leaves for people and for the next tool: pictures, encoder, summary."""
-    from cmae_scale.data import open_shards, read_held_out
+    from cmae_scale.data import read_held_out
     from cmae_scale.engine.preview import preview
     from cmae_scale.report import read_metrics, write_curves, write_reconstructions
 
@@ -127,7 +129,6 @@ def finish(session: "Session", journal: "Journal", *, training: "ShardIndex") ->
     encoder = session.export()
     pictures = run.out / "pictures"
     if cfg.monitor.pictures:
-        held_out = open_shards(cfg.data.val_shards) if cfg.data.val_shards else training
         masters, _ = read_held_out(
             held_out, count=cfg.monitor.pictures, views=cfg.views, max_mpx=cfg.data.max_image_mpx
         )
