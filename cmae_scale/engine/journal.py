@@ -14,10 +14,12 @@ from cmae_scale.core.collectives import sum_of_ranks
 from cmae_scale.core.durations import Timetable
 from cmae_scale.core.files import write_text
 from cmae_scale.core.progress import Progress, format_seconds
+from cmae_scale.engine.hardware import read_peak_flops
 from cmae_scale.engine.meter import Meter
 from cmae_scale.engine.optim import read_learning_rate
 from cmae_scale.engine.session import Session
 from cmae_scale.engine.step import StepLosses
+from cmae_scale.models.flops import count_flops
 
 Metrics = dict[str, float | int | None]
 
@@ -34,6 +36,9 @@ class Journal:
         self.batch_samples: int = session.run.deepspeed["train_batch_size"]
         self.path = session.run.out / "metrics.jsonl"
         self.meter = Meter()
+        self.image_flops = count_flops(session.run.cmae).training
+        peak = read_peak_flops(session.place.device)
+        self.peak_flops = None if peak is None else peak * session.place.world.size
         self.last: Metrics = {}
         self.progress: Progress | None = None
         if session.place.world.is_first:
@@ -76,6 +81,7 @@ class Journal:
             torch.tensor([float(bad_samples), self._waited_s], device=self.session.place.device)
         )
         bad, waited_s = totals.tolist()
+        images_per_s = samples / elapsed_s
         metrics: Metrics = {
             "step": done,
             "samples": done * self.batch_samples,
@@ -86,7 +92,8 @@ class Journal:
             "lr": read_learning_rate(self.session.engine),
             "momentum": momentum,
             "grad_norm": read_grad_norm(self.session.engine),
-            "samples_per_s": round(samples / elapsed_s, 2),
+            "samples_per_s": round(images_per_s, 2),
+            "mfu": self.peak_flops and round(images_per_s * self.image_flops / self.peak_flops, 4),
             "data_wait_s": round(waited_s / self.session.place.world.size, 4),
             "peak_gib": round(read_peak_gib(self.session.place.device), 3),
             "bad_samples": int(bad),

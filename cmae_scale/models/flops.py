@@ -1,0 +1,74 @@
+"""Floating-point operations per image of each part, in closed form: what a training step must at least do."""
+
+from typing import NamedTuple
+
+from cmae_scale.core.settings import CmaeConfig, DecoderConfig
+from cmae_scale.models.sizes import read_size
+
+
+class ForwardFlops(NamedTuple):
+    """Matrix products of one image's forward pass, two operations per multiply-add, by part.
+
+    Norms, activations, softmax and augmentation are left out, as in the field's figures for utilisation.
+    """
+
+    online_encoder: int
+    pixel_decoder: int
+    feature_decoder: int
+    heads: int  # projector and predictor
+    target: int  # encoder and projector
+
+    @property
+    def training(self) -> int:
+        """A training step's share: backward costs twice the forward pass, and the target has none.
+
+        Recomputed activations do not count: they are a way to save memory, not work that had to be done.
+        """
+        return (
+            3 * (self.online_encoder + self.pixel_decoder + self.feature_decoder + self.heads) + self.target
+        )
+
+
+def count_flops(cfg: CmaeConfig) -> ForwardFlops:
+    """The parts' operations for a run's model, views and masks."""
+    size, model = read_size(cfg.model), cfg.model
+    width, values = size.embed_dim, 3 * model.patch_size**2
+    grid = cfg.views.img_px // model.patch_size
+    patches = grid**2
+    kept = count_kept(grid, cell=cfg.mask.cell, ratio=cfg.mask.ratio)
+
+    def encoder(seen: int) -> int:
+        blocks = count_blocks(size.depth, width=width, mlp_ratio=model.mlp_ratio, tokens=seen + 1)
+        return 2 * seen * values * width + blocks
+
+    def completion(decoder: DecoderConfig) -> int:
+        blocks = count_blocks(
+            decoder.depth, width=decoder.embed_dim, mlp_ratio=decoder.mlp_ratio, tokens=patches + 1
+        )
+        return 2 * (kept + 1) * width * decoder.embed_dim + blocks
+
+    pixels = completion(model.pixel_decoder) + 2 * (patches - kept) * model.pixel_decoder.embed_dim * values
+    if not cfg.has_contrast:
+        return ForwardFlops(encoder(kept), pixels, feature_decoder=0, heads=0, target=0)
+    feature = model.feature_decoder
+    features = 2 * feature.embed_dim * width if feature.depth else 0  # one vector: it comes after the mean
+    if feature.depth and not feature.shared:
+        features += completion(feature)
+    hidden, out = cfg.heads.hidden_dim, cfg.heads.out_dim
+    projector, predictor = 2 * hidden * (width + out), 2 * hidden * (out + out)
+    seen = count_kept(grid, cell=cfg.mask.cell, ratio=cfg.target.mask_ratio)
+    return ForwardFlops(
+        encoder(kept), pixels, features, heads=projector + predictor, target=encoder(seen) + projector
+    )
+
+
+def count_kept(grid: int, *, cell: int, ratio: float) -> int:
+    """Patches of a grid x grid image that masking keeps. Source: official cmae_vit.py."""
+    return int((grid // cell) ** 2 * (1 - ratio)) * cell**2
+
+
+def count_blocks(depth: int, *, width: int, mlp_ratio: float, tokens: int) -> int:
+    """Operations of transformer blocks on `tokens` tokens: linear layers and attention's two products."""
+    linear = 2 * tokens * width * width * 4 + 2 * tokens * width * int(width * mlp_ratio) * 2
+    attention = 2 * tokens * tokens * width * 2
+    return depth * (linear + attention)
