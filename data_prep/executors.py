@@ -21,6 +21,7 @@ from data_prep.ledger import WrittenShard
 
 EXECUTORS = ("processes", "ray")
 TASKS_PER_WORKER = 2  # one at work and one ready
+RETRIES = 3  # of a task whose machine was lost: a shard may be written twice, it is the same
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 Write = Callable[[ShardTask], WrittenShard]
@@ -73,17 +74,21 @@ def _run_on_ray(write: Write, tasks: Iterator[ShardTask]) -> Iterator[WrittenSha
         import ray
     except ImportError:
         raise ConfigError('--executor ray needs Ray: pip install "cmae-scale[ray]"') from None
-    ray.init(
-        runtime_env={"env_vars": {"PYTHONPATH": str(REPOSITORY)}},
-        log_to_driver=False,
-        logging_level=logging.WARNING,
-    )
     try:
-        remote_write = ray.remote(max_retries=3)(write)
+        ray.init(
+            runtime_env={"env_vars": {"PYTHONPATH": str(REPOSITORY)}},
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
+    except (ConnectionError, RuntimeError) as error:
+        raise ConfigError(f"--executor ray: Ray does not start ({error}): look at RAY_ADDRESS") from None
+    try:
+        call = ray.remote(max_retries=RETRIES)(_call)
+        sent = ray.put(write)  # once, not with every task
         room = TASKS_PER_WORKER * max(1, int(ray.cluster_resources().get("CPU", 1)))
         running = []
         for task in tasks:
-            running.append(remote_write.remote(task))
+            running.append(call.remote(sent, task))
             if len(running) >= room:
                 done, running = ray.wait(running)
                 yield from ray.get(done)
@@ -92,8 +97,16 @@ def _run_on_ray(write: Write, tasks: Iterator[ShardTask]) -> Iterator[WrittenSha
             yield from ray.get(done)
     except ray.exceptions.RayTaskError as error:
         raise error.cause from None  # what the task raised, as other executors give it
+    except ray.exceptions.RayError as error:
+        raise DataError(
+            f"Ray has given up on a shard ({type(error).__name__}): run the same command again"
+        ) from None
     finally:
         ray.shutdown()
+
+
+def _call(write: Write, task: ShardTask) -> WrittenShard:
+    return write(task)
 
 
 @contextmanager

@@ -1,0 +1,175 @@
+"""Re-sharding what others made: strict about headers, careful with content, never a pickle."""
+
+import io
+import pickle
+import tarfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import webdataset
+from PIL import Image
+
+from cmae_scale.core.cli import run_command
+from cmae_scale.core.errors import DataError
+from cmae_scale.data.index import read_index
+from cmae_scale.data.tar import RawSample, read_samples
+from data_prep.make_shards import main
+from data_prep.sources import SOURCES, Source, SourceRequest
+
+Member = tuple[str, bytes]
+
+
+def picture(number: int) -> bytes:
+    pixels = np.random.default_rng(number).integers(0, 256, (9, 12, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+def write_tar(path: Path, members: Sequence[Member]) -> None:
+    with tarfile.open(path, "w") as tar:
+        for name, data in members:
+            header = tarfile.TarInfo(name)
+            header.size = len(data)
+            tar.addfile(header, io.BytesIO(data))
+
+
+def list_webdataset(root: Path) -> Source:
+    return SOURCES["webdataset"](SourceRequest(root))[""]
+
+
+def make(root: Path, out: Path, *options: str) -> int:
+    argv = ["--source", "webdataset", "--root", str(root), "--out", str(out), "--processes", "1"]
+    return run_command(main, [*argv, "--samples_per_shard", "4", *options])
+
+
+def read_all(folder: Path) -> list[RawSample]:
+    index = read_index(folder)
+    return [
+        sample
+        for number, shard in enumerate(index.shards)
+        for sample in read_samples(index.path(number), first=0, count=shard.samples, expected=shard)
+    ]
+
+
+def test_what_the_stock_package_wrote_is_read_back(tmp_path: Path) -> None:
+    for shard in range(2):
+        with webdataset.TarWriter(str(tmp_path / f"{shard}.tar")) as tar:
+            for number in range(5):
+                row = 5 * shard + number
+                sample = {"__key__": f"folder/{row}", "png": picture(row), "cls": row % 3, "json": {"a": row}}
+                tar.write(sample)
+    source = list_webdataset(tmp_path)
+    assert source.classes == ("0", "1", "2")
+    assert [(source.read(item), item.label) for item in source.items] == [
+        (picture(row), row % 3) for row in range(10)
+    ]
+
+
+def test_shards_of_ours_are_made_again_with_another_size_and_order(tmp_path: Path) -> None:
+    root = tmp_path / "images"
+    for number in range(10):
+        (root / "ab"[number % 2]).mkdir(parents=True, exist_ok=True)
+        (root / "ab"[number % 2] / f"{number}.png").write_bytes(picture(number))
+    argv = ["--source", "imagefolder", "--root", str(root), "--out", str(tmp_path / "first")]
+    assert run_command(main, [*argv, "--samples_per_shard", "3", "--processes", "1"]) == 0
+    assert make(tmp_path / "first", tmp_path / "second", "--seed", "5") == 0
+    first, second = read_all(tmp_path / "first"), read_all(tmp_path / "second")
+    assert read_index(tmp_path / "second").classes == ("a", "b")
+    assert {(sample.image, sample.label) for sample in first} == {
+        (sample.image, sample.label) for sample in second
+    }
+    assert [sample.image for sample in first] != [sample.image for sample in second]
+    assert [sample.key for sample in second] == [f"{row:09d}" for row in range(10)]
+
+
+class Payload:
+    def __reduce__(self) -> tuple[object, ...]:
+        return (Path.touch, (Path("was_run"),))
+
+
+def test_nothing_is_unpickled_and_no_name_becomes_a_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "in").mkdir()
+    hostile = pickle.dumps(Payload())
+    members = [
+        *((f"1.{ending}", hostile) for ending in ("pkl", "pickle", "pyd", "pth", "pkl.gz", "npy")),
+        ("1.png", picture(1)),
+        ("../../escaped.png", picture(2)),
+        ("/etc/3.png", picture(3)),
+    ]
+    write_tar(tmp_path / "in" / "hostile.tar", members)
+    assert make(tmp_path / "in", tmp_path / "out") == 0
+    assert {sample.image for sample in read_all(tmp_path / "out")} == {
+        picture(number) for number in (1, 2, 3)
+    }
+    assert {path.name for path in tmp_path.iterdir()} == {"in", "out"}
+
+
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE])
+def test_links_and_devices_are_refused(tmp_path: Path, kind: bytes) -> None:
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        link = tarfile.TarInfo("1.png")
+        link.type, link.linkname = kind, "/etc/passwd"
+        tar.addfile(link)
+    with pytest.raises(DataError, match="link or a device"):
+        list_webdataset(tmp_path)
+
+
+FAULTS: dict[str, list[Member]] = {
+    "sample has no image": [("a.cls", b"1")],
+    "sample has two images": [("a.png", b""), ("a.jpg", b"")],
+    "sample has a label that is not a class number": [("a.png", picture(9)), ("a.cls", b"dog")],
+    "not a JPEG, PNG or WebP image": [("a.png", b"GIF89a")],
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_faulty_sample_stops_by_its_name_or_is_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], fault: str
+) -> None:
+    (tmp_path / "in").mkdir()
+    good = [("0.png", picture(0)), ("0.cls", b"3"), ("README.txt", b"x")]
+    write_tar(tmp_path / "in" / "x.tar", [*good, *FAULTS[fault]])
+    assert make(tmp_path / "in", tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: x.tar/a: {fault}")
+    assert error.count("\n") == 1
+    assert make(tmp_path / "in", tmp_path / "out", "--skip_bad") == 0
+    assert [(sample.image, sample.label) for sample in read_all(tmp_path / "out")] == [(picture(0), 3)]
+
+
+def test_every_cut_of_a_foreign_tar_is_an_error(tmp_path: Path) -> None:
+    """Without an index a cut can be seen by the missing end alone: tars end with zeros up to 10,240 bytes."""
+    path = tmp_path / "a.tar"
+    write_tar(path, [(f"{number}.png", picture(number)) for number in range(4)])
+    whole = path.read_bytes()
+    end = max(place for place in range(len(whole)) if whole[place]) // 512 * 512 + 2 * 512
+    for size in {*range(0, end, 512), *range(100, end, 333)}:
+        path.write_bytes(whole[:size])
+        with pytest.raises(DataError, match="is damaged"):
+            list_webdataset(tmp_path)
+
+
+def test_a_tar_that_its_index_contradicts_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    write_tar(tmp_path / "in" / "x.tar", [(f"{number}.png", picture(number)) for number in range(6)])
+    assert make(tmp_path / "in", tmp_path / "out") == 0
+    shard = tmp_path / "out" / "shard-00000.tar"
+    size = shard.stat().st_size
+    write_tar(shard, [("1.png", picture(1))])
+    shard.write_bytes(shard.read_bytes().ljust(size, b"\0"))
+    with pytest.raises(DataError, match=r"holds 1 samples, its index\.json says 4"):
+        list_webdataset(tmp_path / "out")
+
+
+def test_a_pattern_chooses_among_tars(tmp_path: Path) -> None:
+    for name in ("train-0", "train-1", "val-0"):
+        write_tar(tmp_path / f"{name}.tar", [("1.png", name.encode())])
+    source = list_webdataset(tmp_path / "train-*.tar")
+    assert [source.read(item) for item in source.items] == [b"train-0", b"train-1"]
+    assert len(list_webdataset(tmp_path / "val-0.tar").items) == 1
