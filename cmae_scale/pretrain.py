@@ -22,7 +22,7 @@ from cmae_scale.core.durations import plan_timetable
 from cmae_scale.core.schedules import plan_schedules
 
 if TYPE_CHECKING:
-    from cmae_scale.data import ShardIndex
+    from cmae_scale.data.shard_set import ShardSet
     from cmae_scale.engine.journal import Journal
     from cmae_scale.engine.session import Session
 
@@ -54,7 +54,11 @@ def pretrain(argv: Sequence[str] | None) -> None:
 
 def train(run: Run, *, stop_at: int | None = None) -> None:
     """The run on this rank: to its end, with an exported encoder, or to `stop_at`, with a saved state."""
-    from cmae_scale.data import BadSamples, copy_ahead, open_batches, open_shards, plan_data
+    from cmae_scale.data.bad_samples import BadSamples
+    from cmae_scale.data.mix import plan_data
+    from cmae_scale.data.prefetch import copy_ahead
+    from cmae_scale.data.shard_set import open_shards
+    from cmae_scale.data.stream import open_batches
     from cmae_scale.engine.inputs import draw_step
     from cmae_scale.engine.journal import Journal
     from cmae_scale.engine.optim import set_learning_rate_
@@ -64,10 +68,11 @@ def train(run: Run, *, stop_at: int | None = None) -> None:
 
     place = start_processes()
     rank, ranks = place.world.rank, place.world.size
-    index = open_shards(run.cmae.data.shards)
-    held_out = open_shards(run.cmae.data.val_shards) if run.cmae.data.val_shards else index
+    data = run.cmae.data
+    shards = open_shards(data.shards, data=data)
+    held_out = open_shards(data.val_shards, data=data) if data.val_shards else shards
     batch = plan_batch(run.deepspeed, ranks=ranks)
-    plan = plan_data(index, run.cmae.data, global_batch=batch.total, seed=run.cmae.seed)
+    plan = plan_data(shards, data, global_batch=batch.total, seed=run.cmae.seed)
     times = plan_timetable(run.cmae, steps_per_epoch=plan.steps_per_epoch, batch_samples=batch.total)
     run = resolve_run(run, batch=batch, total_steps=times.total_steps, warmup_steps=times.warmup_steps)
     cfg = run.cmae
@@ -75,11 +80,11 @@ def train(run: Run, *, stop_at: int | None = None) -> None:
 
     session = start_session(run, place=place, data_order=plan.fingerprint)
     journal = Journal(session, times=times)
-    journal.say(describe(session, images=index.total, times=times))
+    journal.say(describe(session, images=shards.total, times=times))
     steps = range(session.first_step, min(times.total_steps, stop_at or times.total_steps))
     bad = BadSamples(cfg.data.max_bad_fraction)
     loader = open_batches(
-        index,
+        shards,
         plan,
         views=cfg.views,
         data=cfg.data,
@@ -119,9 +124,9 @@ def train(run: Run, *, stop_at: int | None = None) -> None:
     stop_processes()
 
 
-def finish(session: "Session", journal: "Journal", *, held_out: "ShardIndex") -> None:
+def finish(session: "Session", journal: "Journal", *, held_out: "ShardSet") -> None:
     """What a finished run leaves for people and for the next tool: pictures, encoder, summary."""
-    from cmae_scale.data import read_held_out
+    from cmae_scale.data.held_out import read_held_out
     from cmae_scale.engine.preview import preview
     from cmae_scale.report import read_metrics, write_curves, write_reconstructions
 

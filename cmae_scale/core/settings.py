@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
+PositiveFloat = Annotated[float, Field(gt=0)]
 Duration = Annotated[str, Field(pattern=r"^\d+(\.\d+)?(ep|st|[kMG]?samples|%)$")]
 
 EncoderName = Literal["vit_tiny", "vit_small", "vit_base", "vit_large", "vit_huge"]
@@ -183,18 +184,35 @@ class DataConfig(Section):
 
     shards: str | tuple[str, ...] = Field(
         min_length=1
-    )  # folder(s) with index.json, made by data_prep/make_shards.py
-    val_shards: str | None = None  # held-out images for the pictures; null takes the last training samples
+    )  # folder(s) with index.json, made by data_prep/make_shards.py, or some of a folder's tars: paths or
+    # http(s)://, s3://, gs://, hf:// addresses, with *, ? and {000..099}
+    mix: tuple[PositiveFloat, ...] | None = (
+        None  # share of every batch for each entry of shards; null = all samples equally often
+    )
+    val_shards: str | None = None  # held-out images for the pictures; null = some of `shards`
     workers: int = Field(4, ge=1)  # decoding threads per rank. Does not change results
     streams: int | None = Field(
         None, ge=1
-    )  # parallel cursors over an epoch; null = largest divisor of the batch <= 64
+    )  # parallel cursors over an epoch; null = largest divisor of the batch <= 64. With fewer than ranks,
+    # several ranks read the same shards
     shuffle_window: int = Field(
         256, ge=1
     )  # samples of a stream shuffled together, in memory as compressed bytes
     max_bad_fraction: Fraction = 0.001  # unreadable samples beyond this share stop the run
     max_image_mpx: float = Field(50.0, gt=0)  # larger images count as bad before they are decoded
     prefetch: int = Field(2, ge=1)  # batches ready ahead of the model. Does not change results
+    cache: str | None = None  # folder on a local disk that keeps what was read from remote shards
+    cache_gib: float = Field(100.0, gt=0)  # its size; the least recently used goes first
+    read_timeout_s: float = Field(60.0, gt=0)  # a request of remote data that takes longer is made again
+    read_retries: int = Field(8, ge=0)  # repetitions of a failed request: about half a minute of pauses
+    allow_commands: bool = False  # shards may be "pipe:COMMAND {name}", which runs that command
+
+    @model_validator(mode="after")
+    def _mix_fits(self) -> "DataConfig":
+        sets = 1 if isinstance(self.shards, str) else len(self.shards)
+        if self.mix is not None and len(self.mix) != sets:
+            raise ValueError(f"mix needs one number for each entry of shards: {sets}, not {len(self.mix)}")
+        return self
 
 
 class ScheduleConfig(Section):

@@ -1,16 +1,16 @@
 """Samples as compressed bytes in the plan's order: each stream is read a shuffle window at a time."""
 
 import threading
-from collections.abc import Iterator
-from itertools import chain, count, islice
+from collections.abc import Iterator, Sequence
+from itertools import accumulate, chain, count, islice
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Int64
 
-from cmae_scale.data.index import ShardIndex
-from cmae_scale.data.plan import DataPlan, Place, block_order, find_row, rows_of, run_pieces
-from cmae_scale.data.tar import read_samples
+from cmae_scale.data.mix import MixPlan
+from cmae_scale.data.plan import DataPlan, Place, block_order, run_pieces
+from cmae_scale.data.shard_set import Shard, ShardSet
 
 
 class StoredSample(NamedTuple):
@@ -20,6 +20,14 @@ class StoredSample(NamedTuple):
     key: str
     image: bytes
     label: int | None
+
+
+class Part(NamedTuple):
+    """One data set of a mix and its plan. Its samples count from `first_number` among all sets."""
+
+    shards: Sequence[Shard]
+    plan: DataPlan
+    first_number: int
 
 
 class Block:
@@ -53,8 +61,8 @@ class Block:
 class BlockReader:
     """The blocks of one stream one after another, from that of `start` on, with at most two in memory."""
 
-    def __init__(self, index: ShardIndex, plan: DataPlan, *, start: Place) -> None:
-        self._blocks = list_blocks(index, plan, start=start)
+    def __init__(self, part: Part, *, start: Place) -> None:
+        self._blocks = list_blocks(part, start=start)
         self._current: Block | None = None
         self._ahead = next(self._blocks)
 
@@ -71,29 +79,26 @@ class BlockReader:
         self._ahead.fill(samples)
 
 
-def list_blocks(index: ShardIndex, plan: DataPlan, *, start: Place) -> Iterator[Block]:
+def list_blocks(part: Part, *, start: Place) -> Iterator[Block]:
     """Endless: all blocks of a stream from that of `start` on, still empty. Fill each before the next."""
     first = start.block
     for epoch in count(start.epoch):
-        source = read_run(index, plan, epoch=epoch, stream=start.stream, first=first * plan.window)
-        for number in range(first, -(-plan.run_samples // plan.window)):
-            order = block_order(plan, epoch=epoch, stream=start.stream, block=number)
+        source = read_run(part, epoch=epoch, stream=start.stream, first=first * part.plan.window)
+        for number in range(first, -(-part.plan.run_samples // part.plan.window)):
+            order = block_order(part.plan, epoch=epoch, stream=start.stream, block=number)
             yield Block(epoch, number, order=order, source=source)
         first = 0
 
 
-def read_run(
-    index: ShardIndex, plan: DataPlan, *, epoch: int, stream: int, first: int
-) -> Iterator[StoredSample]:
+def read_run(part: Part, *, epoch: int, stream: int, first: int) -> Iterator[StoredSample]:
     """The samples of a run in reading order, from its sample number `first` on."""
-    starts = [0, *np.cumsum(plan.shard_samples).tolist()]
-    for piece in run_pieces(plan, epoch=epoch, stream=stream, first=first):
-        shard = index.shards[piece.shard]
-        samples = read_samples(
-            index.path(piece.shard), first=piece.first, count=piece.samples, expected=shard
-        )
+    starts = list(accumulate(part.plan.shard_samples, initial=part.first_number))
+    for piece in run_pieces(part.plan, epoch=epoch, stream=stream, first=first):
+        shard = part.shards[piece.shard]
+        samples = shard.read(piece.first, piece.samples)
         for number, raw in enumerate(samples, start=starts[piece.shard] + piece.first):
-            yield StoredSample(number, f"{shard.name}/{raw.key}", raw.image, raw.label)
+            label = raw.label if shard.has_labels else None
+            yield StoredSample(number, f"{shard.name}/{raw.key}", raw.image, label)
 
 
 class RawRow(NamedTuple):
@@ -112,8 +117,8 @@ class RawBatch(NamedTuple):
 
 
 def read_raw_batches(
-    index: ShardIndex,
-    plan: DataPlan,
+    shards: ShardSet,
+    plan: MixPlan,
     *,
     rank: int,
     ranks: int,
@@ -126,19 +131,29 @@ def read_raw_batches(
     Beginning at any step reads at most what lies before it in its windows.
     """
     micros = [
-        rows_of(plan, rank=rank, ranks=ranks, micro=m, accumulation=accumulation) for m in range(accumulation)
+        plan.rows_of(rank=rank, ranks=ranks, micro=m, accumulation=accumulation) for m in range(accumulation)
     ]
-    readers: dict[int, BlockReader] = {}
+    parts = split_parts(shards, plan)
+    readers: dict[tuple[int, int], BlockReader] = {}
     for step in steps:
         for micro, own in enumerate(micros):
             rows = []
             for row in own:
                 if stop.is_set():
                     return
-                place = find_row(plan, step=step, row=row)
-                if place.stream not in readers:
-                    readers[place.stream] = BlockReader(index, plan, start=place)
-                rows.append(RawRow(readers[place.stream].reach(place), place.place))
+                part, place = plan.find_row(step=step, row=row)
+                if (reader := readers.get((part, place.stream))) is None:
+                    reader = readers[part, place.stream] = BlockReader(parts[part], start=place)
+                rows.append(RawRow(reader.reach(place), place.place))
             yield RawBatch(step, micro, rows)
         for reader in readers.values():
             reader.read_ahead(plan.stream_rows)
+
+
+def split_parts(shards: ShardSet, plan: MixPlan) -> list[Part]:
+    """The shards of each part of the plan."""
+    numbers = accumulate((part.total for part in plan.parts[:-1]), initial=0)
+    return [
+        Part(shards.shards[first : first + len(part.shard_samples)], part, number)
+        for part, first, number in zip(plan.parts, plan.first_shards, numbers, strict=True)
+    ]

@@ -1,8 +1,6 @@
 """What a folder of shards holds, as its index.json says: the contract of making shards and reading them."""
 
 import json
-import os
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -46,8 +44,8 @@ class ShardIndex:
         return self.folder / self.shards[shard].name
 
 
-class _IndexFile(BaseModel):
-    """index.json, key by key."""
+class IndexFile(BaseModel):
+    """The content of an index.json, key by key."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -66,7 +64,8 @@ def read_index(folder: str | Path) -> ShardIndex:
     """
     index = parse_index(Path(folder))
     for number, shard in enumerate(index.shards):
-        _check_size(index.path(number), shard)
+        path = index.path(number)
+        check_size(str(path), measure_shard(path), expected=shard)
     return index
 
 
@@ -76,65 +75,36 @@ def parse_index(folder: Path) -> ShardIndex:
     try:
         text = path.read_bytes()
     except OSError:
-        raise DataError(
-            f"{folder} holds no {INDEX_NAME}: make its shards with `python data_prep/make_shards.py "
-            f"--source imagefolder --root IMAGES --out {folder}` (the same command goes on where one stopped)"
-        ) from None
-    parsed = _validate(text, path)
-    names = [shard.name for shard in parsed.shards]
-    if len(set(names)) < len(names):
-        raise DataError(f"{path} lists a shard twice: make the shards again")
-    if (listed := sum(shard.samples for shard in parsed.shards)) != parsed.total:
-        raise DataError(
-            f"{path} says total {parsed.total} but its shards hold {listed}: make the shards again"
-        )
+        raise missing_index(str(folder)) from None
+    parsed = parse_text(text, name=str(path))
     return ShardIndex(folder, parsed.shards, parsed.classes, parsed.total, parsed.source, parsed.options)
 
 
-def open_shards(folders: str | Sequence[str]) -> ShardIndex:
-    """The index of one folder, or of several read as one data set (the setting cmae.data.shards)."""
-    if isinstance(folders, str):
-        return read_index(folders)
-    return join_indexes([read_index(folder) for folder in folders])
+def missing_index(folder: str) -> DataError:
+    """What to say of a folder without an index."""
+    return DataError(
+        f"{folder} holds no {INDEX_NAME}: make its shards with `python data_prep/make_shards.py "
+        f"--source imagefolder --root IMAGES --out {folder}` (the same command goes on where one stopped), "
+        f"or list shards made elsewhere with `python data_prep/check_shards.py --write_index {folder}`"
+    )
 
 
-def join_indexes(indexes: Sequence[ShardIndex]) -> ShardIndex:
-    """Several folders read as one data set, shards in the order given.
-
-    Labels keep their meaning only if all folders have the same classes; anything else is a DataError.
-    """
-    first, *others = indexes
-    for other in others:
-        if other.classes != first.classes:
-            raise DataError(
-                f"{other.folder} has other classes than {first.folder}: they cannot be one data set"
-            )
-    if not others:
-        return first
-    folder = Path(os.path.commonpath([index.folder.absolute() for index in indexes]))
-    shards = tuple(
-        ShardInfo(
-            str(index.folder.absolute().relative_to(folder) / shard.name),
-            shard.samples,
-            shard.bytes,
-            shard.sha256,
+def parse_text(text: bytes, *, name: str) -> IndexFile:
+    """The content of an index.json. DataError, which says `name`, when it is malformed or not consistent."""
+    parsed = _validate(text, name)
+    names = [shard.name for shard in parsed.shards]
+    if len(set(names)) < len(names):
+        raise DataError(f"{name} lists a shard twice: make the shards again")
+    if (listed := sum(shard.samples for shard in parsed.shards)) != parsed.total:
+        raise DataError(
+            f"{name} says total {parsed.total} but its shards hold {listed}: make the shards again"
         )
-        for index in indexes
-        for shard in index.shards
-    )
-    return ShardIndex(
-        folder=folder,
-        shards=shards,
-        classes=first.classes,
-        total=sum(index.total for index in indexes),
-        source=" + ".join(index.source for index in indexes),
-        options={str(index.folder): index.options for index in indexes},
-    )
+    return parsed
 
 
 def write_index(index: ShardIndex) -> None:
     """Write index.json into `index.folder`: at every moment the old or the new one is there, never half."""
-    content = _IndexFile(
+    content = IndexFile(
         format=INDEX_FORMAT,
         total=index.total,
         source=index.source,
@@ -149,7 +119,7 @@ def write_index(index: ShardIndex) -> None:
     write_text(index.folder / INDEX_NAME, f'{head},\n  "shards": [\n{lines}\n  ]\n}}\n')
 
 
-def _validate(text: bytes, path: Path) -> _IndexFile:
+def _validate(text: bytes, path: str) -> IndexFile:
     try:
         content = json.loads(text)
     except ValueError as error:
@@ -160,19 +130,24 @@ def _validate(text: bytes, path: Path) -> _IndexFile:
             f"{path} has format {version!r}, this version reads {INDEX_FORMAT}: make the shards again with it"
         )
     try:
-        return _IndexFile.model_validate_json(text)
+        return IndexFile.model_validate_json(text)
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
         raise DataError(f"{path}: {place}: {first['msg']}: make the shards again") from None
 
 
-def _check_size(path: Path, shard: ShardInfo) -> None:
+def check_size(place: str, size: int | None, *, expected: ShardInfo) -> None:
+    """DataError if a shard's file has another size than its index says. None: not known before reading."""
+    if size is not None and size != expected.bytes:
+        raise DataError(f"{place} has {size} bytes, {INDEX_NAME} says {expected.bytes}: {REMEDY}")
+
+
+def measure_shard(path: str | Path) -> int:
+    """Size of a shard on this machine, bytes. DataError if it is missing."""
     try:
-        size = path.stat().st_size
+        return Path(path).stat().st_size
     except OSError:
         raise DataError(
             f"{path} is missing: run the same make_shards command again, or copy it again"
         ) from None
-    if size != shard.bytes:
-        raise DataError(f"{path} has {size} bytes, {INDEX_NAME} says {shard.bytes}: {REMEDY}")

@@ -15,9 +15,7 @@ import numpy as np
 from jaxtyping import Int64
 
 from cmae_scale.core.errors import ConfigError
-from cmae_scale.core.settings import DataConfig
 from cmae_scale.data.counter_rng import Purpose, draw_permutation, draw_words
-from cmae_scale.data.index import ShardIndex
 
 MAX_STREAMS = 64  # of `plan_streams` left to itself: each costs a file handle and up to two windows of memory
 
@@ -91,21 +89,17 @@ class DataPlan:
         """Samples that an epoch leaves out: others in every epoch, because it starts elsewhere."""
         return self.total - self.samples_per_epoch
 
+    def find_row(self, *, step: int, row: int) -> Place:
+        """Which shuffled block, and where in it, holds `row` of the batch of `step` (counted from 0)."""
+        epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
+        stream, row_in_stream = divmod(row, self.stream_rows)
+        block, place = divmod(step_in_epoch * self.stream_rows + row_in_stream, self.window)
+        return Place(epoch, stream, block, place)
+
     @property
     def fingerprint(self) -> str:
         """Equal for two plans only if they give every step the same samples: for resuming to compare."""
         return hashlib.sha256(repr(self).encode()).hexdigest()[:16]
-
-
-def plan_data(index: ShardIndex, data: DataConfig, *, global_batch: int, seed: int) -> DataPlan:
-    """The plan for the shards of `index` with the run file's settings."""
-    return DataPlan(
-        shard_samples=tuple(shard.samples for shard in index.shards),
-        global_batch=global_batch,
-        streams=plan_streams(global_batch, data.streams),
-        window=data.shuffle_window,
-        seed=seed,
-    )
 
 
 def plan_streams(global_batch: int, requested: int | None) -> int:
@@ -113,23 +107,6 @@ def plan_streams(global_batch: int, requested: int | None) -> int:
     if requested is not None:
         return requested
     return max(count for count in range(1, MAX_STREAMS + 1) if global_batch % count == 0)
-
-
-def rows_of(plan: DataPlan, *, rank: int, ranks: int, micro: int = 0, accumulation: int = 1) -> range:
-    """Rows of every global batch that a micro-batch of a rank holds: ranks in order, then micro-batches."""
-    parts = ranks * accumulation
-    assert plan.global_batch % parts == 0, "the batch sizes of the run file were not checked"
-    size = plan.global_batch // parts
-    first = (rank * accumulation + micro) * size
-    return range(first, first + size)
-
-
-def find_row(plan: DataPlan, *, step: int, row: int) -> Place:
-    """Which shuffled block, and where in it, holds `row` of the global batch of `step` (counted from 0)."""
-    epoch, step_in_epoch = divmod(step, plan.steps_per_epoch)
-    stream, row_in_stream = divmod(row, plan.stream_rows)
-    block, place = divmod(step_in_epoch * plan.stream_rows + row_in_stream, plan.window)
-    return Place(epoch, stream, block, place)
 
 
 def block_samples(plan: DataPlan, block: int) -> int:

@@ -23,8 +23,8 @@ from cmae_scale.data.bad_samples import BadSamples
 from cmae_scale.data.blocks import RawBatch, RawRow, read_raw_batches
 from cmae_scale.data.counter_rng import Purpose, draw_uniforms
 from cmae_scale.data.decode import CROP_DRAWS, decode_master
-from cmae_scale.data.index import ShardIndex
-from cmae_scale.data.plan import DataPlan
+from cmae_scale.data.mix import MixPlan
+from cmae_scale.data.shard_set import ShardSet
 
 NO_LABEL = -1
 
@@ -53,8 +53,8 @@ class DecodedRow(NamedTuple):
 
 
 def open_batches(
-    index: ShardIndex,
-    plan: DataPlan,
+    shards: ShardSet,
+    plan: MixPlan,
     *,
     views: ViewsConfig,
     data: DataConfig,
@@ -75,7 +75,7 @@ def open_batches(
     """
     stop = threading.Event()
     raw_batches = read_raw_batches(
-        index,
+        shards,
         plan,
         rank=rank,
         ranks=ranks,
@@ -102,7 +102,7 @@ def num_crops(views: ViewsConfig) -> int:
 
 
 def decode_row(
-    row: RawRow, plan: DataPlan, *, views: ViewsConfig, max_mpx: float, bad: BadSamples
+    row: RawRow, plan: MixPlan, *, views: ViewsConfig, max_mpx: float, bad: BadSamples
 ) -> DecodedRow:
     """The master crops of the row's sample, or of the first of its block that can be decoded.
 

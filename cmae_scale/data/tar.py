@@ -8,7 +8,7 @@ Nothing is ever unpickled, extracted or followed: members are bytes, and only im
 
 import io
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 from operator import attrgetter
 from pathlib import Path
@@ -16,6 +16,8 @@ from typing import BinaryIO, NamedTuple
 
 from cmae_scale.core.errors import DataError
 from cmae_scale.data.index import REMEDY, ShardInfo
+from cmae_scale.data.places import show_place
+from cmae_scale.data.storage import LOCAL, Storage
 
 BLOCK = 512  # Source: POSIX.1-2001, pax and ustar interchange format; so are the places of fields below
 END = bytes(BLOCK)
@@ -27,6 +29,8 @@ LABEL_ENDING = "cls"
 MAX_IMAGE_BYTES = 1 << 28  # a forged size must not fill the memory
 MAX_SMALL_BYTES = 1 << 16  # the same for labels and long names
 SAMPLE_NAME = re.compile(r"((?:.*/)?[^./]+)\.([^/]+)")  # Source: webdataset tariterators.base_plus_ext
+
+File = BinaryIO | io.RawIOBase | io.BufferedReader
 
 
 class RawSample(NamedTuple):
@@ -51,22 +55,50 @@ class _Damage(Exception):  # noqa: N818 -- becomes a DataError where the shard's
     """What is wrong with the archive, as a part of a sentence."""
 
 
-def read_samples(path: Path, *, first: int, count: int, expected: ShardInfo) -> Iterator[RawSample]:
-    """Samples number `first` to `first + count` of a shard. Those before are stepped over by their headers.
+def read_samples(
+    place: str | Path,
+    *,
+    first: int,
+    count: int,
+    expected: ShardInfo,
+    storage: Storage = LOCAL,
+    offsets: Sequence[int] | None = None,
+) -> Iterator[RawSample]:
+    """Samples number `first` to `first + count` of a shard.
 
-    Raises DataError, naming the shard and what is wrong, at any damage up to there; when the range ends where
-    the shard does, also at a sample too few or too many. Flipped bytes inside an image are not seen here: the
-    decoder notices some, check_shards notices all.
+    `offsets` say where each sample begins and the last one ends; without them those before are stepped over
+    by their headers. Raises DataError, naming the shard and what is wrong, at any damage up to there; when
+    the range ends where the shard does, also at a sample too few or too many. Flipped bytes inside an image
+    are not seen here: the decoder notices some, check_shards notices all.
     """
     assert first >= 0
     assert 0 < count <= expected.samples - first
+    ends = first + count == expected.samples
+    end = None if ends or offsets is None else offsets[first + count]
     try:
-        with _open(path, expected) as raw:
-            start = _find_sample(raw, first)
+        with _open(storage, str(place), expected, end=end) as raw:
+            start = _find_sample(raw, first) if offsets is None else offsets[first]
             with io.BufferedReader(raw, READ_BYTES) as file:
-                yield from _take(file, start, count=count, ends=first + count == expected.samples)
+                yield from _take(_walk(file, start, end=end), file, count=count, ends=ends)
     except _Damage as damage:
-        raise DataError(f"{path} ({expected.samples} samples) is damaged: {damage}: {REMEDY}") from None
+        shown = show_place(str(place))
+        raise DataError(f"{shown} ({expected.samples} samples) is damaged: {damage}: {REMEDY}") from None
+
+
+def find_offsets(file: BinaryIO, *, name: str) -> list[int]:
+    """Where each sample of an open tar begins and the last one ends, by the headers alone.
+
+    DataError at any damage that they show, for which `name` says which archive it is.
+    """
+    offsets, last = [], None
+    try:
+        for member in _walk(file, 0):
+            if member.key != last:
+                offsets.append(member.header)
+            last, end = member.key, member.data + (member.size + BLOCK - 1) // BLOCK * BLOCK
+    except _Damage as damage:
+        raise DataError(f"{name} is damaged: {damage}: copy it again") from None
+    return [*offsets, end] if offsets else []
 
 
 def list_members(file: BinaryIO, *, name: str) -> Iterator[Member]:
@@ -81,19 +113,22 @@ def list_members(file: BinaryIO, *, name: str) -> Iterator[Member]:
         raise DataError(f"{name} is damaged: {damage}: copy it again") from None
 
 
-def _open(path: Path, expected: ShardInfo) -> io.FileIO:
+def _open(storage: Storage, place: str, expected: ShardInfo, *, end: int | None) -> io.RawIOBase:
     try:
-        raw = io.FileIO(path)
+        raw = storage.open_file(place, end=end, version=expected.sha256)
     except OSError as error:
         raise _Damage(f"it cannot be opened ({error.strerror})") from None
-    size = raw.seek(0, io.SEEK_END)
+    try:
+        size = raw.seek(0, io.SEEK_END)
+    except OSError:
+        return raw  # a command, or a server that tells no length: its end is seen when it is reached
     if size != expected.bytes:
         raw.close()
         raise _Damage(f"it has {size} bytes where the index says {expected.bytes}")
     return raw
 
 
-def _find_sample(raw: BinaryIO, number: int) -> int:
+def _find_sample(raw: io.RawIOBase, number: int) -> int:
     """Where the headers of sample `number` begin. Costs a read of 512 bytes for every member before it."""
     if number == 0:
         return 0
@@ -103,19 +138,19 @@ def _find_sample(raw: BinaryIO, number: int) -> int:
     raise _Damage(f"it ends before sample {number}")
 
 
-def _take(file: BinaryIO, start: int, *, count: int, ends: bool) -> Iterator[RawSample]:
-    """`count` samples from position `start`; `ends` says that the archive must end after them."""
-    samples = groupby(_walk(file, start), key=attrgetter("key"))
+def _take(members: Iterator[Member], file: File, *, count: int, ends: bool) -> Iterator[RawSample]:
+    """The first `count` samples; `ends` says that the archive must end after them."""
+    samples = groupby(members, key=attrgetter("key"))
     for taken in range(count):
-        key, members = next(samples, (None, None))
-        if key is None or members is None:
+        key, own = next(samples, (None, None))
+        if key is None or own is None:
             raise _Damage(f"it ends {count - taken} samples early")
-        yield _read_sample(file, key, members)
+        yield _read_sample(file, key, own)
     if ends and next(samples, None) is not None:
         raise _Damage("it holds more samples than the index says")
 
 
-def _read_sample(file: BinaryIO, key: str, members: Iterator[Member]) -> RawSample:
+def _read_sample(file: File, key: str, members: Iterator[Member]) -> RawSample:
     image: bytes | None = None
     label: int | None = None
     for member in members:
@@ -133,13 +168,16 @@ def _read_sample(file: BinaryIO, key: str, members: Iterator[Member]) -> RawSamp
     return RawSample(key, image, label)
 
 
-def _walk(file: BinaryIO, position: int) -> Iterator[Member]:
-    """Every file of the archive from `position` to a proper end. The caller may read the data of each."""
+def _walk(file: File, position: int, *, end: int | None = None) -> Iterator[Member]:
+    """Every file of the archive from `position` to a proper end, or to the header at `end`.
+
+    The caller may read the data of each.
+    """
     name = None  # of the next file, when an extended header gives it
     begin = position  # of the next file's first header
-    while True:
+    while position != end:
         file.seek(position)
-        header = file.read(BLOCK)
+        header = _read(file, BLOCK)
         if header == END:
             return _check_end(file)
         size = _check_header(header, position)
@@ -197,14 +235,26 @@ def _read_pax_name(records: bytes) -> str | None:
     return name
 
 
-def _read_data(file: BinaryIO, size: int, *, limit: int) -> bytes:
+def _read_data(file: File, size: int, *, limit: int) -> bytes:
     """The data of the member whose header was just read."""
     if size > limit:
         raise _Damage(f"it holds a member of {size} bytes, above the limit of {limit}")
-    data = file.read(size)
+    data = _read(file, size)
     if len(data) < size:
         raise _Damage(f"it ends inside of a member, {size - len(data)} bytes early")
     return data
+
+
+def _read(file: File, size: int) -> bytes:
+    """`size` bytes from where the file stands, or all that are left."""
+    parts = []
+    try:
+        while size > 0 and (part := file.read(size)):  # an unbuffered file may give less than asked
+            parts.append(part)
+            size -= len(part)
+    except OSError as error:
+        raise _Damage(f"it cannot be read ({error.strerror or type(error).__name__})") from None
+    return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
 def _decode(name: bytes) -> str:
@@ -214,10 +264,10 @@ def _decode(name: bytes) -> str:
         raise _Damage(f"it holds a file name that is not UTF-8 ({name!r})") from None
 
 
-def _check_end(file: BinaryIO) -> None:
+def _check_end(file: File) -> None:
     """An archive ends with two blocks of zeros, and nothing but zeros follows."""
     size = 0
-    while rest := file.read(READ_BYTES):
+    while rest := _read(file, READ_BYTES):
         size += len(rest)
         if rest.count(0) < len(rest):
             raise _Damage("an end-of-archive mark stands in its middle")

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from cmae_scale.core.errors import DataError
-from cmae_scale.data.index import ShardIndex, ShardInfo, join_indexes, open_shards, read_index, write_index
+from cmae_scale.data.index import ShardIndex, ShardInfo, read_index, write_index
 
 
 def make_index(folder: Path, *, shards: int = 3, classes: tuple[str, ...] = ("cat", "Ähre")) -> ShardIndex:
@@ -93,26 +93,6 @@ def test_a_folder_without_an_index_tells_the_command_that_makes_one(tmp_path: Pa
         DataError, match=rf"make_shards\.py --source imagefolder --root IMAGES --out {folder}"
     ):
         read_index(folder)
-
-
-def test_two_folders_read_as_one_data_set(tmp_path: Path) -> None:
-    first, second = make_index(tmp_path / "a"), make_index(tmp_path / "b", shards=2)
-    both = open_shards((str(tmp_path / "a"), str(tmp_path / "b")))
-    assert both.total == first.total + second.total
-    paths = [both.path(number) for number in range(5)]
-    assert paths == [first.path(0), first.path(1), first.path(2), second.path(0), second.path(1)]
-    assert len({shard.name for shard in both.shards}) == 5, "names must stay distinct: keys are made of them"
-
-
-def test_one_folder_joined_is_itself(tmp_path: Path) -> None:
-    index = make_index(tmp_path / "a")
-    assert open_shards(str(tmp_path / "a")) == index == join_indexes([index])
-
-
-def test_folders_with_other_classes_do_not_join(tmp_path: Path) -> None:
-    first, second = make_index(tmp_path / "a"), make_index(tmp_path / "b", classes=("dog",))
-    with pytest.raises(DataError, match="other classes"):
-        join_indexes([first, second])
 
 
 def test_the_index_is_replaced_as_a_whole(tmp_path: Path) -> None:

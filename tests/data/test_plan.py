@@ -10,14 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cmae_scale.core.errors import ConfigError
+from cmae_scale.data.mix import MixPlan
 from cmae_scale.data.plan import (
     DataPlan,
     block_order,
     block_samples,
     epoch_pieces,
-    find_row,
     plan_streams,
-    rows_of,
     run_pieces,
 )
 
@@ -48,7 +47,7 @@ def slow_epoch(plan: DataPlan, epoch: int) -> list[list[Sample]]:
 
 
 def planned_sample(plan: DataPlan, *, step: int, row: int) -> Sample:
-    place = find_row(plan, step=step, row=row)
+    place = plan.find_row(step=step, row=row)
     first = place.block * plan.window
     reading = itertools.chain.from_iterable(
         [(piece.shard, piece.first + i) for i in range(piece.samples)]
@@ -108,9 +107,9 @@ def test_pieces_from_the_middle_of_a_run_are_the_end_of_its_pieces(
 def test_ranks_and_micro_batches_cut_the_global_batch_without_gap_or_overlap(
     ranks: int, accumulation: int
 ) -> None:
-    plan = DataPlan((1000,), global_batch=48, streams=16, window=7, seed=0)
+    plan = MixPlan((DataPlan((1000,), global_batch=48, streams=16, window=7, seed=0),), (0,) * 16, seed=0)
     parts = [
-        rows_of(plan, rank=rank, ranks=ranks, micro=micro, accumulation=accumulation)
+        plan.rows_of(rank=rank, ranks=ranks, micro=micro, accumulation=accumulation)
         for rank in range(ranks)
         for micro in range(accumulation)
     ]

@@ -18,13 +18,16 @@ from PIL import Image
 from cmae_scale.core.errors import DataError
 from cmae_scale.core.settings import DataConfig, ViewsConfig
 from cmae_scale.data.bad_samples import BadSamples
-from cmae_scale.data.blocks import BlockReader
+from cmae_scale.data.blocks import BlockReader, Part
 from cmae_scale.data.counter_rng import Purpose, draw_uniforms
 from cmae_scale.data.decode import CROP_DRAWS, decode_master
-from cmae_scale.data.index import ShardIndex, ShardInfo
-from cmae_scale.data.plan import DataPlan, block_order, find_row, run_pieces
+from cmae_scale.data.index import ShardInfo
+from cmae_scale.data.mix import MixPlan, plan_data
+from cmae_scale.data.plan import block_order, run_pieces
+from cmae_scale.data.shard_set import Shard, ShardSet
+from cmae_scale.data.storage import LOCAL
 from cmae_scale.data.stream import BatchStream, MasterBatch, open_batches
-from cmae_scale.data.tar import RawSample, read_samples
+from cmae_scale.data.tar import RawSample
 
 VIEWS = ViewsConfig(img_px=16, master_px=20, shift_px=4)
 SHARDS = (7, 13, 1, 20, 9)
@@ -37,7 +40,7 @@ def picture(number: int) -> bytes:
     return file.getvalue()
 
 
-def write_shards(folder: Path, sizes: tuple[int, ...], *, bad: frozenset[int] = frozenset()) -> ShardIndex:
+def write_shards(folder: Path, sizes: tuple[int, ...], *, bad: frozenset[int] = frozenset()) -> ShardSet:
     """Shards of small noise images; those numbered in `bad` cannot be decoded."""
     numbers = itertools.count()
     infos = []
@@ -56,11 +59,12 @@ def write_shards(folder: Path, sizes: tuple[int, ...], *, bad: frozenset[int] = 
         content = path.read_bytes()
         infos.append(ShardInfo(path.name, size, len(content), hashlib.sha256(content).hexdigest()))
     classes = tuple(str(digit) for digit in range(10))
-    return ShardIndex(folder, tuple(infos), classes, sum(sizes), source="made up", options={})
+    shards = tuple(Shard(str(folder), info.name, info, LOCAL) for info in infos)
+    return ShardSet(shards, classes, parts=(len(shards),))
 
 
 @pytest.fixture(scope="module")
-def index(tmp_path_factory: pytest.TempPathFactory) -> ShardIndex:
+def shards(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
     return write_shards(tmp_path_factory.mktemp("shards"), SHARDS)
 
 
@@ -70,13 +74,14 @@ def no_thread_is_left() -> Iterator[None]:
     assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("data ")]
 
 
-def make_plan(index: ShardIndex, *, batch: int = 12, streams: int = 6, window: int = 4) -> DataPlan:
-    return DataPlan(tuple(shard.samples for shard in index.shards), batch, streams, window, seed=5)
+def make_plan(shards: ShardSet, *, batch: int = 12, streams: int = 6, window: int = 4) -> MixPlan:
+    data = DataConfig(shards="unused", streams=streams, shuffle_window=window)
+    return plan_data(shards, data, global_batch=batch, seed=5)
 
 
 def start(
-    index: ShardIndex,
-    plan: DataPlan,
+    shards: ShardSet,
+    plan: MixPlan,
     *,
     rank: int = 0,
     ranks: int = 1,
@@ -89,7 +94,7 @@ def start(
     bad: BadSamples | None = None,
 ) -> BatchStream:
     return open_batches(
-        index,
+        shards,
         plan,
         views=views,
         data=DataConfig(shards="unused", workers=workers, prefetch=prefetch),
@@ -115,28 +120,29 @@ def assert_same(batches: list[MasterBatch], expected: list[MasterBatch]) -> None
         assert torch.equal(batch.labels, other.labels)
 
 
-def slow_sample(index: ShardIndex, plan: DataPlan, *, step: int, row: int) -> tuple[int, str, RawSample]:
+def slow_sample(shards: ShardSet, plan: MixPlan, *, step: int, row: int) -> tuple[int, str, RawSample]:
     """The sample of a row, found by reading its whole run."""
-    place = find_row(plan, step=step, row=row)
-    starts = [0, *itertools.accumulate(plan.shard_samples)]
+    _, place = plan.find_row(step=step, row=row)
+    part = plan.parts[0]
+    starts = [0, *itertools.accumulate(part.shard_samples)]
     run = []
-    for piece in run_pieces(plan, epoch=place.epoch, stream=place.stream):
-        info = index.shards[piece.shard]
-        samples = list(read_samples(index.path(piece.shard), first=0, count=info.samples, expected=info))
+    for piece in run_pieces(part, epoch=place.epoch, stream=place.stream):
+        shard = shards.shards[piece.shard]
+        samples = list(shard.read(0, shard.info.samples))
         for number in range(piece.first, piece.first + piece.samples):
-            run.append((starts[piece.shard] + number, f"{info.name}/{samples[number].key}", samples[number]))
-    order = block_order(plan, epoch=place.epoch, stream=place.stream, block=place.block)
-    return run[place.block * plan.window + order[place.place]]
+            run.append((starts[piece.shard] + number, f"{shard.name}/{samples[number].key}", samples[number]))
+    order = block_order(part, epoch=place.epoch, stream=place.stream, block=place.block)
+    return run[place.block * part.window + order[place.place]]
 
 
 @pytest.mark.parametrize("views", [VIEWS, VIEWS.model_copy(update={"target_crop": "random"})])
-def test_each_row_holds_the_planned_sample_with_its_own_crops(index: ShardIndex, views: ViewsConfig) -> None:
-    plan = make_plan(index)
+def test_each_row_holds_the_planned_sample_with_its_own_crops(shards: ShardSet, views: ViewsConfig) -> None:
+    plan = make_plan(shards)
     crops = 2 if views.target_crop == "random" else 1
-    for batch in read_all(start(index, plan, views=views)):
+    for batch in read_all(start(shards, plan, views=views)):
         assert batch.images.shape == (12, crops, 3, 20, 20)
         for row in range(12):
-            number, key, raw = slow_sample(index, plan, step=batch.step, row=row)
+            number, key, raw = slow_sample(shards, plan, step=batch.step, row=row)
             epoch = batch.step // plan.steps_per_epoch
             draws = [
                 draw_uniforms(5, Purpose.CROP, place=(epoch, number, crop), count=CROP_DRAWS).tolist()
@@ -152,12 +158,12 @@ def test_each_row_holds_the_planned_sample_with_its_own_crops(index: ShardIndex,
 @pytest.mark.parametrize("workers", [1, 3])
 @pytest.mark.parametrize("first_step", range(9))
 def test_beginning_at_any_step_equals_straight_through(
-    index: ShardIndex, workers: int, first_step: int
+    shards: ShardSet, workers: int, first_step: int
 ) -> None:
-    plan = make_plan(index, window=7)
+    plan = make_plan(shards, window=7)
     assert plan.steps_per_epoch == 4, "nine steps are to cross two epochs"
-    straight = read_all(start(index, plan, workers=2))
-    resumed = read_all(start(index, plan, workers=workers, first_step=first_step))
+    straight = read_all(start(shards, plan, workers=2))
+    resumed = read_all(start(shards, plan, workers=workers, first_step=first_step))
     assert_same(resumed, straight[first_step:])
 
 
@@ -165,12 +171,12 @@ def test_beginning_at_any_step_equals_straight_through(
     ("ranks", "accumulation"), [(1, 2), (1, 4), (2, 1), (2, 3), (3, 1), (4, 1), (6, 2), (12, 1)]
 )
 def test_ranks_and_accumulation_share_out_the_same_global_batches(
-    index: ShardIndex, ranks: int, accumulation: int
+    shards: ShardSet, ranks: int, accumulation: int
 ) -> None:
-    plan = make_plan(index)
-    whole = read_all(start(index, plan))
+    plan = make_plan(shards)
+    whole = read_all(start(shards, plan))
     parts = [
-        read_all(start(index, plan, rank=rank, ranks=ranks, accumulation=accumulation, workers=1 + rank % 3))
+        read_all(start(shards, plan, rank=rank, ranks=ranks, accumulation=accumulation, workers=1 + rank % 3))
         for rank in range(ranks)
     ]
     for step, batch in enumerate(whole):
@@ -183,15 +189,15 @@ def test_ranks_and_accumulation_share_out_the_same_global_batches(
         assert tuple(key for part in own for key in part.keys) == batch.keys
 
 
-def test_an_epoch_holds_no_image_twice_and_the_next_is_cropped_anew(index: ShardIndex) -> None:
-    plan = make_plan(index)
-    batches = read_all(start(index, plan, end_step=2 * plan.steps_per_epoch))
+def test_an_epoch_holds_no_image_twice_and_the_next_is_cropped_anew(shards: ShardSet) -> None:
+    plan = make_plan(shards)
+    batches = read_all(start(shards, plan, end_step=2 * plan.steps_per_epoch))
     first, second = batches[: plan.steps_per_epoch], batches[plan.steps_per_epoch :]
     images = [
         {key: batch.images[row] for batch in epoch for row, key in enumerate(batch.keys)}
         for epoch in (first, second)
     ]
-    assert len(images[0]) == len(images[1]) == plan.samples_per_epoch
+    assert len(images[0]) == len(images[1]) == plan.parts[0].samples_per_epoch
     both = images[0].keys() & images[1].keys()
     assert len(both) > plan.total // 2
     assert not any(torch.equal(images[0][key], images[1][key]) for key in both)
@@ -199,61 +205,61 @@ def test_an_epoch_holds_no_image_twice_and_the_next_is_cropped_anew(index: Shard
 
 def test_bad_images_are_counted_and_replaced_the_same_way_for_any_world(tmp_path: Path) -> None:
     bad_ones = frozenset((3, 4, 17, 30, 41))
-    index = write_shards(tmp_path, SHARDS, bad=bad_ones)
-    plan = make_plan(index, window=8)
+    shards = write_shards(tmp_path, SHARDS, bad=bad_ones)
+    plan = make_plan(shards, window=8)
     count = BadSamples(1.0)
-    whole = read_all(start(index, plan, end_step=4, workers=3, bad=count))
+    whole = read_all(start(shards, plan, end_step=4, workers=3, bad=count))
     seen = [int(key[-9:]) for batch in whole for key in batch.keys]
     assert not bad_ones & set(seen)
-    planned = {slow_sample(index, plan, step=s, row=r)[0] for s in range(4) for r in range(12)}
+    planned = {slow_sample(shards, plan, step=s, row=r)[0] for s in range(4) for r in range(12)}
     assert count.count == len(planned & bad_ones) == len(count.reasons)
-    halves = [read_all(start(index, plan, end_step=4, rank=rank, ranks=2, workers=1)) for rank in range(2)]
+    halves = [read_all(start(shards, plan, end_step=4, rank=rank, ranks=2, workers=1)) for rank in range(2)]
     for step, batch in enumerate(whole):
         assert torch.equal(torch.cat([half[step].images for half in halves]), batch.images)
         assert halves[0][step].keys + halves[1][step].keys == batch.keys
 
 
 def test_a_stand_in_is_of_the_same_block_and_of_another_step(tmp_path: Path) -> None:
-    index = write_shards(tmp_path, (64,), bad=frozenset(range(0, 64, 9)))
-    plan = make_plan(index, batch=8, streams=2, window=16)
-    for batch in read_all(start(index, plan, end_step=plan.steps_per_epoch)):
+    shards = write_shards(tmp_path, (64,), bad=frozenset(range(0, 64, 9)))
+    plan = make_plan(shards, batch=8, streams=2, window=16)
+    for batch in read_all(start(shards, plan, end_step=plan.steps_per_epoch)):
         assert len(set(batch.keys)) == 8, "the same image twice in a global batch is a false negative"
         for row, key in enumerate(batch.keys):
-            number, planned, _ = slow_sample(index, plan, step=batch.step, row=row)
+            number, planned, _ = slow_sample(shards, plan, step=batch.step, row=row)
             assert (key == planned) == (number % 9 != 0)
 
 
 def test_a_block_without_any_readable_image_stops_with_an_error(tmp_path: Path) -> None:
-    index = write_shards(tmp_path, (24,), bad=frozenset(range(24)))
+    shards = write_shards(tmp_path, (24,), bad=frozenset(range(24)))
     with (
-        start(index, make_plan(index)) as stream,
+        start(shards, make_plan(shards)) as stream,
         pytest.raises(DataError, match="no image of a whole shuffle"),
     ):
         next(stream)
 
 
 def test_damage_surfaces_at_the_batch_that_needs_it_and_not_before(tmp_path: Path) -> None:
-    index = write_shards(tmp_path, (30, 30))
-    plan = make_plan(index, batch=2, streams=1, window=1)
-    second = list(run_pieces(plan, epoch=0, stream=0))[1].shard
-    path = index.path(second)
+    shards = write_shards(tmp_path, (30, 30))
+    plan = make_plan(shards, batch=2, streams=1, window=1)
+    second = list(run_pieces(plan.parts[0], epoch=0, stream=0))[1].shard
+    path = Path(shards.shards[second].place)
     content = bytearray(path.read_bytes())
     content[0] ^= 1
     path.write_bytes(content)
     healthy: list[MasterBatch] = []
-    with start(index, plan, end_step=30) as stream, pytest.raises(DataError, match="fails its checksum"):
+    with start(shards, plan, end_step=30) as stream, pytest.raises(DataError, match="fails its checksum"):
         healthy.extend(stream)
-    assert len(healthy) == next(run_pieces(plan, epoch=0, stream=0)).samples // 2
+    assert len(healthy) == next(run_pieces(plan.parts[0], epoch=0, stream=0)).samples // 2
 
 
 def test_an_error_of_ours_in_a_thread_reaches_the_consumer_as_it_is(
-    index: ShardIndex, monkeypatch: pytest.MonkeyPatch
+    shards: ShardSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object, **__: object) -> None:
         raise ZeroDivisionError("in a decoder")
 
     monkeypatch.setattr("cmae_scale.data.stream.decode_master", fail)
-    with start(index, make_plan(index)) as stream:
+    with start(shards, make_plan(shards)) as stream:
         with pytest.raises(ZeroDivisionError, match="in a decoder"):
             next(stream)
         with pytest.raises(StopIteration):
@@ -261,8 +267,8 @@ def test_an_error_of_ours_in_a_thread_reaches_the_consumer_as_it_is(
 
 
 @pytest.mark.parametrize("taken", [0, 1, 5])
-def test_closing_in_the_middle_ends_all_threads_at_once(index: ShardIndex, taken: int) -> None:
-    stream = start(index, make_plan(index), end_step=100_000, workers=3)
+def test_closing_in_the_middle_ends_all_threads_at_once(shards: ShardSet, taken: int) -> None:
+    stream = start(shards, make_plan(shards), end_step=100_000, workers=3)
     for _ in range(taken):
         next(stream)
     began = time.monotonic()
@@ -274,14 +280,14 @@ def test_closing_in_the_middle_ends_all_threads_at_once(index: ShardIndex, taken
 
 
 def test_an_interrupt_while_waiting_closes_the_stream(
-    index: ShardIndex, monkeypatch: pytest.MonkeyPatch
+    shards: ShardSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     release = threading.Event()
     monkeypatch.setattr("cmae_scale.data.stream.decode_row", lambda *_, **__: release.wait(0.5))
     main = threading.get_ident()
     timer = threading.Timer(0.1, lambda: signal.pthread_kill(main, signal.SIGINT))
     timer.start()
-    with start(index, make_plan(index), end_step=100_000) as stream, pytest.raises(KeyboardInterrupt):
+    with start(shards, make_plan(shards), end_step=100_000) as stream, pytest.raises(KeyboardInterrupt):
         next(stream)
     release.set()
     timer.join()
@@ -289,7 +295,7 @@ def test_an_interrupt_while_waiting_closes_the_stream(
 
 @pytest.mark.parametrize("prefetch", [1, 3])
 def test_no_more_batches_than_asked_are_made_ahead(
-    index: ShardIndex, monkeypatch: pytest.MonkeyPatch, prefetch: int
+    shards: ShardSet, monkeypatch: pytest.MonkeyPatch, prefetch: int
 ) -> None:
     made = 0
     real = torch.empty
@@ -300,14 +306,14 @@ def test_no_more_batches_than_asked_are_made_ahead(
         return real(*args, **options)  # type: ignore[call-overload, no-any-return]
 
     monkeypatch.setattr(torch, "empty", count)
-    with start(index, make_plan(index), end_step=100, prefetch=prefetch) as stream:
+    with start(shards, make_plan(shards), end_step=100, prefetch=prefetch) as stream:
         next(stream)
         time.sleep(0.3)
         assert made == prefetch + 1
 
 
-def test_batches_own_their_memory(index: ShardIndex) -> None:
-    with start(index, make_plan(index), end_step=20, prefetch=1) as stream:
+def test_batches_own_their_memory(shards: ShardSet) -> None:
+    with start(shards, make_plan(shards), end_step=20, prefetch=1) as stream:
         kept = next(stream)
         before = kept.images.clone()
         for _ in stream:
@@ -315,11 +321,11 @@ def test_batches_own_their_memory(index: ShardIndex) -> None:
     assert torch.equal(kept.images, before)
 
 
-def test_at_most_two_windows_of_a_stream_are_in_memory(index: ShardIndex) -> None:
-    plan = make_plan(index, batch=2, streams=2, window=6)
-    reader = BlockReader(index, plan, start=find_row(plan, step=0, row=0))
+def test_at_most_two_windows_of_a_stream_are_in_memory(shards: ShardSet) -> None:
+    plan = make_plan(shards, batch=2, streams=2, window=6).parts[0]
+    reader = BlockReader(Part(shards.shards, plan, 0), start=plan.find_row(step=0, row=0))
     for step in range(2 * plan.steps_per_epoch):
-        block = reader.reach(find_row(plan, step=step, row=0))
+        block = reader.reach(plan.find_row(step=step, row=0))
         reader.read_ahead(plan.stream_rows)
         ahead = reader._ahead
         assert len(block.samples) <= plan.window
@@ -328,5 +334,5 @@ def test_at_most_two_windows_of_a_stream_are_in_memory(index: ShardIndex) -> Non
         assert len(ahead.samples) <= done, "the next window fills as the current one is used, not at once"
 
 
-def test_no_steps_give_no_batches(index: ShardIndex) -> None:
-    assert read_all(start(index, make_plan(index), first_step=4, end_step=4)) == []
+def test_no_steps_give_no_batches(shards: ShardSet) -> None:
+    assert read_all(start(shards, make_plan(shards), first_step=4, end_step=4)) == []

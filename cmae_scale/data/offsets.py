@@ -1,0 +1,60 @@
+"""Where the samples of a shard begin, kept beside it, so that a stream can begin inside of a shard at once.
+
+`shard-00000.offsets` belongs to `shard-00000.tar`. It is a help and never needed: without it the headers of
+all samples before the wanted one are read, a moment on a disk and half a shard of traffic on a network.
+"""
+
+import json
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from cmae_scale.core.errors import DataError
+from cmae_scale.core.files import write_text
+from cmae_scale.data.index import ShardInfo
+from cmae_scale.data.storage import Storage, read_text
+from cmae_scale.data.tar import BLOCK
+
+ENDING = ".offsets"
+
+
+class _OffsetsFile(BaseModel):
+    """The file, key by key. `blocks` has one number more than there are samples: where the last one ends."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    sha256: str
+    blocks: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=2)]
+
+
+def offsets_name(shard: str) -> str:
+    """The file for a shard's offsets."""
+    return shard.removesuffix(".tar") + ENDING
+
+
+def write_offsets(shard: Path, offsets: list[int], *, sha256: str) -> None:
+    """Keep the offsets of a shard beside it: bytes, multiples of 512."""
+    blocks = [offset // BLOCK for offset in offsets]
+    text = json.dumps({"sha256": sha256, "blocks": blocks}, separators=(",", ":"))
+    write_text(shard.with_name(offsets_name(shard.name)), text + "\n")
+
+
+def read_offsets(storage: Storage, place: str, *, expected: ShardInfo) -> list[int] | None:
+    """The offsets of a shard from the file `place`; None if it is missing or of another content."""
+    try:
+        text = read_text(storage, place)
+        if text is None:
+            return None
+        content = _OffsetsFile.model_validate_json(text)
+    except (DataError, ValidationError):
+        return None
+    blocks = content.blocks
+    fits = (
+        content.sha256 == expected.sha256
+        and len(blocks) == expected.samples + 1
+        and all(one < other for one, other in pairwise(blocks))
+        and blocks[-1] * BLOCK < expected.bytes
+    )
+    return [block * BLOCK for block in blocks] if fits else None

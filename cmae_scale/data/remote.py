@@ -1,0 +1,277 @@
+"""Files of object stores and web servers, read in ranges through fsspec.
+
+A range that fails, stalls or comes short is asked for again, so a broken transfer costs one range and never
+the place in the file. While one range is read the next is on its way. Messages hold no query, user or
+password of an address, and nothing of what a library says about a request: its text may hold a token.
+"""
+
+import asyncio
+import errno
+import importlib
+import io
+import logging
+import random
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from cmae_scale.core.errors import ConfigError, DataError
+from cmae_scale.data.cache import ChunkCache
+from cmae_scale.data.places import show_place
+
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
+
+LOG = logging.getLogger(__name__)
+CHUNK_BYTES = 1 << 21  # of one request. Every stream of a rank holds two
+AT_ONCE = 32  # requests for sizes
+FIRST_PAUSE_S = 0.1  # before the first repetition; doubles each time
+LONGEST_PAUSE_S = 20.0
+PACKAGES = {"http": "aiohttp", "https": "aiohttp", "s3": "s3fs", "gs": "gcsfs", "hf": "huggingface_hub"}
+REFUSALS = (FileNotFoundError, PermissionError, NotImplementedError)  # asking again does not help
+REFUSED_STATUS = frozenset((400, 401, 403, 404, 405, 410, 416))  # of HTTP, the same
+
+T = TypeVar("T")
+
+
+class _Failure(Exception):  # noqa: N818 -- becomes a DataError or OSError where the place is known
+    """Why a request gave nothing, in words that may be shown; `is_final` if asking again cannot help."""
+
+    def __init__(self, reason: str, *, is_final: bool = False, is_missing: bool = False) -> None:
+        super().__init__(reason)
+        self.is_final = is_final
+        self.is_missing = is_missing
+
+
+class Remote:
+    """The files of one scheme. `retries` repetitions of a request, each given up after `timeout_s`."""
+
+    def __init__(self, scheme: str, *, timeout_s: float, retries: int, cache: ChunkCache | None) -> None:
+        self._files = _connect(scheme)
+        self._timeout_s = timeout_s
+        self._retries = retries
+        self.cache = cache
+
+    def open_file(self, place: str, *, end: int | None = None, version: str | None = None) -> io.RawIOBase:
+        """The file, read range by range. DataError if it is missing. Cached if its content has a name."""
+        size = self.measure([place])[0]
+        return RemoteFile(self, place, size=size, end=end, version=version)
+
+    def measure(self, places: Sequence[str]) -> list[int | None]:
+        """Sizes as the server tells them; None where it does not. DataError if one is missing."""
+
+        async def measure_all() -> list[int | None]:
+            gate = asyncio.Semaphore(AT_ONCE)
+
+            async def measure_one(place: str) -> int | None:
+                async with gate:
+                    size = (await self._repeat(place, lambda: self._info(place))).get("size")
+                return size if isinstance(size, int) else None
+
+            return list(await asyncio.gather(*map(measure_one, places)))
+
+        return self.start(measure_all()).result()
+
+    def find(self, pattern: str) -> list[str]:
+        """As the store lists them."""
+        scheme = pattern.partition("://")[0]
+        try:
+            found = self._files.glob(pattern)
+        except Exception as error:  # every store has errors of its own
+            raise DataError(f"{show_place(pattern)} cannot be listed ({_explain(error)})") from None
+        return sorted(each if "://" in each else f"{scheme}://{each}" for each in found)
+
+    def start(self, work: Coroutine[Any, Any, T]) -> "Future[T]":
+        """Run `work` beside this thread, on fsspec's event loop."""
+        from fsspec.asyn import get_loop
+
+        return asyncio.run_coroutine_threadsafe(work, get_loop())
+
+    async def fetch(self, place: str, start: int, end: int | None) -> bytes:
+        """Bytes `start` to `end` of a file, exactly as many; all from `start` on if `end` is None."""
+
+        async def fetch_once() -> bytes:
+            data = await self._cat(place, start, end)
+            if end is not None and len(data) > end - start:
+                raise _Failure("it sends whole files where a range was asked for", is_final=True)
+            if end is not None and len(data) < end - start:
+                raise _Failure(f"{len(data)} of {end - start} bytes came")
+            return data
+
+        return await self._repeat(place, fetch_once)
+
+    async def _repeat(self, place: str, once: Callable[[], Awaitable[T]]) -> T:
+        for attempt in range(self._retries + 1):
+            try:
+                return await asyncio.wait_for(once(), self._timeout_s)
+            except asyncio.TimeoutError:
+                failure = _Failure(f"nothing came for {self._timeout_s:g} s")
+            except _Failure as error:
+                failure = error
+            except Exception as error:  # every store has errors of its own
+                failure = _Failure(
+                    _explain(error), is_final=_is_refusal(error), is_missing=_is_missing(error)
+                )
+            if failure.is_missing:
+                raise FileNotFoundError(errno.ENOENT, "it is not there", show_place(place))
+            if failure.is_final or attempt == self._retries:
+                break
+            pause_s = min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2**attempt) * random.uniform(0.5, 1)  # noqa: S311
+            LOG.info("%s: %s, asked again in %.1f s", show_place(place), failure, pause_s)
+            await asyncio.sleep(pause_s)
+        raise DataError(
+            f"{show_place(place)} cannot be read: {failure} (asked {attempt + 1} times): look at the server "
+            "and at your permissions, or raise cmae.data.read_retries or read_timeout_s"
+        )
+
+    async def _cat(self, place: str, start: int, end: int | None) -> bytes:
+        path = self._files._strip_protocol(place)
+        if self._files.async_impl:
+            return bytes(await self._files._cat_file(path, start=start, end=end))
+        return bytes(await asyncio.to_thread(self._files.cat_file, path, start=start, end=end))
+
+    async def _info(self, place: str) -> dict[str, Any]:
+        path = self._files._strip_protocol(place)
+        if self._files.async_impl:
+            return dict(await self._files._info(path))
+        return dict(await asyncio.to_thread(self._files.info, path))
+
+
+class RemoteFile(io.RawIOBase):
+    """A file of a server, read in ranges that lie on a grid, so that a cache can keep them.
+
+    Seeks cost nothing; reading on asks for the next range while this one is used. Without a cache, no byte
+    before the place of a seek and none from `end` on is asked for.
+    """
+
+    def __init__(
+        self, remote: Remote, place: str, *, size: int | None, end: int | None, version: str | None
+    ) -> None:
+        self._remote = remote
+        self._place = place
+        self._cache = remote.cache if version is not None else None
+        self._kept_as = f"{place}\n{version}"
+        self._size = size
+        self._end = end if size is None or end is None else min(size, end)
+        self._position = 0
+        self._chunk = b""
+        self._chunk_start = 0
+        self._ahead: tuple[int, Future[bytes]] | None = None
+
+    def readable(self) -> bool:
+        """Always."""
+        return True
+
+    def seekable(self) -> bool:
+        """Always."""
+        return True
+
+    def tell(self) -> int:
+        """Where the next byte is read."""
+        return self._position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Asks the server for nothing."""
+        if whence == io.SEEK_END and self._size is None:
+            raise OSError(None, "the server does not tell the length of the file")
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size or 0}[whence]
+        self._position = base + offset
+        return self._position
+
+    def readinto(self, buffer: "WriteableBuffer", /) -> int:
+        """Bytes read, at least one before the end of the file."""
+        view = memoryview(buffer)
+        inside = self._position - self._chunk_start
+        if not 0 <= inside < len(self._chunk):
+            if not self._load(self._position):
+                return 0
+            inside = self._position - self._chunk_start
+        data = self._chunk[inside : inside + len(view)]
+        view[: len(data)] = data
+        self._position += len(data)
+        return len(data)
+
+    def close(self) -> None:
+        """Give up what is on its way."""
+        if self._ahead is not None:
+            self._ahead[1].cancel()
+            self._ahead = None
+        self._chunk = b""
+        super().close()
+
+    def _load(self, position: int) -> bool:
+        """Have the range that `position` lies in; False at the end of the file."""
+        if self._size is None:  # a server that tells no length sends the whole file
+            self._chunk, self._chunk_start = (
+                self._remote.start(self._remote.fetch(self._place, 0, None)).result(),
+                0,
+            )
+            self._size = self._end = len(self._chunk)
+            return position < self._size
+        if position >= self._size:
+            return False
+        start = position if self._cache is None else position // CHUNK_BYTES * CHUNK_BYTES
+        if self._ahead is not None and self._ahead[0] != start:
+            self._ahead[1].cancel()
+            self._ahead = None
+        future = self._ask(start) if self._ahead is None else self._ahead[1]
+        self._ahead = None
+        self._chunk, self._chunk_start = future.result(), start
+        following = start + len(self._chunk)
+        if following < (self._size if self._end is None else self._end):
+            self._ahead = following, self._ask(following)
+        return True
+
+    def _ask(self, start: int) -> "Future[bytes]":
+        """Begin to fetch from `start` to the next line of the grid."""
+        assert self._size is not None
+        end = min(self._size, (start // CHUNK_BYTES + 1) * CHUNK_BYTES)
+        if self._cache is None:
+            if self._end is not None and start < self._end:
+                end = min(end, self._end)
+            return self._remote.start(self._remote.fetch(self._place, start, end))
+        return self._remote.start(self._fetch_cached(self._cache, start, end))
+
+    async def _fetch_cached(self, cache: ChunkCache, start: int, end: int) -> bytes:
+        data = await asyncio.to_thread(cache.read, self._kept_as, start, end - start)
+        if data is None:
+            data = await self._remote.fetch(self._place, start, end)
+            await asyncio.to_thread(cache.write, self._kept_as, start, data)
+        return data
+
+
+def _connect(scheme: str) -> Any:
+    """fsspec's file system for a scheme. ConfigError that names the extra if a package is missing."""
+    try:
+        fsspec = importlib.import_module("fsspec")
+        importlib.import_module(PACKAGES[scheme])
+        return fsspec.filesystem(scheme, skip_instance_cache=True, use_listings_cache=False)
+    except ImportError:
+        raise ConfigError(
+            f"reading {scheme}:// needs packages that are missing: pip install fsspec {PACKAGES[scheme]} "
+            '(or "cmae-scale[remote]" for all schemes)'
+        ) from None
+
+
+def _explain(error: Exception) -> str:
+    """The kind of an error and its HTTP status, and nothing else of it."""
+    status = _read_status(error)
+    return type(error).__name__ + (f", status {status}" if status else "")
+
+
+def _read_status(error: Exception) -> int | None:
+    """From aiohttp, gcsfs (`status`, `code`), huggingface_hub (`response`) and botocore's errors alike."""
+    response = getattr(error, "response", None)
+    if isinstance(response, dict):
+        status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+    else:
+        status = getattr(response, "status_code", getattr(error, "status", getattr(error, "code", None)))
+    return status if isinstance(status, int) else None
+
+
+def _is_refusal(error: Exception) -> bool:
+    return isinstance(error, REFUSALS) or _read_status(error) in REFUSED_STATUS
+
+
+def _is_missing(error: Exception) -> bool:
+    return isinstance(error, FileNotFoundError) or _read_status(error) in (404, 410)

@@ -1,0 +1,157 @@
+"""The shards that a run reads: those of one folder or of many, wherever they lie."""
+
+import posixpath
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+
+from cmae_scale.core.errors import ConfigError, DataError
+from cmae_scale.core.settings import DataConfig
+from cmae_scale.data.index import INDEX_NAME, ShardInfo, check_size, missing_index, parse_text
+from cmae_scale.data.offsets import offsets_name, read_offsets
+from cmae_scale.data.places import COMMAND, expand_braces, join_place, read_scheme, show_place, split_place
+from cmae_scale.data.storage import Storage, find_places, open_storage, read_text
+from cmae_scale.data.tar import RawSample, read_samples
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One tar. `name` is unique in its set and free of secrets, for messages and the keys of samples."""
+
+    folder: str
+    name: str
+    info: ShardInfo
+    storage: Storage = field(repr=False)
+    has_labels: bool = True
+
+    @property
+    def place(self) -> str:
+        """What to open."""
+        return join_place(self.folder, self.info.name)
+
+    def read(self, first: int, count: int) -> Iterator[RawSample]:
+        """Samples number `first` to `first + count`. See tar.read_samples."""
+        offsets = None
+        if count < self.info.samples:
+            place = join_place(self.folder, offsets_name(self.info.name))
+            offsets = read_offsets(self.storage, place, expected=self.info)
+        return read_samples(
+            self.place, first=first, count=count, expected=self.info, storage=self.storage, offsets=offsets
+        )
+
+
+@dataclass(frozen=True)
+class ShardSet:
+    """All shards in their fixed order. `classes` is None when sets of different classes are mixed.
+
+    `parts` says how many shards belong to each entry of cmae.data.shards, for mixing them by weight.
+    """
+
+    shards: tuple[Shard, ...]
+    classes: tuple[str, ...] | None
+    parts: tuple[int, ...]
+
+    @property
+    def total(self) -> int:
+        """Samples in all shards."""
+        return sum(shard.info.samples for shard in self.shards)
+
+    def describe(self) -> str:
+        """The folders, for messages."""
+        return ", ".join(dict.fromkeys(show_place(shard.folder) for shard in self.shards))
+
+
+def open_shards(places: str | Sequence[str], *, data: DataConfig) -> ShardSet:
+    """The shards of the setting cmae.data.shards (or val_shards), each there and of the right size.
+
+    Raises DataError when an index or a shard is missing, or when folders that are to be one data set have
+    other classes; ConfigError for places that cannot be read at all.
+    """
+    entries = [places] if isinstance(places, str) else list(places)
+    parts = [list(_read_entry(entry, data=data)) for entry in entries]
+    folders = [folder for part in parts for folder in part]
+    is_mixed = data.mix is not None and not isinstance(places, str)
+    same_classes = all(folder.classes == folders[0].classes for folder in folders)
+    if not same_classes and not is_mixed:
+        other = next(folder for folder in folders if folder.classes != folders[0].classes)
+        raise DataError(
+            f"{show_place(other.place)} has other classes than {show_place(folders[0].place)}: "
+            "they cannot be one data set (with cmae.data.mix they can, without labels)"
+        )
+    names = _distinguish([folder.place for folder in folders])
+    shards = [
+        Shard(folder.place, names[folder.place] + info.name, info, folder.storage, has_labels=same_classes)
+        for folder in folders
+        for info in folder.shards
+    ]
+    if len({shard.place for shard in shards}) < len(shards):
+        raise ConfigError(f"cmae.data.shards names a shard twice: {', '.join(map(show_place, entries))}")
+    _check_sizes(folders)
+    return ShardSet(
+        tuple(shards),
+        classes=folders[0].classes if same_classes else None,
+        parts=tuple(sum(len(folder.shards) for folder in part) for part in parts),
+    )
+
+
+@dataclass(frozen=True)
+class _Folder:
+    """A folder and those of its shards that were asked for."""
+
+    place: str
+    storage: Storage
+    shards: tuple[ShardInfo, ...]
+    classes: tuple[str, ...]
+
+
+def _read_entry(entry: str, *, data: DataConfig) -> Iterator[_Folder]:
+    """The folders of one entry. A pattern that ends in .tar names shards of a folder's index."""
+    storage = open_storage(entry, data)
+    chosen: dict[str, list[str]] = {}  # tars by folder; none named means all
+    for place in expand_braces(entry):
+        names: list[str] = []
+        if place.endswith(".tar") and read_scheme(place) != COMMAND:
+            place, name = split_place(place)
+            names.append(name)
+        for folder in find_places(storage, place):
+            chosen.setdefault(folder, []).extend(names)
+    for folder, names in chosen.items():
+        yield _read_folder(folder, names, storage=storage)
+
+
+def _read_folder(place: str, names: list[str], *, storage: Storage) -> _Folder:
+    index_place = join_place(place, INDEX_NAME)
+    text = read_text(storage, index_place)
+    if text is None:
+        raise missing_index(show_place(place))
+    index = parse_text(text, name=show_place(index_place))
+    shards = index.shards
+    if names:
+        for name in names:
+            if not any(fnmatchcase(shard.name, name) for shard in shards):
+                raise DataError(f"{show_place(index_place)} lists no shard {name}: look at cmae.data.shards")
+        shards = tuple(shard for shard in shards if any(fnmatchcase(shard.name, name) for name in names))
+    return _Folder(place, storage, shards, index.classes)
+
+
+def _check_sizes(folders: Sequence[_Folder]) -> None:
+    for folder in folders:
+        places = [join_place(folder.place, shard.name) for shard in folder.shards]
+        try:
+            sizes = folder.storage.measure(places)
+        except FileNotFoundError as error:
+            raise DataError(f"{error.filename} is missing: copy it again, or make the shards again") from None
+        for place, size, shard in zip(places, sizes, folder.shards, strict=True):
+            check_size(show_place(place), size, expected=shard)
+
+
+def _distinguish(places: Sequence[str]) -> dict[str, str]:
+    """What the names of each folder's shards begin with: nothing for a lone one, else the difference."""
+    shown = {place: show_place(place) for place in places}
+    if len(shown) == 1:
+        return dict.fromkeys(shown, "")
+    try:
+        shared = posixpath.commonpath(list(shown.values()))
+    except ValueError:  # paths from the root and from here
+        shared = ""
+    return {place: f"{posixpath.relpath(one, shared) if shared else one}/" for place, one in shown.items()}

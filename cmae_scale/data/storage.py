@@ -1,0 +1,134 @@
+"""One way to open a shard, wherever it lies: a path, an address, or (if allowed) a command's output."""
+
+import glob
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from cmae_scale.core.errors import ConfigError, DataError
+from cmae_scale.core.settings import DataConfig
+from cmae_scale.data.cache import ChunkCache
+from cmae_scale.data.command import CommandFile
+from cmae_scale.data.index import measure_shard
+from cmae_scale.data.places import COMMAND, is_pattern, read_scheme, show_place
+from cmae_scale.data.remote import Remote
+
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
+
+MAX_TEXT_BYTES = 1 << 30  # of an index.json: ten million shards
+
+
+class Storage(Protocol):
+    """Files of one kind of place. Whatever goes wrong is a DataError or an OSError."""
+
+    def open_file(self, place: str, *, end: int | None = None, version: str | None = None) -> io.RawIOBase:
+        """A file to read front to back and to seek in; nothing from byte `end` on will be asked for.
+
+        `version` names its content (a hash), so that a cache can tell it from what was there before.
+        """
+
+    def measure(self, places: Sequence[str]) -> list[int | None]:
+        """Size of each in bytes; None where it cannot be told before reading. DataError if one is missing."""
+
+    def find(self, pattern: str) -> list[str]:
+        """Places that match a pattern with *, ? and [], sorted."""
+
+
+class LocalStorage:
+    """Files of this machine, or of a file system that is mounted on it."""
+
+    def open_file(self, place: str, *, end: int | None = None, version: str | None = None) -> io.RawIOBase:
+        """The file itself."""
+        return _LocalFile(place, end=end)
+
+    def measure(self, places: Sequence[str]) -> list[int | None]:
+        """From the file system's tables."""
+        return [measure_shard(place) for place in places]
+
+    def find(self, pattern: str) -> list[str]:
+        """As a shell would."""
+        return sorted(glob.glob(pattern))  # noqa: PTH207 -- Path.glob takes no pattern from the root
+
+
+LOCAL = LocalStorage()
+
+
+class CommandStorage:
+    """What commands write to their output: `pipe:ssh host cat /data/train/{name}`."""
+
+    def __init__(self, *, timeout_s: float) -> None:
+        self.timeout_s = timeout_s
+
+    def open_file(self, place: str, *, end: int | None = None, version: str | None = None) -> io.RawIOBase:
+        """The output of the command, started when it is first read."""
+        return CommandFile(place, timeout_s=self.timeout_s)
+
+    def measure(self, places: Sequence[str]) -> list[int | None]:
+        """Unknown until it was read."""
+        return [None for _ in places]
+
+    def find(self, pattern: str) -> list[str]:
+        """A command is no pattern."""
+        return [pattern]
+
+
+def open_storage(place: str, data: DataConfig) -> Storage:
+    """What reads `place`. ConfigError for a command that is not allowed, and for schemes we do not read."""
+    match read_scheme(place):
+        case "":
+            return LocalStorage()
+        case "pipe":
+            if not data.allow_commands:
+                raise ConfigError(
+                    f"{show_place(place)} would run a command: set cmae.data.allow_commands to true if you "
+                    "trust this run file"
+                )
+            return CommandStorage(timeout_s=data.read_timeout_s)
+        case scheme:
+            cache = (
+                ChunkCache(Path(data.cache), max_bytes=int(data.cache_gib * 2**30)) if data.cache else None
+            )
+            return Remote(scheme, timeout_s=data.read_timeout_s, retries=data.read_retries, cache=cache)
+
+
+def read_text(storage: Storage, place: str) -> bytes | None:
+    """A whole small file, such as an index; None if there is none. DataError if it is absurdly large."""
+    try:
+        with storage.open_file(place) as file:
+            text = file.read(MAX_TEXT_BYTES + 1)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise DataError(
+            f"{show_place(place)} cannot be read ({error.strerror or type(error).__name__})"
+        ) from None
+    if text is not None and len(text) > MAX_TEXT_BYTES:
+        raise DataError(f"{show_place(place)} has more than {MAX_TEXT_BYTES} bytes: it is no index")
+    return text
+
+
+def find_places(storage: Storage, place: str) -> list[str]:
+    """The places that a pattern matches; a place that is no pattern is itself. DataError when none match."""
+    if read_scheme(place) == COMMAND or not is_pattern(place):
+        return [place]
+    found = storage.find(place)
+    if not found:
+        raise DataError(f"nothing matches {show_place(place)}: look at the pattern in cmae.data.shards")
+    return found
+
+
+class _LocalFile(io.FileIO):
+    """A file whose buffered readers do not read on beyond `end`."""
+
+    def __init__(self, place: str, *, end: int | None) -> None:
+        super().__init__(place)
+        self._end = end
+
+    def readinto(self, buffer: "WriteableBuffer", /) -> int:
+        """As the file does, up to `end`."""
+        view = memoryview(buffer)
+        if self._end is not None:
+            view = view[: max(0, self._end - self.tell())]
+        return super().readinto(view) or 0
