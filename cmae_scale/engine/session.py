@@ -14,6 +14,7 @@ from cmae_scale.core.files import write_text
 from cmae_scale.core.settings import CmaeConfig
 from cmae_scale.engine.checkpoint import Stamp, build_stamp, find_newest, load_state, save_state
 from cmae_scale.engine.ema import TargetEma
+from cmae_scale.engine.monitors import settle_monitors
 from cmae_scale.engine.start import Engine, Place, Precision, read_precision, start_engine
 from cmae_scale.engine.weights import gather_weights
 from cmae_scale.layers.attention import AttentionChoice, choose_attention, set_attention_, use_attention
@@ -33,6 +34,7 @@ class Session:
     attention: AttentionChoice
     stamp: Stamp
     first_step: int
+    notice: str | None = None  # something the user should know
 
     def use_attention(self) -> AbstractContextManager[None]:
         """Hold forward and backward passes to the attention kernel of the run file."""
@@ -71,6 +73,7 @@ def start_session(run: Run, *, place: Place, data_order: str) -> Session:
     """
     cfg, precision = run.cmae, read_precision(run.deepspeed)
     _open_folder(run, place)
+    notice = settle_monitors(run.deepspeed)
     attention = choose_run_attention(cfg, device=place.device, dtype=precision.compute)
     model = build_cmae(cfg)
     set_attention_(model, attention)
@@ -83,6 +86,7 @@ def start_session(run: Run, *, place: Place, data_order: str) -> Session:
         attention=attention,
         stamp=build_stamp(run, ranks=place.world.size, precision=name_precision(precision), data=data_order),
         first_step=0,
+        notice=notice,
     )
     newest = find_newest(run.out / "checkpoints") if cfg.checkpoint.resume == "auto" else None
     if newest is not None:
@@ -135,7 +139,7 @@ def describe(session: Session, *, images: int, times: Timetable) -> str:
         f"run folder {session.run.out}"
         + (f", resumed at step {session.first_step}" if session.first_step else ""),
     ]
-    return "\n".join(lines)
+    return "\n".join([*lines, *([session.notice] if session.notice else [])])
 
 
 def _open_folder(run: Run, place: Place) -> None:
