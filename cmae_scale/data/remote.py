@@ -29,7 +29,9 @@ FIRST_PAUSE_S = 0.1  # before the first repetition; doubles each time
 LONGEST_PAUSE_S = 20.0
 PACKAGES = {"http": "aiohttp", "https": "aiohttp", "s3": "s3fs", "gs": "gcsfs", "hf": "huggingface_hub"}
 REFUSALS = (FileNotFoundError, PermissionError, NotImplementedError)  # asking again does not help
-REFUSED_STATUS = frozenset((400, 401, 403, 404, 405, 410, 416))  # of HTTP, the same
+REFUSED_STATUS = frozenset(
+    (401, 403, 404, 405, 410, 416)
+)  # of HTTP, the same. aiohttp calls a cut answer 400
 
 T = TypeVar("T")
 
@@ -110,7 +112,7 @@ class Remote:
                 failure = error
             except Exception as error:  # every store has errors of its own
                 failure = _Failure(
-                    _explain(error), is_final=_is_refusal(error), is_missing=_is_missing(error)
+                    _explain(_read_cause(error)), is_final=_is_refusal(error), is_missing=_is_missing(error)
                 )
             if failure.is_missing:
                 raise FileNotFoundError(errno.ENOENT, "it is not there", show_place(place))
@@ -253,25 +255,34 @@ def _connect(scheme: str) -> Any:
         ) from None
 
 
-def _explain(error: Exception) -> str:
+def _explain(error: BaseException) -> str:
     """The kind of an error and its HTTP status, and nothing else of it."""
     status = _read_status(error)
     return type(error).__name__ + (f", status {status}" if status else "")
 
 
-def _read_status(error: Exception) -> int | None:
+def _read_status(error: BaseException) -> int | None:
     """From aiohttp, gcsfs (`status`, `code`), huggingface_hub (`response`) and botocore's errors alike."""
     response = getattr(error, "response", None)
     if isinstance(response, dict):
         status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
     else:
-        status = getattr(response, "status_code", getattr(error, "status", getattr(error, "code", None)))
+        status = getattr(response, "status_code", getattr(error, "status", None))
+        if status is None:
+            status = getattr(error, "code", None)
     return status if isinstance(status, int) else None
 
 
-def _is_refusal(error: Exception) -> bool:
-    return isinstance(error, REFUSALS) or _read_status(error) in REFUSED_STATUS
+def _read_cause(error: BaseException) -> BaseException:
+    """What is behind an error: fsspec reports a web server's every failure as a missing file."""
+    return error if error.__cause__ is None else error.__cause__
 
 
-def _is_missing(error: Exception) -> bool:
-    return isinstance(error, FileNotFoundError) or _read_status(error) in (404, 410)
+def _is_refusal(error: BaseException) -> bool:
+    cause = _read_cause(error)
+    return isinstance(cause, REFUSALS) or _read_status(cause) in REFUSED_STATUS
+
+
+def _is_missing(error: BaseException) -> bool:
+    cause = _read_cause(error)
+    return isinstance(cause, FileNotFoundError) or _read_status(cause) in (404, 410)
