@@ -67,11 +67,18 @@ class BlockReader:
         self._ahead = next(self._blocks)
 
     def reach(self, place: Place) -> Block:
-        """The full block that `place` lies in: the one of last time, or the one after it."""
-        if self._current is None or (self._current.epoch, self._current.number) != (place.epoch, place.block):
+        """The full block that `place` lies in: that of last time or a later one.
+
+        Blocks between them are read and dropped: where a step takes more of a stream than a window holds, they
+        are all another rank's.
+        """
+        while self._current is None or (self._current.epoch, self._current.number) < (
+            place.epoch,
+            place.block,
+        ):
             self._ahead.fill()
             self._current, self._ahead = self._ahead, next(self._blocks)
-            assert (self._current.epoch, self._current.number) == (place.epoch, place.block)
+        assert (self._current.epoch, self._current.number) == (place.epoch, place.block)
         return self._current
 
     def read_ahead(self, samples: int) -> None:

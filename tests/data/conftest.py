@@ -6,7 +6,7 @@ import itertools
 import tarfile
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import pytest
@@ -17,12 +17,12 @@ from cmae_scale.data.index import ShardIndex, ShardInfo, write_index
 CLASSES = tuple(str(digit) for digit in range(10))
 
 
-class MakeFolder(Protocol):
+class WriteFolder(Protocol):
     """Writes shards of so many samples each, and their index; images numbered in `bad` cannot be decoded."""
 
     def __call__(
         self,
-        name: str,
+        folder: Path | str,
         sizes: Sequence[int],
         *,
         side: int = 24,
@@ -32,13 +32,9 @@ class MakeFolder(Protocol):
 
 
 @pytest.fixture(scope="session")
-def pictures() -> dict[tuple[int, int], bytes]:
-    """Noise images made so far, by side and number."""
-    return {}
+def write_folder() -> WriteFolder:
+    pictures: dict[tuple[int, int], bytes] = {}
 
-
-@pytest.fixture
-def make_folder(tmp_path: Path, pictures: dict[tuple[int, int], bytes]) -> MakeFolder:
     def picture(number: int, side: int) -> bytes:
         if (side, number) not in pictures:
             rng = np.random.default_rng(number)
@@ -47,15 +43,15 @@ def make_folder(tmp_path: Path, pictures: dict[tuple[int, int], bytes]) -> MakeF
             pictures[side, number] = file.getvalue()
         return pictures[side, number]
 
-    def make(
-        name: str,
+    def write(
+        folder: Path | str,
         sizes: Sequence[int],
         *,
         side: int = 24,
         bad: Collection[int] = (),
         classes: tuple[str, ...] = CLASSES,
     ) -> Path:
-        folder = tmp_path / name
+        folder = Path(folder)
         folder.mkdir(parents=True)
         numbers = itertools.count()
         infos = []
@@ -70,6 +66,16 @@ def make_folder(tmp_path: Path, pictures: dict[tuple[int, int], bytes]) -> MakeF
             infos.append(ShardInfo(path.name, size, len(content), hashlib.sha256(content).hexdigest()))
         write_index(ShardIndex(folder, tuple(infos), classes, sum(sizes), source="made up", options={}))
         return folder
+
+    return write
+
+
+@pytest.fixture
+def make_folder(write_folder: WriteFolder, tmp_path: Path) -> WriteFolder:
+    """The same, below the test's own folder."""
+
+    def make(name: Path | str, sizes: Sequence[int], **options: Any) -> Path:
+        return write_folder(tmp_path / name, sizes, **options)
 
     return make
 
