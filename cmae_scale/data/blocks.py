@@ -69,16 +69,14 @@ class BlockReader:
     def reach(self, place: Place) -> Block:
         """The full block that `place` lies in: that of last time or a later one.
 
-        Blocks between them are read and dropped: where a step takes more of a stream than a window holds, they
-        are all another rank's.
+        Blocks between them are read and dropped: they are all another rank's, where a step takes more of a
+        stream than a window holds.
         """
-        while self._current is None or (self._current.epoch, self._current.number) < (
-            place.epoch,
-            place.block,
-        ):
+        wanted = (place.epoch, place.block)
+        while self._current is None or (self._current.epoch, self._current.number) < wanted:
             self._ahead.fill()
             self._current, self._ahead = self._ahead, next(self._blocks)
-        assert (self._current.epoch, self._current.number) == (place.epoch, place.block)
+        assert (self._current.epoch, self._current.number) == wanted
         return self._current
 
     def read_ahead(self, samples: int) -> None:

@@ -1,7 +1,4 @@
-"""From an image's bytes to pixels: what may be opened, how it becomes RGB, and how the master image is cut.
-
-Everything is Pillow, the resampling that published recipes were tuned with (bicubic, antialiased).
-"""
+"""From an image's bytes to pixels: what may be opened, how it becomes RGB, where crops lie. No torch."""
 
 import math
 from collections.abc import Sequence
@@ -73,14 +70,33 @@ def open_image(data: bytes, *, max_mpx: float) -> Image.Image:
 def decode_image(data: bytes, *, max_mpx: float) -> Image.Image:
     """The whole image, upright (EXIF) and in RGB. Raises DataError if any part of it cannot be decoded.
 
-    Transparency is dropped, not blended, as the usual image-folder loaders do.
+    Transparency is dropped, not blended, as the usual image-folder loaders do; of an animation, the first
+    picture is taken.
     """
-    image = open_image(data, max_mpx=max_mpx)
+    return finish_image(open_image(data, max_mpx=max_mpx))
+
+
+def finish_image(image: Image.Image) -> Image.Image:
+    """The pixels of an image whose header was read, upright and in RGB."""
     try:
         image.load()
-        return _to_rgb(_turn_upright(image))
+        turn = read_turn(image)
+        return _to_rgb(image if turn is None else image.transpose(turn))
     except Exception as error:  # as above: any damage must count as a bad sample, not end the run
         raise DataError(f"cannot be decoded ({type(error).__name__}: {error})") from None
+
+
+def is_plain_jpeg(image: Image.Image) -> bool:
+    """Whether any JPEG decoder gives its pixels: grey or colour, and stored upright."""
+    return image.format == "JPEG" and image.mode in ("L", "RGB") and read_turn(image) is None
+
+
+def read_turn(image: Image.Image) -> Image.Transpose | None:
+    """What makes the image upright, as its metadata says; None if nothing is to be done."""
+    try:
+        return TURNS.get(image.getexif().get(EXIF_ORIENTATION, 1))
+    except Exception:  # broken metadata around good pixels: the pixels count
+        return None
 
 
 def random_crop_box(
@@ -108,28 +124,6 @@ def random_crop_box(
     return Box(left, top, left + wide, top + tall)
 
 
-def decode_master(
-    data: bytes,
-    *,
-    side: int,
-    scale: tuple[float, float],
-    ratio: tuple[float, float],
-    max_mpx: float,
-    draws: Sequence[Sequence[float]],
-) -> UInt8[np.ndarray, "crops 3 side side"]:
-    """One random resized crop of the image per row of `draws` (see random_crop_box), decoded once.
-
-    Cropped first and resized then, so nothing outside of a crop leaks into its border.
-    """
-    image = decode_image(data, max_mpx=max_mpx)
-    crops = np.empty((len(draws), 3, side, side), dtype=np.uint8)
-    for crop, numbers in zip(crops, draws, strict=True):
-        box = random_crop_box(image.width, image.height, scale=scale, ratio=ratio, draws=numbers)
-        resized = image.crop(box).resize((side, side), Image.Resampling.BICUBIC)
-        crop[:] = np.asarray(resized).transpose(2, 0, 1)
-    return crops
-
-
 def decode_centre(data: bytes, *, side: int, max_mpx: float) -> UInt8[np.ndarray, "3 side side"]:
     """The centre of the image: short side resized to `side`, the rest of the long side cut off."""
     image = decode_image(data, max_mpx=max_mpx)
@@ -139,14 +133,6 @@ def decode_centre(data: bytes, *, side: int, max_mpx: float) -> UInt8[np.ndarray
     resized = image.resize(size, Image.Resampling.BICUBIC)
     left, top = round((size[0] - side) / 2), round((size[1] - side) / 2)
     return np.asarray(resized.crop((left, top, left + side, top + side))).transpose(2, 0, 1)
-
-
-def _turn_upright(image: Image.Image) -> Image.Image:
-    try:
-        turn = TURNS.get(image.getexif().get(EXIF_ORIENTATION, 1))
-    except Exception:  # broken metadata around good pixels: the pixels count
-        return image
-    return image if turn is None else image.transpose(turn)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -1,7 +1,7 @@
 """Batches of decoded master images in the plan's order, made by threads ahead of whoever consumes them.
 
 One thread reads shards and says which sample belongs in which row; `workers` threads decode, crop and write
-it to the row's place in a batch that was allocated beforehand. Pillow and file reads leave the interpreter
+it to the row's place in a batch that was allocated beforehand. Decoders and file reads leave the interpreter
 lock, so threads are enough, and no image travels between processes. No value depends on timing.
 """
 
@@ -22,7 +22,8 @@ from cmae_scale.core.settings import DataConfig, ViewsConfig
 from cmae_scale.data.bad_samples import BadSamples
 from cmae_scale.data.blocks import RawBatch, RawRow, read_raw_batches
 from cmae_scale.data.counter_rng import Purpose, draw_uniforms
-from cmae_scale.data.decode import CROP_DRAWS, decode_master
+from cmae_scale.data.decode import CROP_DRAWS
+from cmae_scale.data.masters import decode_master
 from cmae_scale.data.mix import MixPlan
 from cmae_scale.data.shard_set import ShardSet
 

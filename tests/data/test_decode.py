@@ -24,7 +24,6 @@ from cmae_scale.data.decode import (
     Box,
     decode_centre,
     decode_image,
-    decode_master,
     image_extension,
     open_image,
     random_crop_box,
@@ -116,25 +115,6 @@ def test_areas_and_shapes_are_spread_as_asked() -> None:
     assert abs(shapes[1000] + math.log(4 / 3) / 2) < 0.02
 
 
-@pytest.mark.parametrize(("width", "height"), [(500, 375), (90, 60), (20, 300), (64, 64)])
-def test_a_master_is_torchvisions_resized_crop_bit_for_bit(width: int, height: int) -> None:
-    image = picture(width, height)
-    numbers = [draws(n) for n in range(6)]
-    crops = decode_master(encode(image), side=48, scale=SCALE, ratio=RATIO, max_mpx=50.0, draws=numbers)
-    for crop, number in zip(crops, numbers, strict=True):
-        box = random_crop_box(width, height, scale=SCALE, ratio=RATIO, draws=number)
-        expected = tv.resized_crop(
-            image,
-            box.top,
-            box.left,
-            box.bottom - box.top,
-            box.right - box.left,
-            [48, 48],
-            InterpolationMode.BICUBIC,
-        )
-        np.testing.assert_array_equal(crop, np.asarray(expected).transpose(2, 0, 1))
-
-
 @pytest.mark.parametrize(
     ("width", "height"), [(500, 375), (375, 500), (64, 64), (33, 47), (47, 33), (21, 600)]
 )
@@ -187,6 +167,19 @@ def test_every_png_mode_becomes_rgb(mode: str) -> None:
 def test_other_formats_and_modes_become_rgb(form: str, mode: str) -> None:
     decoded = decode_image(encode(picture(40, 30).convert(mode), form), max_mpx=1.0)
     assert (decoded.mode, decoded.size) == ("RGB", (40, 30))
+
+
+@pytest.mark.parametrize("form", ["WEBP", "PNG"])
+def test_of_an_animation_the_first_picture_is_taken(form: str) -> None:
+    first, *others = [picture(40, 30, seed=seed) for seed in range(3)]
+    data = encode(first, form, save_all=True, append_images=others, lossless=True)
+    np.testing.assert_array_equal(np.asarray(decode_image(data, max_mpx=1.0)), np.asarray(first))
+
+
+def test_an_animated_gif_is_refused_whatever_it_is_called() -> None:
+    data = encode(picture(40, 30), "GIF", save_all=True, append_images=[picture(40, 30, seed=1)])
+    with pytest.raises(DataError, match="not a JPEG, PNG or WebP image"):
+        decode_image(data, max_mpx=1.0)
 
 
 def test_a_palette_with_transparency_raises_no_warning(recwarn: pytest.WarningsRecorder) -> None:
@@ -282,26 +275,3 @@ def test_the_ten_oddities_all_load_upright_and_in_rgb(shared_data: Path) -> None
         "tiny_75x56.jpg": (75, 56),
         "wide_640x218.jpg": (640, 218),
     }
-
-
-def test_real_photographs_decode_as_torchvision_does(shared_data: Path) -> None:
-    with tarfile.open(shared_data / "imagenette224_2500_800.tar") as tar:
-        photographs = [member for member in tar if member.name.endswith(".JPEG")][::300]
-        for number, member in enumerate(photographs):
-            file = tar.extractfile(member)
-            assert file is not None
-            data = file.read()
-            box = random_crop_box(224, 224, scale=SCALE, ratio=RATIO, draws=draws(number))
-            expected = tv.resized_crop(
-                Image.open(io.BytesIO(data)).convert("RGB"),
-                box.top,
-                box.left,
-                box.bottom - box.top,
-                box.right - box.left,
-                [256, 256],
-                InterpolationMode.BICUBIC,
-            )
-            crop = decode_master(
-                data, side=256, scale=SCALE, ratio=RATIO, max_mpx=50.0, draws=[draws(number)]
-            )
-            np.testing.assert_array_equal(crop[0], np.asarray(expected).transpose(2, 0, 1))

@@ -20,8 +20,9 @@ from cmae_scale.core.settings import DataConfig, ViewsConfig
 from cmae_scale.data.bad_samples import BadSamples
 from cmae_scale.data.blocks import BlockReader, Part
 from cmae_scale.data.counter_rng import Purpose, draw_uniforms
-from cmae_scale.data.decode import CROP_DRAWS, decode_master
+from cmae_scale.data.decode import CROP_DRAWS
 from cmae_scale.data.index import ShardInfo
+from cmae_scale.data.masters import decode_master
 from cmae_scale.data.mix import MixPlan, plan_data
 from cmae_scale.data.plan import block_order, run_pieces
 from cmae_scale.data.shard_set import Shard, ShardSet

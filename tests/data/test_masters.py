@@ -1,0 +1,129 @@
+"""Master images: torchvision's resized crop bit for bit, Pillow's almost, whichever decoder is installed."""
+
+import io
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageOps
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms import functional as tv
+
+from cmae_scale.core.errors import DataError
+from cmae_scale.data import masters
+from cmae_scale.data.counter_rng import Purpose, draw_uniforms
+from cmae_scale.data.decode import CROP_DRAWS, decode_image, random_crop_box
+from cmae_scale.data.masters import decode_master, decode_pixels, find_jpeg_decoder
+
+SCALE, RATIO = (0.2, 1.0), (0.75, 4 / 3)
+
+
+def draws(number: int) -> list[float]:
+    return draw_uniforms(7, Purpose.CROP, place=(0, number, 0), count=CROP_DRAWS).tolist()
+
+
+def picture(width: int, height: int) -> Image.Image:
+    noise = np.random.default_rng(0).integers(0, 256, (height // 8 + 2, width // 8 + 2, 3), dtype=np.uint8)
+    return Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def encode(image: Image.Image, form: str = "PNG", **options: object) -> bytes:
+    file = io.BytesIO()
+    image.save(file, form, **options)
+    return file.getvalue()
+
+
+def read_photographs(folder: Path) -> list[bytes]:
+    with tarfile.open(folder / "imagenette224_2500_800.tar") as tar:
+        members = [member for member in tar if member.name.endswith(".JPEG")][::300]
+        return [file.read() for file in map(tar.extractfile, members) if file is not None]
+
+
+@pytest.mark.parametrize(("width", "height"), [(500, 375), (90, 60), (20, 300), (64, 64), (1, 1)])
+def test_a_master_is_torchvisions_resized_crop_bit_for_bit(width: int, height: int) -> None:
+    image = picture(width, height)
+    numbers = [draws(n) for n in range(6)]
+    crops = decode_master(encode(image), side=48, scale=SCALE, ratio=RATIO, max_mpx=50.0, draws=numbers)
+    for crop, number in zip(crops, numbers, strict=True):
+        box = random_crop_box(width, height, scale=SCALE, ratio=RATIO, draws=number)
+        expected = tv.resized_crop(
+            torch.from_numpy(np.array(image)).permute(2, 0, 1),  # torch rounds by memory layout
+            box.top,
+            box.left,
+            box.bottom - box.top,
+            box.right - box.left,
+            [48, 48],
+            InterpolationMode.BICUBIC,
+            antialias=True,
+        )
+        assert torch.equal(torch.from_numpy(crop), expected)
+
+
+def test_masters_of_photographs_are_pillows_but_for_rounding(shared_data: Path) -> None:
+    errors = []
+    for number, data in enumerate(read_photographs(shared_data)):
+        crop = decode_master(data, side=256, scale=SCALE, ratio=RATIO, max_mpx=50.0, draws=[draws(number)])
+        image = decode_image(data, max_mpx=50.0)
+        box = random_crop_box(image.width, image.height, scale=SCALE, ratio=RATIO, draws=draws(number))
+        expected = image.crop(box).resize((256, 256), Image.Resampling.BICUBIC)
+        errors.append(np.abs(crop[0].astype(int) - np.asarray(expected).transpose(2, 0, 1)))
+    difference = np.stack(errors)
+    assert difference.mean() < 0.1, "of 255"
+    assert (difference > 1).mean() < 1e-3
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}, {"quality": 30}])
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_the_pixels_do_not_depend_on_the_decoder_that_is_installed(
+    monkeypatch: pytest.MonkeyPatch, mode: str, options: dict[str, object]
+) -> None:
+    if find_jpeg_decoder() is None:
+        pytest.skip("simplejpeg is not installed")
+    data = encode(picture(201, 155).convert(mode), "JPEG", **options)
+    fast = decode_pixels(data, max_mpx=1.0)
+    monkeypatch.setattr(masters, "DECODE_JPEG", None)
+    np.testing.assert_array_equal(fast, decode_pixels(data, max_mpx=1.0))
+
+
+def test_real_photographs_too(shared_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if find_jpeg_decoder() is None:
+        pytest.skip("simplejpeg is not installed")
+    photographs = read_photographs(shared_data)
+    fast = [decode_pixels(data, max_mpx=50.0) for data in photographs]
+    monkeypatch.setattr(masters, "DECODE_JPEG", None)
+    for data, pixels in zip(photographs, fast, strict=True):
+        np.testing.assert_array_equal(pixels, decode_pixels(data, max_mpx=50.0))
+
+
+def test_a_rotated_jpeg_is_upright() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = encode(picture(60, 40), "JPEG", exif=exif)
+    expected = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+    np.testing.assert_array_equal(decode_pixels(data, max_mpx=1.0), np.asarray(expected))
+
+
+@pytest.mark.parametrize("has_fast", [True, False])
+def test_which_images_are_bad_does_not_depend_on_the_decoder(
+    monkeypatch: pytest.MonkeyPatch, has_fast: bool
+) -> None:
+    """Bytes behind the image and between its markers worry one decoder and not the other: Pillow decides."""
+    if not has_fast:
+        monkeypatch.setattr(masters, "DECODE_JPEG", None)
+    data = encode(picture(200, 150), "JPEG")
+    for odd in (data + b"trailing", data[:2] + b"\xff\xfe\x00\x04hi" + data[2:]):
+        assert decode_pixels(odd, max_mpx=1.0).shape == (150, 200, 3)
+    for cut in (len(data) // 4, len(data) // 2, len(data) - 40):
+        with pytest.raises(DataError, match="cannot be decoded"):
+            decode_pixels(data[:cut], max_mpx=1.0)
+
+
+def test_a_decoder_that_announces_more_than_allowed_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: bytes) -> None:
+        raise AssertionError("decoded before the header was checked")
+
+    monkeypatch.setattr(masters, "DECODE_JPEG", refuse)
+    with pytest.raises(DataError, match="above the limit of"):
+        decode_pixels(encode(picture(200, 150), "JPEG"), max_mpx=0.01)
