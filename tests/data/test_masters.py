@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 from torchvision.transforms import InterpolationMode
-from torchvision.transforms import functional as tv
+from torchvision.transforms.v2 import functional as tv
 
 from cmae_scale.core.errors import DataError
 from cmae_scale.data import masters
