@@ -7,7 +7,7 @@ pixels of the hidden patches and a query, the target branch a key; after the upd
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,14 +15,16 @@ from typing import TYPE_CHECKING
 if __package__ in (None, ""):  # started by path: this folder is first on sys.path, the repository should be
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from cmae_scale.core.batches import plan_batch
+from cmae_scale.core.batches import BatchSizes, plan_batch
 from cmae_scale.core.cli import build_parser, read_overrides, run_command
 from cmae_scale.core.config import Run, read_run, resolve_run
 from cmae_scale.core.durations import plan_timetable
-from cmae_scale.core.schedules import plan_schedules
+from cmae_scale.core.schedules import Schedules, plan_schedules
 
 if TYPE_CHECKING:
+    from cmae_scale.data.bad_samples import BadSamples
     from cmae_scale.data.shard_set import ShardSet
+    from cmae_scale.data.stream import MasterBatch
     from cmae_scale.engine.journal import Journal
     from cmae_scale.engine.session import Session
 
@@ -59,12 +61,9 @@ def train(run: Run, *, stop_at: int | None = None) -> None:
     from cmae_scale.data.prefetch import copy_ahead
     from cmae_scale.data.shard_set import open_shards
     from cmae_scale.data.stream import open_batches
-    from cmae_scale.engine.inputs import draw_step
     from cmae_scale.engine.journal import Journal
-    from cmae_scale.engine.optim import set_learning_rate_
     from cmae_scale.engine.session import describe, start_session
     from cmae_scale.engine.start import start_processes, stop_processes
-    from cmae_scale.engine.step import train_step
 
     place = start_processes()
     rank, ranks = place.world.rank, place.world.size
@@ -75,19 +74,18 @@ def train(run: Run, *, stop_at: int | None = None) -> None:
     plan = plan_data(shards, data, global_batch=batch.total, seed=run.cmae.seed)
     times = plan_timetable(run.cmae, steps_per_epoch=plan.steps_per_epoch, batch_samples=batch.total)
     run = resolve_run(run, batch=batch, total_steps=times.total_steps, warmup_steps=times.warmup_steps)
-    cfg = run.cmae
-    schedules = plan_schedules(cfg, peak_lr=run.peak_lr, times=times)
+    schedules = plan_schedules(run.cmae, peak_lr=run.peak_lr, times=times)
 
     session = start_session(run, place=place, data_order=plan.fingerprint)
     journal = Journal(session, times=times)
     journal.say(describe(session, images=shards.total, times=times))
     steps = range(session.first_step, min(times.total_steps, stop_at or times.total_steps))
-    bad = BadSamples(cfg.data.max_bad_fraction)
+    bad = BadSamples(data.max_bad_fraction)
     loader = open_batches(
         shards,
         plan,
-        views=cfg.views,
-        data=cfg.data,
+        views=run.cmae.views,
+        data=data,
         rank=rank,
         ranks=ranks,
         accumulation=batch.accumulation,
@@ -96,13 +94,38 @@ def train(run: Run, *, stop_at: int | None = None) -> None:
         pin=place.device.type == "cuda",
         bad=bad,
     )
-    with loader, session.use_attention():
+    with loader:
         masters = copy_ahead(loader, place.device)
+        take_steps(session, journal, masters, steps=steps, schedules=schedules, batch=batch, bad=bad)
+    if steps.stop == times.total_steps:
+        finish(session, journal, held_out=held_out)
+    journal.close()
+    stop_processes()
+
+
+def take_steps(
+    session: "Session",
+    journal: "Journal",
+    masters: "Iterator[MasterBatch]",
+    *,
+    steps: range,
+    schedules: Schedules,
+    batch: BatchSizes,
+    bad: "BadSamples",
+) -> None:
+    """The training loop. Raises InterruptedRunError, with the state saved, when a rank was asked to leave."""
+    from cmae_scale.engine.inputs import draw_step
+    from cmae_scale.engine.optim import set_learning_rate_
+    from cmae_scale.engine.signals import InterruptedRunError, StopRequest
+    from cmae_scale.engine.step import train_step
+
+    cfg, rank, every = session.run.cmae, session.place.world.rank, journal.times.save_every_steps
+    first_rows = range(rank * batch.local, (rank + 1) * batch.local, batch.micro)
+    with session.use_attention(), StopRequest() as stop:
         for step in steps:
             draws = draw_step(cfg, total=batch.total, step=step)
             with journal.waiting_for_data():
                 parts = list(islice(masters, batch.accumulation))
-            first_rows = range(rank * batch.local, (rank + 1) * batch.local, batch.micro)
             micro_batches = [
                 draws.prepare(part.images, first_row=row, cfg=cfg)
                 for part, row in zip(parts, first_rows, strict=True)
@@ -111,17 +134,15 @@ def train(run: Run, *, stop_at: int | None = None) -> None:
             losses = train_step(session.engine, micro_batches, cfg=cfg, rank=rank)
             session.update_target_(schedules.momentum.at(step))
             journal.add(step, losses, keys=[key for part in parts for key in part.keys])
-            done = step + 1
-            saves = done % times.save_every_steps == 0 or done == steps.stop
+            done, asked = step + 1, stop.is_agreed()
+            saves = asked or done % every == 0 or done == steps.stop
             if saves or done % cfg.monitor.log_every == 0:
                 journal.write(done, momentum=schedules.momentum.at(step), bad_samples=bad.count)
                 bad.check(journal.samples_of_rank)
-            if saves:
-                session.save(done)
-        if steps.stop == times.total_steps:
-            finish(session, journal, held_out=held_out)
-    journal.close()
-    stop_processes()
+            if saves and (failed := session.save(done)):
+                journal.say(f"warning: step {done} is not saved ({failed}); older states are as they were")
+            if asked and done < steps.stop:
+                raise InterruptedRunError(done)
 
 
 def finish(session: "Session", journal: "Journal", *, held_out: "ShardSet") -> None:
@@ -139,18 +160,13 @@ def finish(session: "Session", journal: "Journal", *, held_out: "ShardSet") -> N
         )
         sheet = preview(session.engine, masters.to(session.place.device), cfg=cfg)
         if session.place.world.is_first:
-            write_reconstructions(
-                pictures / "reconstructions.png",
-                images=sheet.image,
-                hidden=sheet.hidden,
-                reconstructed=sheet.reconstructed,
-                target=sheet.target if cfg.has_contrast else None,
-            )
+            write_reconstructions(pictures / "reconstructions.png", **vars(sheet))
     if session.place.world.is_first:
         chance = math.log(run.deepspeed["train_batch_size"]) if cfg.loss.contrast == "infonce" else None
         write_curves(pictures / "curves.png", metrics=read_metrics(journal.path), chance=chance)
-        journal.say(journal.summarise())
-        journal.say(f"encoder {encoder} (timm: local-dir:{encoder}), pictures {pictures}")
+        journal.say(
+            f"{journal.summarise()}\nencoder {encoder} (timm: local-dir:{encoder}), pictures {pictures}"
+        )
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -147,6 +148,41 @@ def test_stopped_and_resumed_equals_straight_through_bit_for_bit(
 
 
 @pytest.mark.dist
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_one_rank_saves_on_all_and_the_same_command_goes_on(
+    arguments: Callable[..., list[str]],
+    pretrain: Callable[..., list[int]],
+    on_ranks: Callable[..., list[Any]],
+    tmp_path: Path,
+    number: signal.Signals,
+) -> None:
+    from safetensors.torch import load_file
+
+    settings = ["cmae.schedule.duration=6st", "cmae.checkpoint.every=100st", "zero_optimization.stage=2"]
+
+    def interrupted() -> int:
+        from cmae_scale.engine.journal import Journal
+        from cmae_scale.pretrain import main
+
+        original = Journal.add
+
+        def add(self: Any, step: int, *args: Any, **options: Any) -> None:
+            original(self, step, *args, **options)
+            if step == 2 and os.environ["RANK"] == "1":
+                os.kill(os.getpid(), number)
+
+        Journal.add = add
+        return main(arguments(*settings, out="asked"))
+
+    assert on_ranks(interrupted, ranks=2, timeout_s=300) == [75, 75]
+    assert (tmp_path / "asked" / "checkpoints" / "latest").read_text() == "step_00000003"
+    assert pretrain(arguments(*settings, out="asked"), ranks=2) == [0, 0]
+    assert pretrain(arguments(*settings, out="never"), ranks=2) == [0, 0]
+    asked, never = (load_file(tmp_path / out / "encoder" / "model.safetensors") for out in ("asked", "never"))
+    assert all(torch.equal(asked[name], value) for name, value in never.items())
+
+
+@pytest.mark.dist
 def test_the_written_config_gives_the_same_run(
     arguments: Callable[..., list[str]], pretrain: Callable[..., list[int]], tmp_path: Path
 ) -> None:
@@ -187,7 +223,10 @@ def test_a_finished_run_started_again_stays_finished(
         (["cmae.model.attention=cudnn"], 'cmae.model.attention "cudnn" cannot run'),
         (["fp16.enabled=true", "torch_autocast.enabled=false"], "fp16 is not supported on your device"),
         (["optimizer.type=AdamX"], "DeepSpeed refuses these settings"),
-        (["zero_optimization.reduce_bucket_size=-5"], "zero_optimization.reduce_bucket_size: Input should be"),
+        (
+            ["zero_optimization.reduce_bucket_size=-5"],
+            "zero_optimization.reduce_bucket_size: Input should be",
+        ),
         (["cmae.out=/proc/nothing"], "cannot write into the run folder"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",

@@ -19,10 +19,10 @@ from cmae_scale.losses import patch_statistics
 class Preview:
     """Pictures in [0, 1] on the CPU, one row per image. `hidden` is 1 where the encoder saw nothing."""
 
-    image: Float[Tensor, "batch 3 side side"]
+    images: Float[Tensor, "batch 3 side side"]
     hidden: Float[Tensor, "batch 1 side side"]
     reconstructed: Float[Tensor, "batch 3 side side"]
-    target: Float[Tensor, "batch 3 side side"]
+    target: Float[Tensor, "batch 3 side side"] | None  # a plain MAE has no target view
 
 
 @torch.no_grad()
@@ -48,8 +48,8 @@ def preview(engine: Any, masters: UInt8[Tensor, "batch 3 master master"], *, cfg
     everywhere = patches.scatter(1, output.mask.hidden[:, :, None].expand_as(predicted), predicted)
     blank = torch.zeros_like(patches).scatter(1, output.mask.hidden[:, :, None].expand_as(true), 1.0)
     return Preview(
-        image=denormalise(micro.online, views=cfg.views).cpu(),
+        images=denormalise(micro.online, views=cfg.views).cpu(),
         hidden=unpatchify(blank, patch)[:, :1].cpu(),
         reconstructed=denormalise(unpatchify(everywhere, patch), views=cfg.views).cpu(),
-        target=denormalise(micro.target, views=cfg.views).cpu(),
+        target=denormalise(micro.target, views=cfg.views).cpu() if cfg.has_contrast else None,
     )

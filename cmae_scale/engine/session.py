@@ -1,7 +1,7 @@
 """A run that is under way: model, engine, target average and training states kept in step with each other."""
 
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -12,9 +12,10 @@ from cmae_scale.core.durations import Timetable
 from cmae_scale.core.errors import ConfigError
 from cmae_scale.core.files import write_text
 from cmae_scale.core.settings import CmaeConfig
-from cmae_scale.engine.checkpoint import Stamp, build_stamp, find_newest, load_state, save_state
+from cmae_scale.engine.checkpoint import load_newest, save_state
 from cmae_scale.engine.ema import TargetEma
 from cmae_scale.engine.monitors import settle_monitors
+from cmae_scale.engine.stamp import Stamp, build_stamp
 from cmae_scale.engine.start import Engine, Place, Precision, read_precision, start_engine
 from cmae_scale.engine.weights import gather_weights
 from cmae_scale.layers.attention import AttentionChoice, choose_attention, set_attention_, use_attention
@@ -34,7 +35,7 @@ class Session:
     attention: AttentionChoice
     stamp: Stamp
     first_step: int
-    notice: str | None = None  # something the user should know
+    notices: list[str] = field(default_factory=list)  # what the user should know
 
     def use_attention(self) -> AbstractContextManager[None]:
         """Hold forward and backward passes to the attention kernel of the run file."""
@@ -45,8 +46,8 @@ class Session:
         if self.engine.was_step_applied():
             self.ema.update_(momentum)
 
-    def save(self, step: int) -> Path:
-        """Commit the state after `step` steps."""
+    def save(self, step: int) -> str | None:
+        """Commit the state after `step` steps. None, or what went wrong: older states are untouched then."""
         return save_state(
             self.engine,
             self.run.out / "checkpoints",
@@ -54,6 +55,7 @@ class Session:
             stamp=self.stamp,
             target_masters=self.ema.state(),
             keep=self.run.cmae.checkpoint.keep,
+            world=self.place.world,
         )
 
     def export(self) -> Path:
@@ -73,7 +75,7 @@ def start_session(run: Run, *, place: Place, data_order: str) -> Session:
     """
     cfg, precision = run.cmae, read_precision(run.deepspeed)
     _open_folder(run, place)
-    notice = settle_monitors(run.deepspeed)
+    notices = settle_monitors(run.deepspeed)
     attention = choose_run_attention(cfg, device=place.device, dtype=precision.compute)
     model = build_cmae(cfg)
     set_attention_(model, attention)
@@ -86,12 +88,17 @@ def start_session(run: Run, *, place: Place, data_order: str) -> Session:
         attention=attention,
         stamp=build_stamp(run, ranks=place.world.size, precision=name_precision(precision), data=data_order),
         first_step=0,
-        notice=notice,
+        notices=notices,
     )
-    newest = find_newest(run.out / "checkpoints") if cfg.checkpoint.resume == "auto" else None
-    if newest is not None:
-        session.first_step, masters = load_state(engine, newest, stamp=session.stamp)
-        session.ema.load_state(masters)
+    if cfg.checkpoint.resume == "auto":
+        folder = run.out / "checkpoints"
+        loaded = load_newest(engine, folder, stamp=session.stamp, world=place.world)
+        if loaded is not None:
+            session.first_step = loaded.step
+            session.ema.load_state(loaded.target_masters)
+            session.notices += [
+                f"warning: {damage}, so an older state was taken" for damage in loaded.passed_over
+            ]
     return session
 
 
@@ -139,7 +146,7 @@ def describe(session: Session, *, images: int, times: Timetable) -> str:
         f"run folder {session.run.out}"
         + (f", resumed at step {session.first_step}" if session.first_step else ""),
     ]
-    return "\n".join([*lines, *([session.notice] if session.notice else [])])
+    return "\n".join([*lines, *session.notices])
 
 
 def _open_folder(run: Run, place: Place) -> None:

@@ -88,7 +88,7 @@ def run_steps(
     batch = plan_batch(run.deepspeed, ranks=place.world.size)
     session = start_session(run, place=place, data_order="tiny")
     side = run.cmae.views.master_px
-    losses = {}
+    losses, failed = {}, None
     for step in range(session.first_step if first is None else first, steps):
         pixels = torch.Generator().manual_seed(step)
         images = torch.randint(0, 256, (8, 1, 3, side, side), generator=pixels, dtype=torch.uint8)
@@ -101,11 +101,13 @@ def run_steps(
         session.update_target_(run.cmae.target.momentum)
         losses[step] = torch.stack([step_losses.total, step_losses.pixel, step_losses.contrast])
         if step + 1 == save_at:
-            session.save(step + 1)
+            failed = session.save(step + 1)
     norm = session.engine.get_global_grad_norm()
     return {
         "losses": losses,
         "weights": gather_weights(session.engine.module),
         "grad_norm": None if norm is None else float(norm),
         "first_step": session.first_step,
+        "failed": failed,
+        "notices": session.notices,
     }
