@@ -44,12 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def pretrain(argv: Sequence[str] | None) -> None:
     """Read what to do before torch and DeepSpeed take their seconds to load: a typo is told at once."""
     parser = build_parser(__doc__.splitlines()[0], examples=EXAMPLES)
-    parser.add_argument(
-        "--stop_at",
-        type=int,
-        metavar="STEP",
-        help="save and end after this step; the same command goes on later",
-    )
+    parser.add_argument("--stop_at", type=int, metavar="STEP", help="save and end after this step")
     args = parser.parse_args(argv)
     train(read_run(args.deepspeed_config, read_overrides(args)), stop_at=args.stop_at)
 
@@ -152,8 +147,7 @@ def finish(session: "Session", journal: "Journal", *, held_out: "ShardSet") -> N
     from cmae_scale.report import read_metrics, write_curves, write_reconstructions
 
     run, cfg = session.run, session.run.cmae
-    encoder = session.export()
-    pictures = run.out / "pictures"
+    encoder, pictures = session.export(), run.out / "pictures"
     if cfg.monitor.pictures:
         masters, _ = read_held_out(
             held_out, count=cfg.monitor.pictures, views=cfg.views, max_mpx=cfg.data.max_image_mpx
