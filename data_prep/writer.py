@@ -1,5 +1,6 @@
 """Writing one shard. What is in it depends on its task and on nothing else."""
 
+import functools
 import hashlib
 import io
 import tarfile
@@ -95,6 +96,24 @@ def encode(data: bytes, options: Options) -> Encoded:
     return Encoded(file.getvalue(), "jpg", options.resize_short)
 
 
+def build_header(name: str, size: int) -> bytes:
+    """The ustar header of a plain file with a short name: what tarfile writes, in a tenth of its time."""
+    raw = name.encode()
+    assert len(raw) <= 100
+    assert size < 8**11
+    header = bytearray(_blank_header())
+    header[: len(raw)] = raw
+    header[124:135] = b"%011o" % size
+    header[148:156] = b" " * 8  # the checksum counts itself as blanks
+    header[148:156] = b"%06o\0 " % sum(header)
+    return bytes(header)
+
+
+@functools.cache
+def _blank_header() -> bytes:
+    return tarfile.TarInfo("").tobuf(tarfile.USTAR_FORMAT)
+
+
 class _TarFile:
     """An archive being written front to back; knows its size and SHA-256 so far.
 
@@ -107,9 +126,7 @@ class _TarFile:
         self.digest = hashlib.sha256()
 
     def add(self, name: str, data: bytes) -> None:
-        header = tarfile.TarInfo(name)
-        header.size = len(data)
-        self._write(header.tobuf(tarfile.USTAR_FORMAT))
+        self._write(build_header(name, len(data)))
         self._write(data)
         self._write(bytes(-len(data) % tarfile.BLOCKSIZE))
 

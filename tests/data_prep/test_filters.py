@@ -2,6 +2,7 @@
 
 import io
 import json
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from cmae_scale.data.tar import read_samples
 from data_prep.make_shards import main
 from data_prep.merge import find_duplicates
 from data_prep.tally import Tally, pack_tally, read_quantiles, unpack_tally
+from data_prep.writer import build_header
 
 
 def picture(number: int, *, side: int = 9, form: str = "PNG") -> bytes:
@@ -161,3 +163,11 @@ def test_a_tally_survives_its_record_and_quantiles_are_those_of_the_list() -> No
     assert read_quantiles(tally.short_sides) == (1, 5, 9)
     assert read_quantiles({3: 1}) == (3, 3, 3)
     assert read_quantiles({3: 1, 4: 1}) == (3, 3, 4)
+
+
+@pytest.mark.parametrize("size", [0, 1, 511, 512, 123_456_789, 8**11 - 1])
+def test_headers_are_those_of_tarfile(size: int) -> None:
+    for name in ("000000000.jpg", "9999999999.cls"):
+        header = tarfile.TarInfo(name)
+        header.size = size
+        assert build_header(name, size) == header.tobuf(tarfile.USTAR_FORMAT)
