@@ -1,0 +1,67 @@
+"""The commands that measure the loader and prove its order, on a handful of images."""
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cmae_scale.bench import main
+from data_prep.make_shards import main as make_shards
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    for number in range(40):
+        noise = np.random.default_rng(number).integers(0, 256, (48, 64, 3), dtype=np.uint8)
+        file = io.BytesIO()
+        Image.fromarray(noise).save(file, "JPEG")
+        path = tmp_path / "images" / "ab"[number % 2] / f"{number}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(file.getvalue())
+    return tmp_path / "images"
+
+
+@pytest.fixture
+def shards(images: Path, tmp_path: Path) -> str:
+    out = str(tmp_path / "shards")
+    make_shards(["--source", "imagefolder", "--root", str(images), "--out", out, "--samples_per_shard", "10"])
+    return out
+
+
+def test_every_world_gets_the_same_global_batches(shards: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["stream", "--shards", shards, "--batch", "8", "--master_px", "32"]) == 0
+    lines = capsys.readouterr().out.splitlines()[-10:]
+    assert lines[-1] == "identical in all 9 worlds"
+    assert lines[0].startswith("1 ranks x 1 workers  ")
+    first, second = lines[0].split("  ")[1:]
+    assert first.endswith("(40 samples)")
+    assert first.split()[0] != second.split()[0], "two epochs are not alike"
+
+
+def test_worlds_that_differ_are_an_error(
+    shards: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digests = iter("abcdefghijklmnopqr")
+    monkeypatch.setattr("cmae_scale.data.proof.digest_epochs", lambda *_, **__: [(next(digests), 40)])
+    assert main(["stream", "--shards", shards, "--batch", "8", "--master_px", "32"]) == 2
+    assert "the global batches differ" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_race_reports_all_contestants_and_writes_a_record(
+    shards: str, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = tmp_path / "records" / "loader.json"
+    argv = ["loader", "--shards", shards, "--folder", str(images), "--samples", "16", "--rounds", "2"]
+    assert main([*argv, "--batch", "8", "--workers", "1", "--master_px", "32", "--record", str(record)]) == 0
+    content = json.loads(record.read_text())
+    assert set(content) == {"commit", "hardware", "versions", "config", "results"}
+    assert len(content["results"]) == 4
+    for result in content["results"].values():
+        spread = result["cpu_s_per_sample"]
+        assert spread["n"] == 2
+        assert 0 < spread["min"] <= spread["median"] <= spread["max"]
+    assert content["results"]["ours"]["times_ours"] == 1
