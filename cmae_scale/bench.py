@@ -9,7 +9,7 @@ if __package__ in (None, ""):  # started by path: this folder is first on sys.pa
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from cmae_scale.core.cli import run_command
-from cmae_scale.core.errors import DataError
+from cmae_scale.core.errors import ConfigError, DataError
 from cmae_scale.core.settings import DataConfig, ViewsConfig
 
 EXAMPLES = """\
@@ -92,6 +92,8 @@ def prove_stream(args: argparse.Namespace) -> None:
     from cmae_scale.data.shard_set import open_shards
 
     data = DataConfig(shards=tuple(args.shards))
+    if args.batch % 4:
+        raise ConfigError(f"--batch {args.batch} cannot be shared by 4 ranks: write a multiple of 4")
     shards = open_shards(data.shards, data=data)
     plan = plan_data(shards, data, global_batch=args.batch, seed=0)
     print(

@@ -109,18 +109,20 @@ def take_steps(
     bad: "BadSamples",
 ) -> None:
     """The training loop. Raises InterruptedRunError, with the state saved, when a rank was asked to leave."""
+    from cmae_scale.engine.agreement import Agreement
     from cmae_scale.engine.inputs import draw_step
     from cmae_scale.engine.optim import set_learning_rate_
     from cmae_scale.engine.signals import InterruptedRunError, StopRequest
     from cmae_scale.engine.step import train_step
 
     cfg, rank, every = session.run.cmae, session.place.world.rank, journal.times.save_every_steps
+    agreement = Agreement()
     first_rows = range(rank * batch.local, (rank + 1) * batch.local, batch.micro)
     with session.use_attention(), StopRequest() as stop:
         for step in steps:
             draws = draw_step(cfg, total=batch.total, step=step)
             with journal.waiting_for_data():
-                parts = list(islice(masters, batch.accumulation))
+                parts = agreement.do(lambda: list(islice(masters, batch.accumulation)))
             micro_batches = [
                 draws.prepare(part.images, first_row=row, cfg=cfg)
                 for part, row in zip(parts, first_rows, strict=True)
@@ -132,8 +134,7 @@ def take_steps(
             done, asked = step + 1, stop.is_agreed()
             saves = asked or done % every == 0 or done == steps.stop
             if saves or done % cfg.monitor.log_every == 0:
-                journal.write(done, momentum=schedules.momentum.at(step), bad_samples=bad.count)
-                bad.check(journal.samples_of_rank)
+                journal.write(done, momentum=schedules.momentum.at(step), bad=bad)
             if saves and (failed := session.save(done)):
                 journal.say(f"warning: step {done} is not saved ({failed}); older states are as they were")
             if asked and done < steps.stop:

@@ -17,6 +17,7 @@ class BadSamples:
         self.max_fraction = max_fraction
         self.count = 0
         self.reasons: dict[str, str] = {}  # by sample, in the order first seen
+        self._new: list[tuple[str, str]] = []
         self._lock = threading.Lock()
 
     def add(self, key: str, reason: str) -> None:
@@ -26,14 +27,25 @@ class BadSamples:
             is_new = key not in self.reasons
             if is_new:
                 self.reasons[key] = reason
+                self._new.append((key, reason))
         if is_new:
             LOG.warning("bad sample %s: %s (another of its shard takes its place)", key, reason)
 
-    def check(self, seen: int) -> None:
-        """Raise DataError when the bad ones are more than `max_fraction` of `seen` samples."""
-        if self.count > self.max_fraction * max(seen, GRACE_SAMPLES):
+    def take_new(self) -> list[tuple[str, str]]:
+        """Samples and reasons that were not taken before."""
+        with self._lock:
+            new, self._new = self._new, []
+        return new
+
+    def check(self, count: int, *, seen: int) -> None:
+        """Raise DataError when `count` bad ones are more than `max_fraction` of `seen` samples.
+
+        Both are of all ranks, so that all raise at the same step.
+        """
+        if count > self.max_fraction * max(seen, GRACE_SAMPLES):
             shown = "; ".join(f"{key}: {reason}" for key, reason in list(self.reasons.items())[:SHOWN])
             raise DataError(
-                f"{self.count} of {seen} samples could not be decoded ({shown}): run check_shards.py, "
-                f"or raise cmae.data.max_bad_fraction ({self.max_fraction:g})"
+                f"{count} of {seen} samples could not be decoded ({shown or 'by other ranks'}): see "
+                "bad_samples.jsonl in the run folder, run check_shards.py, or raise "
+                f"cmae.data.max_bad_fraction ({self.max_fraction:g})"
             )

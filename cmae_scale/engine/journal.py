@@ -14,6 +14,8 @@ from cmae_scale.core.collectives import sum_of_ranks
 from cmae_scale.core.durations import Timetable
 from cmae_scale.core.files import write_text
 from cmae_scale.core.progress import Progress, format_seconds
+from cmae_scale.data.bad_samples import BadSamples
+from cmae_scale.engine.bad_list import BadList
 from cmae_scale.engine.hardware import read_peak_flops
 from cmae_scale.engine.meter import Meter
 from cmae_scale.engine.optim import read_learning_rate
@@ -40,17 +42,14 @@ class Journal:
         peak = read_peak_flops(session.place.device)
         self.peak_flops = None if peak is None else peak * session.place.world.size
         self.last: Metrics = {}
+        self.bad_list = BadList(session.run.out / "bad_samples.jsonl", is_first=session.place.world.is_first)
+        self._listed = 0  # bad samples of all ranks at the last line
         self.progress: Progress | None = None
         if session.place.world.is_first:
             drop_later_lines(self.path, step=session.first_step)
             self.progress = Progress(times.total_steps, first_step=session.first_step)
         self._opened_s = time.monotonic()
         self._start_interval(session.first_step)
-
-    @property
-    def samples_of_rank(self) -> int:
-        """Images that this rank has trained on since it started."""
-        return (self._first - self.session.first_step) * self.batch_samples // self.session.place.world.size
 
     def say(self, text: str) -> None:
         """Lines for people."""
@@ -68,19 +67,19 @@ class Journal:
         """Remember a step. Waits for nothing."""
         self.meter.add(step, losses, keys=keys)
 
-    def write(self, done: int, *, momentum: float, bad_samples: int) -> None:
+    def write(self, done: int, *, momentum: float, bad: BadSamples) -> None:
         """The line of the steps since the last one; `done` optimizer steps are done.
 
-        The only place of the loop where the host waits for the device. Raises DivergedError on all ranks when
-        a loss was not finite.
+        The only place of the loop where the host waits for the device. Raises, on all ranks, DivergedError
+        when a loss was not finite and DataError when too many samples of all ranks are bad.
         """
         means = self.meter.read()
         elapsed_s = time.perf_counter() - self._started_s
         samples = (done - self._first) * self.batch_samples
         totals = sum_of_ranks(
-            torch.tensor([float(bad_samples), self._waited_s], device=self.session.place.device)
+            torch.tensor([float(bad.count), self._waited_s], device=self.session.place.device)
         )
-        bad, waited_s = totals.tolist()
+        bad_samples, waited_s = int(totals[0]), float(totals[1])
         images_per_s = samples / elapsed_s
         metrics: Metrics = {
             "step": done,
@@ -96,7 +95,7 @@ class Journal:
             "mfu": self.peak_flops and round(images_per_s * self.image_flops / self.peak_flops, 4),
             "data_wait_s": round(waited_s / self.session.place.world.size, 4),
             "peak_gib": round(read_peak_gib(self.session.place.device), 3),
-            "bad_samples": int(bad),
+            "bad_samples": bad_samples,
         }
         self.last = metrics
         if self.progress is not None:
@@ -105,6 +104,10 @@ class Journal:
             write_monitors(self.session.engine, metrics)
             self.progress.report(done, _figures(metrics, has_contrast=self.session.run.cmae.has_contrast))
         self._start_interval(done)
+        if bad_samples > self._listed:
+            self.bad_list.add(bad.take_new())
+            self._listed = bad_samples
+        bad.check(bad_samples, seen=(done - self.session.first_step) * self.batch_samples)
 
     def summarise(self) -> str:
         """The closing line."""

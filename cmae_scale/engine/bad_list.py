@@ -1,0 +1,47 @@
+"""RUN/bad_samples.jsonl: every sample that could not be decoded, once, whichever rank met it."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from cmae_scale.core.collectives import gather_objects
+
+BadSample = tuple[str, str]  # key and reason
+
+
+class BadList:
+    """Collects what ranks found. All ranks call `add` together; the first one writes.
+
+    Samples that an earlier part of the run has listed already are not listed again.
+    """
+
+    def __init__(self, path: Path, *, is_first: bool) -> None:
+        self.path = path
+        self._is_first = is_first
+        self._known = set(_read_keys(path)) if is_first else set()
+
+    def add(self, found: Sequence[BadSample]) -> None:
+        """List those of all ranks that are not listed yet."""
+        everywhere = gather_objects(list(found))
+        if not self._is_first:
+            return
+        lines = []
+        for key, reason in dict(entry for entries in everywhere for entry in entries).items():
+            if key not in self._known:
+                self._known.add(key)
+                lines.append(json.dumps({"key": key, "reason": reason}) + "\n")
+        if lines:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.writelines(lines)
+
+
+def _read_keys(path: Path) -> list[str]:
+    if not path.is_file():
+        return []
+    keys = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            keys.append(json.loads(line)["key"])
+        except (ValueError, KeyError, TypeError):
+            continue  # the last line of a killed run may be torn
+    return keys
