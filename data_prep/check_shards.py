@@ -1,7 +1,6 @@
 """Tell whether shards are exactly what their index says: reads every byte, names each damage in one line."""
 
 import argparse
-import hashlib
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,11 +18,12 @@ from cmae_scale.core.errors import DataError
 from cmae_scale.data.decode import image_extension
 from cmae_scale.data.index import ShardIndex, ShardInfo, parse_index
 from cmae_scale.data.tar import read_samples
+from data_prep.index_tars import hash_file, index_folder
 
-READ_BYTES = 1 << 20
 EXAMPLES = """examples:
   python data_prep/check_shards.py shards/digits/train
   python data_prep/check_shards.py shards/*/train shards/*/val
+  python data_prep/check_shards.py --write_index /data/tars_made_elsewhere
 """
 
 
@@ -33,7 +33,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folders", nargs="+", metavar="DIR", help="folder that holds an index.json")
-    folders = [Path(folder) for folder in parser.parse_args(argv).folders]
+    parser.add_argument(
+        "--write_index",
+        action="store_true",
+        help="first list the tars of a folder without an index, and note where samples begin in all shards",
+    )
+    args = parser.parse_args(argv)
+    folders = [Path(folder) for folder in args.folders]
+    if args.write_index:
+        for folder in folders:
+            index_folder(folder)
     damages = sum(check_folder(folder) for folder in folders)
     if damages:
         raise DataError(
@@ -77,15 +86,6 @@ def find_damages(index: ShardIndex, shard: ShardInfo) -> Iterator[str]:
                 yield f"{path}: sample '{sample.key}' has label {sample.label}, which no class has"
     except DataError as error:
         yield str(error)
-
-
-def hash_file(path: Path) -> str:
-    """SHA-256 of a file's content."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(READ_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 if __name__ == "__main__":

@@ -59,6 +59,43 @@ def test_every_damaged_shard_has_its_line(shards: Path, capsys: pytest.CaptureFi
     assert captured.err.startswith("error: 3 damaged")
 
 
+def test_tars_made_elsewhere_are_listed_in_place(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import webdataset
+
+    for shard in range(2):
+        with webdataset.TarWriter(str(tmp_path / f"part{shard}.tar")) as writer:
+            for number in range(3 + shard):
+                pixels = np.full((9, 9, 3), number, dtype=np.uint8)
+                writer.write({"__key__": f"x{shard}{number}", "png": pixels, "cls": number})
+    assert run_command(main, [str(tmp_path)]) == 2
+    assert run_command(main, ["--write_index", str(tmp_path)]) == 0
+    assert "7 images in 2 shards, all well" in capsys.readouterr().out
+    index = read_index(tmp_path)
+    assert [shard.samples for shard in index.shards] == [3, 4]
+    assert index.classes == ("0", "1", "2", "3")
+    before = (tmp_path / "index.json").read_bytes()
+    assert run_command(main, ["--write_index", str(tmp_path)]) == 0
+    assert (tmp_path / "index.json").read_bytes() == before
+    assert sorted(path.name for path in tmp_path.glob("*.offsets")) == ["part0.offsets", "part1.offsets"]
+
+
+def test_a_damaged_tar_is_not_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.tar").write_bytes(bytes(10240))
+    assert run_command(main, ["--write_index", str(tmp_path)]) == 2
+    assert "a.tar holds no samples" in capsys.readouterr().err
+    assert not (tmp_path / "index.json").exists()
+
+
+def test_offsets_of_our_own_shards_let_reading_begin_anywhere(shards: Path) -> None:
+    from cmae_scale.core.settings import DataConfig
+    from cmae_scale.data.shard_set import open_shards
+
+    assert run_command(main, ["--write_index", str(shards)]) == 0
+    found = open_shards(str(shards), data=DataConfig(shards=str(shards))).shards[1]
+    keys = [sample.key for sample in found.read(0, 4)]
+    assert [sample.key for sample in found.read(2, 2)] == keys[2:]
+
+
 def rewrite(folder: Path, **members: bytes) -> None:
     """Replace the first shard by other members, with an index that agrees with it in size and hash."""
     import io
