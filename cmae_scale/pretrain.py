@@ -20,6 +20,7 @@ from cmae_scale.core.cli import build_parser, read_overrides, run_command
 from cmae_scale.core.config import Run, read_run, resolve_run
 from cmae_scale.core.durations import plan_timetable
 from cmae_scale.core.schedules import Schedules, plan_schedules
+from cmae_scale.core.world import wait_without_spinning
 
 if TYPE_CHECKING:
     from cmae_scale.data.bad_samples import BadSamples
@@ -46,6 +47,7 @@ def pretrain(argv: Sequence[str] | None) -> None:
     parser = build_parser(__doc__.splitlines()[0], examples=EXAMPLES)
     parser.add_argument("--stop_at", type=int, metavar="STEP", help="save and end after this step")
     args = parser.parse_args(argv)
+    wait_without_spinning()
     train(read_run(args.deepspeed_config, read_overrides(args)), stop_at=args.stop_at)
 
 

@@ -1,7 +1,7 @@
 """Who this process is among all processes of the run, as the launcher says through the environment."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 
 from cmae_scale.core.errors import ConfigError
@@ -19,6 +19,16 @@ class World:
     def is_first(self) -> bool:
         """Whether this process speaks for all (prints, writes the shared files)."""
         return self.rank == 0
+
+
+def wait_without_spinning(environ: MutableMapping[str, str] = os.environ) -> None:
+    """Have OpenMP threads sleep while they wait for one another; call it before torch is imported.
+
+    They spin by default. Where anything else runs on the same cores (our decoding threads, another job), the
+    thread that all wait for is then kept from running: a CPU step was measured 10 times slower on two busy
+    cores, and no faster on two idle ones. A setting of the user's own stays.
+    """
+    environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def read_world(environ: Mapping[str, str] = os.environ) -> World:
