@@ -267,6 +267,18 @@ def test_an_error_of_ours_in_a_thread_reaches_the_consumer_as_it_is(
             next(stream)
 
 
+@pytest.mark.parametrize("death", [SystemExit, MemoryError, KeyboardInterrupt])
+def test_a_dying_decoding_thread_does_not_hang_the_consumer(
+    shards: ShardSet, monkeypatch: pytest.MonkeyPatch, death: type[BaseException]
+) -> None:
+    def die(*_: object, **__: object) -> None:
+        raise death
+
+    monkeypatch.setattr("cmae_scale.data.stream.decode_master", die)
+    with start(shards, make_plan(shards)) as stream, pytest.raises(death):
+        next(stream)
+
+
 @pytest.mark.parametrize("taken", [0, 1, 5])
 def test_closing_in_the_middle_ends_all_threads_at_once(shards: ShardSet, taken: int) -> None:
     stream = start(shards, make_plan(shards), end_step=100_000, workers=3)

@@ -244,3 +244,17 @@ def test_members_are_listed_without_an_index_and_damage_is_named(tmp_path: Path)
     path.write_bytes(path.read_bytes()[:4096])
     with path.open("rb") as file, pytest.raises(DataError, match=r"some\.tar is damaged: it ends at byte"):
         list(list_members(file, name="some.tar"))
+
+
+@pytest.mark.parametrize("ending", ["pkl", "pyd", "pickle", "pth", "pkl.gz", "npy"])
+def test_nothing_of_a_hostile_tar_is_run_or_written(tmp_path: Path, ending: str) -> None:
+    """A payload beside an image is stepped over; a key that is a path stays a key."""
+    trap = tmp_path / "trap"
+    payload = f"cposix\nsystem\n(S'touch {trap}'\ntR.".encode()
+    parts = [("../../etc/a.jpg", b"image"), (f"../../etc/a.{ending}", payload), ("/b.jpg", b"other")]
+    info = write_shard(tmp_path / "a.tar", tar_bytes(parts), samples=2)
+    assert read_all(tmp_path / "a.tar", info) == [
+        RawSample("../../etc/a", b"image", None),
+        RawSample("/b", b"other", None),
+    ]
+    assert [path.name for path in tmp_path.iterdir()] == ["a.tar"]
