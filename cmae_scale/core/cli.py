@@ -1,12 +1,15 @@
 """What all commands share: their common arguments, and how an error reaches its user."""
 
 import argparse
+import errno
 import json
 import sys
 from collections.abc import Callable, Sequence
 
 from cmae_scale.core.errors import UserError
 from cmae_scale.core.world import read_world
+
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 def build_parser(description: str, *, examples: str) -> argparse.ArgumentParser:
@@ -50,6 +53,11 @@ def run_command(command: Callable[[Sequence[str] | None], None], argv: Sequence[
             prefix = "error" if error.is_everywhere or world.size == 1 else f"error on rank {world.rank}"
             print(f"{prefix}: {error}", file=sys.stderr, flush=True)
         return error.exit_status
+    except OSError as error:
+        if error.errno not in _DISK_ERRORS:
+            raise
+        print(f"error: {error}: make room and start the same command again", file=sys.stderr, flush=True)
+        return UserError.exit_status
     except KeyboardInterrupt:
         return 130
     return 0

@@ -1,6 +1,7 @@
 """Files that appear whole or not at all, also through a crash of the machine."""
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 PART = ".part"  # ending of what is still being written
@@ -14,6 +15,30 @@ def write_text(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     part.replace(path)
+
+
+class LineFile:
+    """A text file that lines are added to. What a full or lost disk does not take waits for the next time."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._waiting = ""
+
+    def add(self, lines: str) -> str | None:
+        """Add whole lines, and those that wait from before. None, or why they wait now too."""
+        self._waiting += lines
+        size = None
+        try:
+            size = self.path.stat().st_size if self.path.exists() else 0
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(self._waiting)
+        except OSError as error:
+            if size is not None:
+                with suppress(OSError):  # a part of them may have been written: they come again as a whole
+                    os.truncate(self.path, size)
+            return str(error)
+        self._waiting = ""
+        return None
 
 
 def sync_tree(folder: Path) -> None:

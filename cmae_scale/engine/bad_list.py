@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cmae_scale.core.collectives import gather_objects
+from cmae_scale.core.files import LineFile
 
 BadSample = tuple[str, str]  # key and reason
 
@@ -16,7 +17,7 @@ class BadList:
     """
 
     def __init__(self, path: Path, *, is_first: bool) -> None:
-        self.path = path
+        self._file = LineFile(path)
         self._is_first = is_first
         self._known = set(_read_keys(path)) if is_first else set()
 
@@ -31,8 +32,7 @@ class BadList:
                 self._known.add(key)
                 lines.append(json.dumps({"key": key, "reason": reason}) + "\n")
         if lines:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.writelines(lines)
+            self._file.add("".join(lines))  # on a full disk they wait; the run's own lines say so
 
 
 def _read_keys(path: Path) -> list[str]:

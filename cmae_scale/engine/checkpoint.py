@@ -198,11 +198,17 @@ def _guarded_writes(engine: Any, failures: list[str]) -> Iterator[None]:
         with _noting(failures):
             original(state_dict, path)
 
-    writer.save = save
+    copy_scripts = engine._copy_recovery_script  # conversion scripts that DeepSpeed puts beside its files
+
+    def copy(save_path: str) -> None:
+        with _noting(failures):
+            copy_scripts(save_path)
+
+    writer.save, engine._copy_recovery_script = save, copy
     try:
         yield
     finally:
-        del writer.save
+        del writer.save, engine._copy_recovery_script
         barrier()
 
 

@@ -12,7 +12,7 @@ import torch
 
 from cmae_scale.core.collectives import sum_of_ranks
 from cmae_scale.core.durations import Timetable
-from cmae_scale.core.files import write_text
+from cmae_scale.core.files import LineFile, write_text
 from cmae_scale.core.progress import Progress, format_seconds
 from cmae_scale.data.bad_samples import BadSamples
 from cmae_scale.engine.bad_list import BadList
@@ -37,6 +37,7 @@ class Journal:
         self.times = times
         self.batch_samples: int = session.run.deepspeed["train_batch_size"]
         self.path = session.run.out / "metrics.jsonl"
+        self._lines = LineFile(self.path)
         self.meter = Meter()
         self.image_flops = count_flops(session.run.cmae).training
         peak = read_peak_flops(session.place.device)
@@ -99,8 +100,8 @@ class Journal:
         }
         self.last = metrics
         if self.progress is not None:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(metrics) + "\n")
+            if failed := self._lines.add(json.dumps(metrics) + "\n"):
+                self.say(f"warning: {self.path} cannot be written ({failed}); its lines wait in memory")
             write_monitors(self.session.engine, metrics)
             self.progress.report(done, _figures(metrics, has_contrast=self.session.run.cmae.has_contrast))
         self._start_interval(done)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -38,7 +39,12 @@ def export_encoder(
     folder.mkdir(parents=True, exist_ok=True)
     part = folder / (WEIGHTS_FILE + PART)
     tensors = {name: tensor.detach().float().cpu().contiguous() for name, tensor in state.items()}
-    save_file(tensors, part, metadata={"format": "pt"})
+    try:
+        save_file(tensors, part, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise ConfigError(
+            f"the encoder cannot be written to {folder} ({error}): make room and start the same command again"
+        ) from None
     sync(part)
     part.replace(folder / WEIGHTS_FILE)
     write_text(folder / CONFIG_FILE, json.dumps(timm_config(model, views=views), indent=2) + "\n")
