@@ -7,27 +7,24 @@ pixels of the hidden patches and a query, the target branch a key; after the upd
 
 import math
 import sys
-from collections.abc import Iterator, Sequence
-from itertools import islice
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if __package__ in (None, ""):  # started by path: this folder is first on sys.path, the repository should be
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from cmae_scale.core.batches import BatchSizes, plan_batch
+from cmae_scale.core.batches import plan_batch
 from cmae_scale.core.cli import build_parser, read_overrides, run_command
 from cmae_scale.core.config import Run, read_run, resolve_run
 from cmae_scale.core.durations import plan_timetable
-from cmae_scale.core.schedules import Schedules, plan_schedules
+from cmae_scale.core.schedules import plan_schedules
 from cmae_scale.core.world import wait_without_spinning
 
 if TYPE_CHECKING:
-    from cmae_scale.data.bad_samples import BadSamples
     from cmae_scale.data.shard_set import ShardSet
-    from cmae_scale.data.stream import MasterBatch
-    from cmae_scale.engine.journal import Journal
-    from cmae_scale.engine.session import Session
+    from cmae_scale.engine.pretraining import Pretraining
+    from cmae_scale.engine.watch.journal import Journal
 
 EXAMPLES = """\
   deepspeed cmae_scale/pretrain.py --deepspeed_config ds_configs/quickstart.json
@@ -58,9 +55,10 @@ def train(run: Run, *, stop_at: int | None = None) -> None:
     from cmae_scale.data.prefetch import copy_ahead
     from cmae_scale.data.shard_set import open_shards
     from cmae_scale.data.stream import open_batches
-    from cmae_scale.engine.journal import Journal
-    from cmae_scale.engine.session import describe, start_session
+    from cmae_scale.engine.loop import take_steps
+    from cmae_scale.engine.pretraining import Pretraining, describe, start_pretraining
     from cmae_scale.engine.start import start_processes, stop_processes
+    from cmae_scale.engine.watch.journal import Journal
 
     place = start_processes()
     rank, ranks = place.world.rank, place.world.size
@@ -73,8 +71,9 @@ def train(run: Run, *, stop_at: int | None = None) -> None:
     run = resolve_run(run, batch=batch, total_steps=times.total_steps, warmup_steps=times.warmup_steps)
     schedules = plan_schedules(run.cmae, peak_lr=run.peak_lr, times=times)
 
-    session = start_session(run, place=place, data_order=plan.fingerprint)
-    journal = Journal(session, times=times)
+    session = start_pretraining(run, place=place, data_order=plan.fingerprint)
+    method = Pretraining(session, batch, schedules.momentum)
+    journal = Journal(session, times=times, metric_names=method.metric_names, image_flops=method.image_flops)
     journal.say(describe(session, images=shards.total, times=times))
     steps = range(session.first_step, min(times.total_steps, stop_at or times.total_steps))
     bad = BadSamples(data.max_bad_fraction)
@@ -93,64 +92,22 @@ def train(run: Run, *, stop_at: int | None = None) -> None:
     )
     with loader:
         masters = copy_ahead(loader, place.device)
-        take_steps(session, journal, masters, steps=steps, schedules=schedules, batch=batch, bad=bad)
+        take_steps(method, journal, masters, steps=steps, lr=schedules.lr, bad=bad)
     if steps.stop == times.total_steps:
-        finish(session, journal, held_out=held_out)
+        finish(method, journal, held_out=held_out)
     journal.close()
     stop_processes()
 
 
-def take_steps(
-    session: "Session",
-    journal: "Journal",
-    masters: "Iterator[MasterBatch]",
-    *,
-    steps: range,
-    schedules: Schedules,
-    batch: BatchSizes,
-    bad: "BadSamples",
-) -> None:
-    """The training loop. Raises InterruptedRunError, with the state saved, when a rank was asked to leave."""
-    from cmae_scale.engine.agreement import Agreement
-    from cmae_scale.engine.inputs import draw_step
-    from cmae_scale.engine.optim import set_learning_rate_
-    from cmae_scale.engine.signals import InterruptedRunError, StopRequest
-    from cmae_scale.engine.step import train_step
-
-    cfg, rank, every = session.run.cmae, session.place.world.rank, journal.times.save_every_steps
-    agreement = Agreement()
-    first_rows = range(rank * batch.local, (rank + 1) * batch.local, batch.micro)
-    with session.use_attention(), StopRequest() as stop:
-        for step in steps:
-            draws = draw_step(cfg, total=batch.total, step=step)
-            with journal.waiting_for_data():
-                parts = agreement.do(lambda: list(islice(masters, batch.accumulation)))
-            micro_batches = [
-                draws.prepare(part.images, first_row=row, cfg=cfg)
-                for part, row in zip(parts, first_rows, strict=True)
-            ]
-            set_learning_rate_(session.engine, schedules.lr.at(step))
-            losses = train_step(session.engine, micro_batches, cfg=cfg, rank=rank)
-            session.update_target_(schedules.momentum.at(step))
-            journal.add(step, losses, keys=[key for part in parts for key in part.keys])
-            done, asked = step + 1, stop.is_agreed()
-            saves = asked or done % every == 0 or done == steps.stop
-            if saves or done % cfg.monitor.log_every == 0:
-                journal.write(done, momentum=schedules.momentum.at(step), bad=bad)
-            if saves and (failed := session.save(done)):
-                journal.say(f"warning: step {done} is not saved ({failed}); older states are as they were")
-            if asked and done < steps.stop:
-                raise InterruptedRunError(done)
-
-
-def finish(session: "Session", journal: "Journal", *, held_out: "ShardSet") -> None:
+def finish(method: "Pretraining", journal: "Journal", *, held_out: "ShardSet") -> None:
     """What a finished run leaves for people and for the next tool: pictures, encoder, summary."""
     from cmae_scale.data.held_out import read_held_out
     from cmae_scale.engine.preview import preview
     from cmae_scale.report import read_metrics, write_curves, write_reconstructions
 
+    session = method.session
     run, cfg = session.run, session.run.cmae
-    encoder, pictures = session.export(), run.out / "pictures"
+    encoder, pictures = method.export(), run.out / "pictures"
     if cfg.monitor.pictures:
         masters, _ = read_held_out(
             held_out, count=cfg.monitor.pictures, views=cfg.views, max_mpx=cfg.data.max_image_mpx

@@ -161,7 +161,7 @@ def test_a_signal_to_one_rank_saves_on_all_and_the_same_command_goes_on(
     settings = ["cmae.schedule.duration=6st", "cmae.checkpoint.every=100st", "zero_optimization.stage=2"]
 
     def interrupted() -> int:
-        from cmae_scale.engine.journal import Journal
+        from cmae_scale.engine.watch.journal import Journal
         from cmae_scale.pretrain import main
 
         original = Journal.add

@@ -1,27 +1,20 @@
-"""A run that is under way: model, engine, target average and training states kept in step with each other."""
+"""A run that is under way: engine, moving average and training states kept in step with each other."""
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from pathlib import Path
 
-import torch
 from torch import nn
 
 from cmae_scale.core.config import Run, dump_run
-from cmae_scale.core.durations import Timetable
 from cmae_scale.core.errors import ConfigError
 from cmae_scale.core.files import write_text
-from cmae_scale.core.settings import CmaeConfig
-from cmae_scale.engine.checkpoint import load_newest, save_state
-from cmae_scale.engine.ema import TargetEma
-from cmae_scale.engine.monitors import settle_monitors
-from cmae_scale.engine.stamp import Stamp, build_stamp
+from cmae_scale.engine.ema import Pair, TargetEma
 from cmae_scale.engine.start import Engine, Place, Precision, read_precision, start_engine
-from cmae_scale.engine.weights import gather_weights
-from cmae_scale.layers.attention import AttentionChoice, choose_attention, set_attention_, use_attention
-from cmae_scale.models import build_cmae
-from cmae_scale.models.sizes import read_size
-from cmae_scale.models.weights import export_encoder
+from cmae_scale.engine.states.checkpoint import load_newest, save_state
+from cmae_scale.engine.states.stamp import Stamp
+from cmae_scale.engine.watch.monitors import settle_monitors
+from cmae_scale.layers.attention import AttentionChoice, use_attention
 
 
 @dataclass
@@ -41,11 +34,6 @@ class Session:
         """Hold forward and backward passes to the attention kernel of the run file."""
         return use_attention(self.attention)
 
-    def update_target_(self, momentum: float) -> None:
-        """Let the target follow, if the optimizer did move the weights (fp16 skips a step that overflows)."""
-        if self.engine.was_step_applied():
-            self.ema.update_(momentum)
-
     def save(self, step: int) -> str | None:
         """Commit the state after `step` steps. None, or what went wrong: older states are untouched then."""
         return save_state(
@@ -58,39 +46,36 @@ class Session:
             world=self.place.world,
         )
 
-    def export(self) -> Path:
-        """Write the online encoder to RUN/encoder, for timm.create_model("local-dir:RUN/encoder")."""
-        folder = self.run.out / "encoder"
-        weights = gather_weights(self.engine.module.online_encoder)
-        if self.place.world.is_first:
-            export_encoder(weights, folder, model=self.run.cmae.model, views=self.run.cmae.views)
-        return folder
 
-
-def start_session(run: Run, *, place: Place, data_order: str) -> Session:
+def start_session(
+    run: Run,
+    *,
+    place: Place,
+    model: nn.Module,
+    pairs: Sequence[Pair],
+    attention: AttentionChoice,
+    stamp: Stamp,
+) -> Session:
     """Everything of the run on this rank, at the newest state in the run folder or at step 0.
 
-    `run` is resolved; `data_order` names the sample order, which a state belongs to. Raises ConfigError when
-    the run folder cannot be written, or holds states of another kind of run.
+    `run` is resolved; `pairs` are the parameters that follow others as a moving average; `stamp` says which
+    states continue this run. Raises ConfigError when the run folder cannot be written, or holds states of
+    another kind of run.
     """
-    cfg, precision = run.cmae, read_precision(run.deepspeed)
     _open_folder(run, place)
     notices = settle_monitors(run.deepspeed)
-    attention = choose_run_attention(cfg, device=place.device, dtype=precision.compute)
-    model = build_cmae(cfg)
-    set_attention_(model, attention)
     engine = start_engine(model, run)
     session = Session(
         run=run,
         place=place,
         engine=engine,
-        ema=TargetEma(model.target_pairs(), keep_master=precision.needs_master),
+        ema=TargetEma(pairs, keep_master=read_precision(run.deepspeed).needs_master),
         attention=attention,
-        stamp=build_stamp(run, ranks=place.world.size, precision=name_precision(precision), data=data_order),
+        stamp=stamp,
         first_step=0,
         notices=notices,
     )
-    if cfg.checkpoint.resume == "auto":
+    if run.cmae.checkpoint.resume == "auto":
         folder = run.out / "checkpoints"
         loaded = load_newest(engine, folder, stamp=session.stamp, world=place.world)
         if loaded is not None:
@@ -100,19 +85,6 @@ def start_session(run: Run, *, place: Place, data_order: str) -> Session:
                 f"warning: {damage}, so an older state was taken" for damage in loaded.passed_over
             ]
     return session
-
-
-def choose_run_attention(cfg: CmaeConfig, *, device: torch.device, dtype: torch.dtype) -> AttentionChoice:
-    """The kernel for the encoder's heads on a whole image, the run's largest attention."""
-    size = read_size(cfg.model)
-    tokens = (cfg.views.img_px // cfg.model.patch_size) ** 2 + 1
-    return choose_attention(
-        cfg.model.attention,
-        device=device,
-        dtype=dtype,
-        head_dim=size.embed_dim // size.num_heads,
-        tokens=tokens,
-    )
 
 
 def name_precision(precision: Precision) -> str:
@@ -126,27 +98,6 @@ def name_precision(precision: Precision) -> str:
 def count_trainable(module: nn.Module) -> int:
     """Trainable parameters, also where ZeRO-3 has split them."""
     return sum(getattr(p, "ds_numel", p.numel()) for p in module.parameters() if p.requires_grad)
-
-
-def describe(session: Session, *, images: int, times: Timetable) -> str:
-    """What runs, in a few lines."""
-    cfg, model = session.run.cmae, session.engine.module
-    name = cfg.model.encoder or f"ViT {cfg.model.embed_dim} wide, {cfg.model.depth} deep"
-    method = "CMAE" if cfg.has_contrast else "MAE"
-    device = session.place.device
-    hardware = (
-        torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
-    )
-    lines = [
-        f"{method} {name}: {count_trainable(model) / 1e6:.1f} M trainable parameters",
-        f"{images:,} images, {times.total_steps} steps of {session.stamp.train_batch_size}, "
-        f"{times.steps_per_epoch} an epoch",
-        f"{session.place.world.size} x {device.type} ({hardware}), ZeRO {session.stamp.zero_stage}, "
-        f"{session.stamp.precision}, attention {session.attention.name}, remat {cfg.model.remat}",
-        f"run folder {session.run.out}"
-        + (f", resumed at step {session.first_step}" if session.first_step else ""),
-    ]
-    return "\n".join([*lines, *session.notices])
 
 
 def _open_folder(run: Run, place: Place) -> None:

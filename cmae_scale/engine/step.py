@@ -1,4 +1,4 @@
-"""One optimizer step: from the views of its micro-batches to updated weights."""
+"""Forward and backward passes of one optimizer step: from the views of its micro-batches to gradients."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +14,8 @@ from cmae_scale.layers.masking import take_tokens
 from cmae_scale.layers.patches import patchify
 from cmae_scale.losses import byol, infonce, pixel_loss
 
+METRIC_NAMES = ("loss", "pixel", "contrast")
+
 
 @dataclass(frozen=True)
 class MicroBatch:
@@ -23,18 +25,6 @@ class MicroBatch:
     target: Float[Tensor, "batch 3 side side"]
     noise: Float[Tensor, "batch cells"]
     target_noise: Float[Tensor, "batch cells"]
-
-
-@dataclass(frozen=True)
-class StepLosses:
-    """This rank's mean over the step's micro-batches, on the device, without gradient.
-
-    `contrast` is before weight and scale, so that ln(K) is chance for InfoNCE; 0 for a plain MAE.
-    """
-
-    total: Float[Tensor, ""]
-    pixel: Float[Tensor, ""]
-    contrast: Float[Tensor, ""]
 
 
 def contrast_factor(loss: LossConfig) -> float:
@@ -47,12 +37,15 @@ def contrast_factor(loss: LossConfig) -> float:
     return loss.weight * scale
 
 
-def train_step(engine: Any, micro_batches: Sequence[MicroBatch], *, cfg: CmaeConfig, rank: int) -> StepLosses:
-    """Losses of one optimizer step, after forward and backward of all micro-batches and the update.
+def accumulate_gradients(
+    engine: Any, micro_batches: Sequence[MicroBatch], *, cfg: CmaeConfig, rank: int
+) -> Float[Tensor, " metrics"]:
+    """This rank's mean losses of one optimizer step, after forward and backward of all micro-batches.
 
-    InfoNCE compares with the keys of the whole global batch. With several micro-batches all their keys are
-    computed first, which costs nothing extra: they carry no gradient. `engine` counts the micro-batches and
-    updates on the last.
+    They are METRIC_NAMES, on the device and without gradient; `contrast` is before weight and scale, so that
+    ln(K) is chance for InfoNCE, and 0 for a plain MAE. InfoNCE compares with the keys of the whole global
+    batch. With several micro-batches all their keys are computed first, which costs nothing extra: they carry
+    no gradient. `engine` counts the micro-batches; the update after the last is the caller's `engine.step()`.
     """
     keys = None
     if cfg.has_contrast and len(micro_batches) > 1:
@@ -77,9 +70,10 @@ def train_step(engine: Any, micro_batches: Sequence[MicroBatch], *, cfg: CmaeCon
             total = pixel + contrast_factor(cfg.loss) * contrast
         first_row += len(micro.online)
         engine.backward(total)
-        engine.step()
+        if micro is not micro_batches[-1]:
+            engine.step()
         losses.append(torch.stack([total.detach(), pixel.detach(), contrast.detach()]))
-    return StepLosses(*torch.stack(losses).mean(dim=0))
+    return torch.stack(losses).mean(dim=0)
 
 
 @torch.no_grad()

@@ -78,28 +78,33 @@ def run_steps(
 ) -> dict[str, Any]:
     import torch
 
-    from cmae_scale.engine.inputs import draw_step
-    from cmae_scale.engine.session import start_session
+    from cmae_scale.core.schedules import TargetMomentum
+    from cmae_scale.data.stream import MasterBatch
+    from cmae_scale.engine.pretraining import Pretraining, start_pretraining
     from cmae_scale.engine.start import start_processes
-    from cmae_scale.engine.step import train_step
     from cmae_scale.engine.weights import gather_weights
 
     place = start_processes()
     batch = plan_batch(run.deepspeed, ranks=place.world.size)
-    session = start_session(run, place=place, data_order="tiny")
-    side = run.cmae.views.master_px
+    session = start_pretraining(run, place=place, data_order="tiny")
+    method = Pretraining(session, batch, TargetMomentum(run.cmae.target.momentum, total_steps=10))
+    side, rank = run.cmae.views.master_px, place.world.rank
+    rows = range(rank * batch.local, (rank + 1) * batch.local, batch.micro)
     losses, failed = {}, None
     for step in range(session.first_step if first is None else first, steps):
         pixels = torch.Generator().manual_seed(step)
         images = torch.randint(0, 256, (8, 1, 3, side, side), generator=pixels, dtype=torch.uint8)
-        draws = draw_step(run.cmae, total=8, step=step)
-        rank = place.world.rank
-        rows = range(rank * batch.local, (rank + 1) * batch.local, batch.micro)
-        parts = [draws.prepare(images[row : row + batch.micro], first_row=row, cfg=run.cmae) for row in rows]
+        parts = [
+            MasterBatch(
+                images[row : row + batch.micro], torch.zeros(batch.micro, dtype=torch.int64), (), step, micro
+            )
+            for micro, row in enumerate(rows)
+        ]
         with session.use_attention():
-            step_losses = train_step(session.engine, parts, cfg=run.cmae, rank=rank)
-        session.update_target_(run.cmae.target.momentum)
-        losses[step] = torch.stack([step_losses.total, step_losses.pixel, step_losses.contrast])
+            losses[step] = method.accumulate(parts, step=step)
+        session.engine.step()
+        if session.engine.was_step_applied():
+            method.follow_(step=step)
         if step + 1 == save_at:
             failed = session.save(step + 1)
     norm = session.engine.get_global_grad_norm()

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from cmae_scale.core.errors import DataError
-from cmae_scale.engine.agreement import Agreement, PeerFailedError
-from cmae_scale.engine.bad_list import BadList
+from cmae_scale.engine.safety.agreement import Agreement, PeerFailedError
+from cmae_scale.engine.watch.bad_list import BadList
 
 
 def test_alone_it_is_the_work_itself() -> None:

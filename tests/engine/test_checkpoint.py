@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from cmae_scale.core.world import World
-from cmae_scale.engine import checkpoint
-from cmae_scale.engine.checkpoint import find_damage, list_states
+from cmae_scale.engine.states import checkpoint
+from cmae_scale.engine.states.checkpoint import find_damage, list_states
 
 pytestmark = pytest.mark.dist
 

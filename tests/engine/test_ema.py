@@ -79,7 +79,7 @@ def test_the_average_is_bit_equal_under_every_zero_stage(
 
     def follow(stage: int) -> Callable[[], Any]:
         def inside() -> Any:
-            from cmae_scale.engine.session import start_session
+            from cmae_scale.engine.pretraining import start_pretraining
             from cmae_scale.engine.start import start_processes
             from cmae_scale.engine.weights import gather_weights
 
@@ -88,7 +88,7 @@ def test_the_average_is_bit_equal_under_every_zero_stage(
                 **({"stage3_param_persistence_threshold": threshold} if stage == 3 else {}),
             }
             run = tiny_run(ranks=2, zero_optimization=zero)
-            session = start_session(run, place=start_processes(), data_order="none")
+            session = start_pretraining(run, place=start_processes(), data_order="none")
             with torch.no_grad():
                 for parameter in session.ema.online:  # as an optimizer step would
                     shard = getattr(parameter, "ds_tensor", parameter.data)

@@ -13,12 +13,12 @@ from cmae_scale.core.config import read_run
 from cmae_scale.core.errors import ConfigError, DivergedError
 from cmae_scale.core.settings import CmaeConfig, LossConfig
 from cmae_scale.engine.inputs import draw_step
-from cmae_scale.engine.journal import drop_later_lines
-from cmae_scale.engine.meter import Meter
 from cmae_scale.engine.optim import weight_decay_groups
 from cmae_scale.engine.remat import choose_block_runner
 from cmae_scale.engine.start import read_precision
-from cmae_scale.engine.step import StepLosses, contrast_factor
+from cmae_scale.engine.step import METRIC_NAMES, contrast_factor
+from cmae_scale.engine.watch.journal import drop_later_lines
+from cmae_scale.engine.watch.meter import Meter
 from cmae_scale.models import build_cmae
 
 
@@ -51,17 +51,17 @@ def test_the_contrast_loss_is_scaled_as_the_official_head_does(loss: dict[str, A
     assert contrast_factor(LossConfig.model_validate(loss)) == pytest.approx(factor)
 
 
-def losses(value: float) -> StepLosses:
-    return StepLosses(total=torch.tensor(value), pixel=torch.tensor(1.0), contrast=torch.tensor(2.0))
+def losses(value: float) -> torch.Tensor:
+    return torch.tensor([value, 1.0, 2.0])
 
 
 def test_the_meter_gives_means_since_the_last_reading() -> None:
-    meter = Meter()
+    meter = Meter(METRIC_NAMES)
     for step, value in enumerate([1.0, 2.0, 6.0]):
         meter.add(step, losses(value), keys=["a"])
-    assert meter.read().total == 3
+    assert meter.read() == {"loss": 3, "pixel": 1, "contrast": 2}
     meter.add(3, losses(5.0), keys=["a"])
-    assert meter.read().total == 5
+    assert meter.read()["loss"] == 5
 
 
 @pytest.mark.dist
@@ -73,7 +73,7 @@ def test_a_loss_that_is_not_finite_stops_all_ranks_with_the_samples(
         import torch.distributed as dist
 
         dist.init_process_group("gloo")
-        rank, meter = dist.get_rank(), Meter()
+        rank, meter = dist.get_rank(), Meter(METRIC_NAMES)
         for step in (10, 11, 12):
             meter.add(step, losses(value if (step, rank) == (11, 1) else 1.0), keys=[f"shard/{step}-{rank}"])
         try:

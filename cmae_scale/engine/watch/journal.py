@@ -3,43 +3,45 @@
 import json
 import resource
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from cmae_scale.core.collectives import sum_of_ranks
 from cmae_scale.core.durations import Timetable
 from cmae_scale.core.files import LineFile, write_text
 from cmae_scale.core.progress import Progress, format_seconds
 from cmae_scale.data.bad_samples import BadSamples
-from cmae_scale.engine.bad_list import BadList
 from cmae_scale.engine.hardware import read_peak_flops
-from cmae_scale.engine.meter import Meter
 from cmae_scale.engine.optim import read_learning_rate
 from cmae_scale.engine.session import Session
-from cmae_scale.engine.step import StepLosses
-from cmae_scale.models.flops import count_flops
+from cmae_scale.engine.watch.bad_list import BadList
+from cmae_scale.engine.watch.meter import Meter
 
 Metrics = dict[str, float | int | None]
 
-# metric -> its name in wandb, tensorboard and csv; DeepSpeed's own are called Train/Samples/... too
-_MONITORED = ("loss", "pixel", "contrast", "lr", "momentum", "grad_norm", "samples_per_s", "data_wait_s")
+# not for wandb, tensorboard and csv: what their axis says already, and what a run file can tell
+_UNMONITORED = frozenset({"step", "samples", "epoch"})
 
 
 class Journal:
     """Collects every step and writes a line when asked. All ranks call its methods; the first one writes."""
 
-    def __init__(self, session: Session, *, times: Timetable) -> None:
+    def __init__(
+        self, session: Session, *, times: Timetable, metric_names: Sequence[str], image_flops: int
+    ) -> None:
         self.session = session
         self.times = times
         self.batch_samples: int = session.run.deepspeed["train_batch_size"]
         self.path = session.run.out / "metrics.jsonl"
         self._lines = LineFile(self.path)
-        self.meter = Meter()
-        self.image_flops = count_flops(session.run.cmae).training
+        self.meter = Meter(metric_names)
+        self.image_flops = image_flops
         peak = read_peak_flops(session.place.device)
         self.peak_flops = None if peak is None else peak * session.place.world.size
         self.last: Metrics = {}
@@ -64,11 +66,11 @@ class Journal:
         yield
         self._waited_s += time.perf_counter() - started_s
 
-    def add(self, step: int, losses: StepLosses, *, keys: Sequence[str]) -> None:
+    def add(self, step: int, losses: Float[Tensor, " metrics"], *, keys: Sequence[str]) -> None:
         """Remember a step. Waits for nothing."""
         self.meter.add(step, losses, keys=keys)
 
-    def write(self, done: int, *, momentum: float, bad: BadSamples) -> None:
+    def write(self, done: int, *, scheduled: Mapping[str, float], bad: BadSamples) -> None:
         """The line of the steps since the last one; `done` optimizer steps are done.
 
         The only place of the loop where the host waits for the device. Raises, on all ranks, DivergedError
@@ -86,11 +88,9 @@ class Journal:
             "step": done,
             "samples": done * self.batch_samples,
             "epoch": round(done / self.times.steps_per_epoch, 4),
-            "loss": means.total,
-            "pixel": means.pixel,
-            "contrast": means.contrast,
+            **means,
             "lr": read_learning_rate(self.session.engine),
-            "momentum": momentum,
+            **scheduled,
             "grad_norm": read_grad_norm(self.session.engine),
             "samples_per_s": round(images_per_s, 2),
             "mfu": self.peak_flops and round(images_per_s * self.image_flops / self.peak_flops, 4),
@@ -103,7 +103,7 @@ class Journal:
             if failed := self._lines.add(json.dumps(metrics) + "\n"):
                 self.say(f"warning: {self.path} cannot be written ({failed}); its lines wait in memory")
             write_monitors(self.session.engine, metrics)
-            self.progress.report(done, _figures(metrics, has_contrast=self.session.run.cmae.has_contrast))
+            self.progress.report(done, self._figures(metrics))
         self._start_interval(done)
         if bad_samples > self._listed:
             self.bad_list.add(bad.take_new())
@@ -116,13 +116,20 @@ class Journal:
         steps = f"{self.times.total_steps} steps"
         if not self.last:
             return f"{steps} were done already"
-        figures = ", ".join(f"{name} {self.last[name]:.4f}" for name in ("loss", "pixel", "contrast"))
+        figures = ", ".join(f"{name} {self.last[name]:.4f}" for name in self.meter.names)
         return f"done: {steps}, {self.last['samples']:,} images, {seconds}; at the end {figures}"
 
     def close(self) -> None:
         """End the progress line."""
         if self.progress is not None:
             self.progress.close()
+
+    def _figures(self, metrics: Metrics) -> dict[str, str]:
+        return {
+            **{name: f"{metrics[name]:.4f}" for name in self.meter.names},
+            "lr": f"{metrics['lr']:.2e}",
+            "images/s": f"{metrics['samples_per_s']:.1f}",
+        }
 
     def _start_interval(self, done: int) -> None:
         self._first = done
@@ -164,16 +171,7 @@ def write_monitors(engine: Any, metrics: Metrics) -> None:
         engine.monitor.write_events(
             [
                 (f"Train/Samples/{name}", metrics[name], samples)
-                for name in _MONITORED
-                if metrics[name] is not None
+                for name in metrics
+                if name not in _UNMONITORED and metrics[name] is not None
             ]
         )
-
-
-def _figures(metrics: Metrics, *, has_contrast: bool) -> dict[str, str]:
-    losses = ("loss", "pixel", "contrast") if has_contrast else ("loss",)
-    return {
-        **{name: f"{metrics[name]:.4f}" for name in losses},
-        "lr": f"{metrics['lr']:.2e}",
-        "images/s": f"{metrics['samples_per_s']:.1f}",
-    }

@@ -25,7 +25,7 @@ from cmae_scale.core.collectives import barrier, gather_objects
 from cmae_scale.core.errors import ConfigError
 from cmae_scale.core.files import PART, sync, sync_tree, write_text
 from cmae_scale.core.world import World
-from cmae_scale.engine.stamp import Stamp
+from cmae_scale.engine.states.stamp import Stamp
 
 _COMMITTED = re.compile(r"step_(\d{8,})")
 _DESCRIPTION = "state.json"

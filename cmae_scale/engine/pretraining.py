@@ -1,0 +1,124 @@
+"""Pre-training as the loop knows it: what a step does with a rank's images, and what follows its update."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from cmae_scale.core.batches import BatchSizes
+from cmae_scale.core.config import Run
+from cmae_scale.core.durations import Timetable
+from cmae_scale.core.schedules import TargetMomentum
+from cmae_scale.core.settings import CmaeConfig
+from cmae_scale.data.stream import MasterBatch
+from cmae_scale.engine.inputs import draw_step
+from cmae_scale.engine.session import Session, count_trainable, name_precision, start_session
+from cmae_scale.engine.start import Place, read_precision
+from cmae_scale.engine.states.stamp import build_stamp
+from cmae_scale.engine.step import METRIC_NAMES, accumulate_gradients
+from cmae_scale.engine.weights import gather_weights
+from cmae_scale.layers.attention import AttentionChoice, choose_attention, set_attention_
+from cmae_scale.models import build_cmae
+from cmae_scale.models.flops import count_flops
+from cmae_scale.models.sizes import read_size
+from cmae_scale.models.weights import export_encoder
+
+
+@dataclass(frozen=True)
+class Pretraining:
+    """CMAE, or MAE, as the method of a run (see loop.Method)."""
+
+    session: Session
+    batch: BatchSizes
+    momentum: TargetMomentum
+
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        """`contrast` is before weight and scale, so that ln(K) is chance for InfoNCE."""
+        return METRIC_NAMES
+
+    @property
+    def image_flops(self) -> int:
+        """Floating-point operations of one image's training step."""
+        return count_flops(self.session.run.cmae).training
+
+    def accumulate(self, masters: Sequence[MasterBatch], *, step: int) -> Float[Tensor, " metrics"]:
+        """Gradients of this rank's micro-batches; views and masks are drawn for the whole global batch."""
+        cfg, rank = self.session.run.cmae, self.session.place.world.rank
+        draws = draw_step(cfg, total=self.batch.total, step=step)
+        first_rows = range(rank * self.batch.local, (rank + 1) * self.batch.local, self.batch.micro)
+        micro_batches = [
+            draws.prepare(part.images, first_row=row, cfg=cfg)
+            for part, row in zip(masters, first_rows, strict=True)
+        ]
+        return accumulate_gradients(self.session.engine, micro_batches, cfg=cfg, rank=rank)
+
+    def follow_(self, *, step: int) -> None:
+        """The target follows the weights that step `step` has moved."""
+        self.session.ema.update_(self.momentum.at(step))
+
+    def scheduled(self, step: int) -> dict[str, float]:
+        """What changes from step to step, besides the learning rate."""
+        return {"momentum": self.momentum.at(step)}
+
+    def export(self) -> Path:
+        """Write the online encoder to RUN/encoder, for timm.create_model("local-dir:RUN/encoder")."""
+        run = self.session.run
+        folder = run.out / "encoder"
+        weights = gather_weights(self.session.engine.module.online_encoder)
+        if self.session.place.world.is_first:
+            export_encoder(weights, folder, model=run.cmae.model, views=run.cmae.views)
+        return folder
+
+
+def start_pretraining(run: Run, *, place: Place, data_order: str) -> Session:
+    """The session of a pre-training run; `data_order` names the sample order, which a state belongs to."""
+    precision = read_precision(run.deepspeed)
+    attention = choose_run_attention(run.cmae, device=place.device, dtype=precision.compute)
+    model = build_cmae(run.cmae)
+    set_attention_(model, attention)
+    return start_session(
+        run,
+        place=place,
+        model=model,
+        pairs=model.target_pairs(),
+        attention=attention,
+        stamp=build_stamp(run, ranks=place.world.size, precision=name_precision(precision), data=data_order),
+    )
+
+
+def choose_run_attention(cfg: CmaeConfig, *, device: torch.device, dtype: torch.dtype) -> AttentionChoice:
+    """The kernel for the encoder's heads on a whole image, the run's largest attention."""
+    size = read_size(cfg.model)
+    tokens = (cfg.views.img_px // cfg.model.patch_size) ** 2 + 1
+    return choose_attention(
+        cfg.model.attention,
+        device=device,
+        dtype=dtype,
+        head_dim=size.embed_dim // size.num_heads,
+        tokens=tokens,
+    )
+
+
+def describe(session: Session, *, images: int, times: Timetable) -> str:
+    """What runs, in a few lines."""
+    cfg, model = session.run.cmae, session.engine.module
+    name = cfg.model.encoder or f"ViT {cfg.model.embed_dim} wide, {cfg.model.depth} deep"
+    method = "CMAE" if cfg.has_contrast else "MAE"
+    device = session.place.device
+    hardware = (
+        torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    )
+    lines = [
+        f"{method} {name}: {count_trainable(model) / 1e6:.1f} M trainable parameters",
+        f"{images:,} images, {times.total_steps} steps of {session.stamp.train_batch_size}, "
+        f"{times.steps_per_epoch} an epoch",
+        f"{session.place.world.size} x {device.type} ({hardware}), ZeRO {session.stamp.zero_stage}, "
+        f"{session.stamp.precision}, attention {session.attention.name}, remat {cfg.model.remat}",
+        f"run folder {session.run.out}"
+        + (f", resumed at step {session.first_step}" if session.first_step else ""),
+    ]
+    return "\n".join([*lines, *session.notices])
