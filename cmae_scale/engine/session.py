@@ -46,6 +46,17 @@ class Session:
             world=self.place.world,
         )
 
+    def restore(self) -> bool:
+        """Take up the newest whole state of the run folder. False when there is none at all."""
+        folder = self.run.out / "checkpoints"
+        loaded = load_newest(self.engine, folder, stamp=self.stamp, world=self.place.world)
+        if loaded is None:
+            return False
+        self.first_step = loaded.step
+        self.ema.load_state(loaded.target_masters)
+        self.notices += [f"warning: {damage}, so an older state was taken" for damage in loaded.passed_over]
+        return True
+
 
 def start_session(
     run: Run,
@@ -76,14 +87,7 @@ def start_session(
         notices=notices,
     )
     if run.cmae.checkpoint.resume == "auto":
-        folder = run.out / "checkpoints"
-        loaded = load_newest(engine, folder, stamp=session.stamp, world=place.world)
-        if loaded is not None:
-            session.first_step = loaded.step
-            session.ema.load_state(loaded.target_masters)
-            session.notices += [
-                f"warning: {damage}, so an older state was taken" for damage in loaded.passed_over
-            ]
+        session.restore()
     return session
 
 
