@@ -64,6 +64,21 @@ def on_ranks() -> Callable[..., list[Any]]:
     return run_on_ranks
 
 
+@pytest.fixture(scope="session")
+def killed_on_ranks(on_ranks: Callable[..., list[Any]]) -> Callable[..., None]:
+    """`killed_on_ranks(function, ranks=2)`: where a rank ends itself by SIGKILL."""
+
+    def run(function: Callable[[], Any], *, ranks: int) -> None:
+        with pytest.raises(KilledRankError):
+            on_ranks(function, ranks=ranks)
+
+    return run
+
+
+class KilledRankError(AssertionError):
+    """A rank ended without an answer."""
+
+
 def run_on_ranks(function: Callable[[], Any], *, ranks: int, timeout_s: float = 120) -> list[Any]:
     context = multiprocessing.get_context("fork")
     with socket.socket() as probe:
@@ -71,16 +86,21 @@ def run_on_ranks(function: Callable[[], Any], *, ranks: int, timeout_s: float = 
         port = probe.getsockname()[1]
     pipes = [context.Pipe(duplex=False) for _ in range(ranks)]
     processes = [
-        context.Process(target=_be_rank, args=(function, rank, ranks, port, pipes[rank][1]))
+        context.Process(target=_be_rank, args=(function, rank, port, [writer for _, writer in pipes]))
         for rank in range(ranks)
     ]
     for process in processes:
         process.start()
+    for _, writer in pipes:
+        writer.close()  # the ranks have it: a pipe ends with its rank
     try:
         answers = []
         for rank, (reader, _) in enumerate(pipes):
             assert reader.poll(timeout_s), f"rank {rank} did not answer within {timeout_s} s"
-            answers.append(pickle.loads(reader.recv_bytes()))
+            try:
+                answers.append(pickle.loads(reader.recv_bytes()))
+            except EOFError:
+                raise KilledRankError(f"rank {rank} ended without an answer") from None
     finally:
         for process in processes:
             process.join(5)
@@ -90,7 +110,11 @@ def run_on_ranks(function: Callable[[], Any], *, ranks: int, timeout_s: float = 
     return [result for result, _ in answers]
 
 
-def _be_rank(function: Callable[[], Any], rank: int, ranks: int, port: int, answer: Connection) -> None:
+def _be_rank(function: Callable[[], Any], rank: int, port: int, writers: list[Connection]) -> None:
+    answer, ranks = writers[rank], len(writers)
+    for other in writers:
+        if other is not answer:
+            other.close()
     os.environ.update(
         RANK=str(rank),
         WORLD_SIZE=str(ranks),

@@ -15,7 +15,7 @@ from cmae_scale.core.settings import CmaeConfig
 
 Json = dict[str, Any]
 
-_DURATIONS = frozenset({"duration", "warmup", "every"})  # settings in core/durations' grammar
+_DURATIONS = frozenset({"duration", "warmup", "every", "keep_every"})  # settings in core/durations' grammar
 
 
 @dataclass(frozen=True)

@@ -48,6 +48,7 @@ class Timetable:
     total_steps: int
     warmup_steps: int
     save_every_steps: int
+    keep_every_steps: int | None = None
 
 
 def plan_timetable(cfg: CmaeConfig, *, steps_per_epoch: int, batch_samples: int) -> Timetable:
@@ -59,9 +60,15 @@ def plan_timetable(cfg: CmaeConfig, *, steps_per_epoch: int, batch_samples: int)
             f'cmae.schedule.duration "{cfg.schedule.duration}" is less than a step of {batch_samples} images'
         )
     clock = replace(clock, total_steps=total)
+
+    def steps(text: str, place: str) -> int:
+        return read_steps(text, clock=clock, place=f"cmae.{place}")
+
+    kept = cfg.checkpoint.keep_every
     return Timetable(
         steps_per_epoch=steps_per_epoch,
         total_steps=total,
-        warmup_steps=read_steps(cfg.schedule.warmup, clock=clock, place="cmae.schedule.warmup"),
-        save_every_steps=max(1, read_steps(cfg.checkpoint.every, clock=clock, place="cmae.checkpoint.every")),
+        warmup_steps=steps(cfg.schedule.warmup, "schedule.warmup"),
+        save_every_steps=max(1, steps(cfg.checkpoint.every, "checkpoint.every")),
+        keep_every_steps=None if kept is None else max(1, steps(kept, "checkpoint.keep_every")),
     )

@@ -1,5 +1,6 @@
 """Files that appear whole or not at all, also through a crash of the machine."""
 
+import hashlib
 import os
 from contextlib import suppress
 from pathlib import Path
@@ -41,12 +42,13 @@ class LineFile:
         return None
 
 
-def sync_tree(folder: Path) -> None:
-    """Force every file below `folder` and the folder itself to disk."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            sync(path)
-    sync(folder)
+def digest_file(path: Path) -> str:
+    """SHA-256 of a file's content, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def sync(path: Path) -> None:

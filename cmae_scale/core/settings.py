@@ -230,7 +230,10 @@ class CheckpointConfig(Section):
 
     every: Duration = "5%"
     keep: int = Field(2, ge=1)  # newest states kept
-    resume: Literal["auto", "never"] = "auto"  # auto: go on from the newest state in the run folder, if any
+    keep_every: Duration | None = None  # states at multiples of this are kept too; null = none
+    # whether to go on from the newest state in the run folder. auto: if there is one; required: there must
+    # be one; anyway: as auto, and settings of the method may differ, which are listed; never: start anew
+    resume: Literal["auto", "required", "anyway", "never"] = "auto"
 
 
 class MonitorConfig(Section):

@@ -38,18 +38,17 @@ class TargetEma:
             torch._foreach_lerp_(*self._shards(), 1 - momentum)
         else:
             torch._foreach_lerp_(self.masters, [_master(p) for p in self.online], 1 - momentum)
+            self.renew_()
+
+    def named_masters(self) -> dict[str, Tensor]:
+        """The fp32 masters of this rank by parameter name; none where the target itself is fp32."""
+        return {} if self.masters is None else dict(zip(self.names, self.masters, strict=True))
+
+    @torch.no_grad()
+    def renew_(self) -> None:
+        """Round the masters into the target again, after they were written to."""
+        if self.masters:
             torch._foreach_copy_([_shard(p) for p in self.target], self.masters)
-
-    def state(self) -> dict[str, Tensor] | None:
-        """The fp32 masters of this rank by name; None when the target itself is fp32 (it is in the model)."""
-        return None if self.masters is None else dict(zip(self.names, self.masters, strict=True))
-
-    def load_state(self, state: dict[str, Tensor] | None) -> None:
-        """Take back what `state` gave, after the model's weights were loaded."""
-        if self.masters is not None:
-            assert state is not None, "the checkpoint holds no fp32 masters of the target"
-            for name, master in zip(self.names, self.masters, strict=True):
-                master.copy_(state[name])
 
     def _shards(self) -> tuple[list[Tensor], list[Tensor]]:
         return [_shard(p) for p in self.target], [_shard(p) for p in self.online]

@@ -76,7 +76,7 @@ def take_steps(
             saves = asked or done % times.save_every_steps == 0 or done == steps.stop
             if saves or done % log_every == 0:
                 journal.write(done, scheduled=method.scheduled(step), bad=bad)
-            if saves and (failed := session.save(done)):
+            if saves and (failed := session.save(done, keep_every_steps=times.keep_every_steps)):
                 journal.say(f"warning: step {done} is not saved ({failed}); older states are as they were")
             if asked and done < steps.stop:
                 raise InterruptedRunError(done)

@@ -1,8 +1,10 @@
 """Pre-training as the loop knows it: what a step does with a rank's images, and what follows its update."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -86,8 +88,28 @@ def start_pretraining(run: Run, *, place: Place, data_order: str) -> Session:
         model=model,
         pairs=model.target_pairs(),
         attention=attention,
-        stamp=build_stamp(run, ranks=place.world.size, precision=name_precision(precision), data=data_order),
+        stamp=build_stamp(
+            run,
+            kind=describe_kind(run, data_order=data_order),
+            ranks=place.world.size,
+            precision=name_precision(precision),
+        ),
     )
+
+
+def describe_kind(run: Run, *, data_order: str) -> dict[str, Any]:
+    """What a pre-training run cannot change on the way without being another: samples, model and method."""
+    sections = json.loads(
+        run.cmae.model_dump_json(include={"model", "mask", "heads", "views", "loss", "target"})
+    )
+    for free in ("attention", "remat"):  # change speed and memory, not the model
+        del sections["model"][free]
+    return {
+        "train_batch_size": run.deepspeed["train_batch_size"],
+        "seed": run.cmae.seed,
+        "data": data_order,
+        **sections,
+    }
 
 
 def choose_run_attention(cfg: CmaeConfig, *, device: torch.device, dtype: torch.dtype) -> AttentionChoice:
@@ -112,10 +134,10 @@ def describe(session: Session, *, images: int, times: Timetable) -> str:
     hardware = (
         torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
     )
+    batch_samples = session.run.deepspeed["train_batch_size"]
     lines = [
         f"{method} {name}: {count_trainable(model) / 1e6:.1f} M trainable parameters",
-        f"{images:,} images, {times.total_steps} steps of {session.stamp.train_batch_size}, "
-        f"{times.steps_per_epoch} an epoch",
+        f"{images:,} images, {times.total_steps} steps of {batch_samples}, {times.steps_per_epoch} an epoch",
         f"{session.place.world.size} x {device.type} ({hardware}), ZeRO {session.stamp.zero_stage}, "
         f"{session.stamp.precision}, attention {session.attention.name}, remat {cfg.model.remat}",
         f"run folder {session.run.out}"

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 
@@ -11,7 +12,7 @@ from cmae_scale.core.errors import ConfigError
 from cmae_scale.core.files import write_text
 from cmae_scale.engine.ema import Pair, TargetEma
 from cmae_scale.engine.start import Engine, Place, Precision, read_precision, start_engine
-from cmae_scale.engine.states.checkpoint import load_newest, save_state
+from cmae_scale.engine.states.checkpoint import Keeping, load_newest, save_state
 from cmae_scale.engine.states.stamp import Stamp
 from cmae_scale.engine.watch.monitors import settle_monitors
 from cmae_scale.layers.attention import AttentionChoice, use_attention
@@ -29,32 +30,40 @@ class Session:
     stamp: Stamp
     first_step: int
     notices: list[str] = field(default_factory=list)  # what the user should know
+    extra: dict[str, Any] = field(default_factory=dict)  # JSON that belongs to the state, by who keeps it
 
     def use_attention(self) -> AbstractContextManager[None]:
         """Hold forward and backward passes to the attention kernel of the run file."""
         return use_attention(self.attention)
 
-    def save(self, step: int) -> str | None:
+    def save(self, step: int, *, keep_every_steps: int | None = None) -> str | None:
         """Commit the state after `step` steps. None, or what went wrong: older states are untouched then."""
         return save_state(
             self.engine,
             self.run.out / "checkpoints",
             step=step,
             stamp=self.stamp,
-            target_masters=self.ema.state(),
-            keep=self.run.cmae.checkpoint.keep,
+            masters=self.ema.named_masters(),
+            extra=self.extra,
+            keeping=Keeping(self.run.cmae.checkpoint.keep, keep_every_steps),
             world=self.place.world,
         )
 
     def restore(self) -> bool:
         """Take up the newest whole state of the run folder. False when there is none at all."""
-        folder = self.run.out / "checkpoints"
-        loaded = load_newest(self.engine, folder, stamp=self.stamp, world=self.place.world)
+        loaded = load_newest(
+            self.engine,
+            self.run.out / "checkpoints",
+            stamp=self.stamp,
+            masters=self.ema.named_masters(),
+            changes_allowed=self.run.cmae.checkpoint.resume == "anyway",
+            world=self.place.world,
+        )
         if loaded is None:
             return False
-        self.first_step = loaded.step
-        self.ema.load_state(loaded.target_masters)
-        self.notices += [f"warning: {damage}, so an older state was taken" for damage in loaded.passed_over]
+        self.ema.renew_()
+        self.first_step, self.extra = loaded.step, loaded.extra
+        self.notices += loaded.notices
         return True
 
 
@@ -86,8 +95,12 @@ def start_session(
         first_step=0,
         notices=notices,
     )
-    if run.cmae.checkpoint.resume == "auto":
-        session.restore()
+    resume = run.cmae.checkpoint.resume
+    if resume != "never" and not session.restore() and resume == "required":
+        raise ConfigError(
+            f"{run.out / 'checkpoints'} holds no state to go on from: name the run's folder with --out, or "
+            "start anew with --set cmae.checkpoint.resume=auto"
+        )
     return session
 
 
