@@ -28,7 +28,8 @@ def draw_words(
     seed: int, purpose: Purpose, *, place: tuple[int, int, int], count: int
 ) -> UInt64[np.ndarray, " count"]:
     """`count` uniform 64-bit words of one place. `seed` counts modulo 2^64."""
-    generator = np.random.Philox(key=[seed % WORD, purpose], counter=[0, *place])
+    key, counter = np.array([seed % WORD, purpose], np.uint64), np.array([0, *place], np.uint64)
+    generator = np.random.Philox(key=key, counter=counter)
     return np.asarray(generator.random_raw(count))
 
 

@@ -8,6 +8,7 @@ what a row holds follows from the step alone.
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 
 from cmae_scale.core.errors import ConfigError
@@ -71,10 +72,14 @@ class MixPlan:
     def find_row(self, *, step: int, row: int) -> tuple[int, Place]:
         """The part that fills `row` of the global batch of `step`, and the place in that part's own plan."""
         stream, row_in_stream = divmod(row, self.stream_rows)
-        owner = self.owners[stream]
-        own_stream = self.owners[:stream].count(owner)
+        owner, own_stream = self._own_streams[stream]
         part = self.parts[owner]
         return owner, part.find_row(step=step, row=own_stream * part.stream_rows + row_in_stream)
+
+    @cached_property
+    def _own_streams(self) -> list[tuple[int, int]]:
+        """For each stream its owner and its number among the owner's streams: asked for every row."""
+        return [(owner, self.owners[:stream].count(owner)) for stream, owner in enumerate(self.owners)]
 
     def rows_of(self, *, rank: int, ranks: int, micro: int = 0, accumulation: int = 1) -> range:
         """Rows of every global batch that a micro-batch holds: ranks in order, then their micro-batches."""

@@ -20,6 +20,7 @@ from torch import Tensor
 from cmae_scale.core.errors import DataError
 from cmae_scale.core.settings import DataConfig, ViewsConfig
 from cmae_scale.data.bad_samples import BadSamples
+from cmae_scale.data.batch_memory import BatchMemory
 from cmae_scale.data.blocks import RawBatch, RawRow, read_raw_batches
 from cmae_scale.data.counter_rng import Purpose, draw_uniforms
 from cmae_scale.data.decode import CROP_DRAWS
@@ -34,8 +35,8 @@ NO_LABEL = -1
 class MasterBatch:
     """One micro-batch of a rank: rows of the global batch of `step`, in their order.
 
-    `crops` is 1, or 2 when the target view is cut independently. `labels` are NO_LABEL where the shards have
-    none, `keys` are "shard/key".
+    `crops` is 1, or 2 when the target view is cut independently. The channels of `images` lie last in memory.
+    `labels` are NO_LABEL where the shards have none, `keys` are "shard/key".
     """
 
     images: UInt8[Tensor, "batch crops 3 side side"]
@@ -48,7 +49,7 @@ class MasterBatch:
 class DecodedRow(NamedTuple):
     """What one row of a batch is filled with."""
 
-    crops: UInt8[np.ndarray, "crops 3 side side"]
+    crops: UInt8[Tensor, "crops 3 side side"]
     label: int
     key: str
 
@@ -85,9 +86,11 @@ def open_batches(
         stop=stop,
     )
 
+    memory = BatchMemory(pin=pin)
+
     def allocate(rows: int) -> Tensor:
-        shape = (rows, num_crops(views), 3, views.master_px, views.master_px)
-        return torch.empty(shape, dtype=torch.uint8, pin_memory=pin)
+        shape = (rows, num_crops(views), views.master_px, views.master_px, 3)
+        return memory.take(shape).permute(0, 1, 4, 2, 3)
 
     def decode(row: RawRow) -> DecodedRow:
         return decode_row(row, plan, views=views, max_mpx=data.max_image_mpx, bad=bad)
@@ -234,7 +237,6 @@ class _Filling:
     def __init__(self, raw: RawBatch, images: Tensor) -> None:
         self.raw = raw
         self._images = images
-        self._pixels = images.numpy()  # the same memory
         self._labels = np.full(len(raw.rows), NO_LABEL, dtype=np.int64)
         self._keys = [""] * len(raw.rows)
         self._missing = len(raw.rows)
@@ -243,7 +245,7 @@ class _Filling:
         self._done = threading.Event()
 
     def put(self, row: int, decoded: DecodedRow) -> None:
-        self._pixels[row] = decoded.crops
+        self._images[row].copy_(decoded.crops)
         self._labels[row] = decoded.label
         self._keys[row] = decoded.key
         with self._lock:
