@@ -15,6 +15,7 @@ TRAINABLE = {  # Source: the official CMAE-B and the MAE models, counted; see te
     "vitb": 121_118_208,
     "vitl": 339_357_440,
     "mae_vitb": 111_655_680,
+    "convvitb": 124_253_056,
 }
 
 

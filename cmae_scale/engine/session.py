@@ -59,7 +59,7 @@ class Session:
         )
 
     def export(self) -> Path:
-        """Write the online encoder to RUN/encoder, for timm.create_model("local-dir:RUN/encoder")."""
+        """Write the online encoder to RUN/encoder: see `export_encoder`."""
         folder = self.run.out / "encoder"
         weights = gather_weights(self.engine.module.online_encoder)
         if self.place.world.is_first:
@@ -131,7 +131,8 @@ def count_trainable(module: nn.Module) -> int:
 def describe(session: Session, *, images: int, times: Timetable) -> str:
     """What runs, in a few lines."""
     cfg, model = session.run.cmae, session.engine.module
-    name = cfg.model.encoder or f"ViT {cfg.model.embed_dim} wide, {cfg.model.depth} deep"
+    kind = "hybrid ViT" if cfg.model.is_hybrid else "ViT"
+    name = cfg.model.encoder or f"{kind} {cfg.model.embed_dim} wide, {cfg.model.depth} deep"
     method = "CMAE" if cfg.has_contrast else "MAE"
     device = session.place.device
     hardware = (

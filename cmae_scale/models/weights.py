@@ -12,13 +12,13 @@ from torch import Tensor
 
 from cmae_scale.core.errors import ConfigError
 from cmae_scale.core.files import PART, sync, write_text
-from cmae_scale.core.settings import ModelConfig, ViewsConfig
-from cmae_scale.models.sizes import read_size
+from cmae_scale.core.settings import EncoderName, ModelConfig, ViewsConfig
+from cmae_scale.models.sizes import read_size, read_stages
 
 WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
 
 # timm needs a registered name; all that matters is said again in model_args
-TIMM_NAMES = {
+TIMM_NAMES: dict[EncoderName | None, str] = {
     "vit_tiny": "vit_tiny_patch16_224",
     "vit_small": "vit_small_patch16_224",
     "vit_base": "vit_base_patch16_224",
@@ -26,12 +26,13 @@ TIMM_NAMES = {
     "vit_huge": "vit_huge_patch14_224",
     None: "vit_base_patch16_224",
 }
+HYBRID_NAME = "convvit"  # of a hybrid whose sizes are spelt out
 
 
 def export_encoder(
     state: Mapping[str, Tensor], folder: Path, *, model: ModelConfig, views: ViewsConfig
 ) -> None:
-    """Write a folder that `timm.create_model("local-dir:FOLDER", pretrained=True)` loads: same features.
+    """Write a folder that `cmae_scale.models.read_encoder` builds, and timm too unless it is a hybrid.
 
     `state` is the online encoder's state_dict, or the same gathered from an engine. Weights are stored in
     fp32. Each file appears only whole, weights first; an older export is replaced.
@@ -47,19 +48,32 @@ def export_encoder(
         ) from None
     sync(part)
     part.replace(folder / WEIGHTS_FILE)
-    write_text(folder / CONFIG_FILE, json.dumps(timm_config(model, views=views), indent=2) + "\n")
+    write_text(folder / CONFIG_FILE, json.dumps(describe_encoder(model, views=views), indent=2) + "\n")
     sync(folder)
 
 
-def timm_config(model: ModelConfig, *, views: ViewsConfig) -> dict[str, Any]:
-    """timm's description of the encoder: how to build it and how its images were prepared.
+def say_how_to_load(model: ModelConfig, *, folder: Path) -> str:
+    """What opens an exported encoder, for people."""
+    return f'cmae_scale.models.read_encoder("{folder}")' if model.is_hybrid else f"timm: local-dir:{folder}"
+
+
+def describe_encoder(model: ModelConfig, *, views: ViewsConfig) -> dict[str, Any]:
+    """The encoder's config.json: how to build it and how its images were prepared, in timm's words.
+
+    A hybrid has timm's layout too, under a name of its own ("convvit_base") that timm does not know.
 
     Without a classifier it gives the mean of the normed patch tokens, because neither loss looks at the class
     token. Source: the official fine-tuning pools the patches too.
     """
-    size = read_size(model)
+    size, stages = read_size(model), read_stages(model)
+    if stages is None:
+        name = TIMM_NAMES[model.encoder]
+        # the norm stays where it was trained: before the mean
+        special = {"global_pool": "avg", "fc_norm": False}
+    else:
+        name, special = model.encoder or HYBRID_NAME, {"conv": stages._asdict()}
     return {
-        "architecture": TIMM_NAMES[model.encoder],
+        "architecture": name,
         "num_classes": 0,
         "num_features": size.embed_dim,
         "global_pool": "avg",
@@ -68,8 +82,7 @@ def timm_config(model: ModelConfig, *, views: ViewsConfig) -> dict[str, Any]:
             "img_size": views.img_px,
             "patch_size": model.patch_size,
             "mlp_ratio": model.mlp_ratio,
-            "global_pool": "avg",
-            "fc_norm": False,  # the norm stays where it was trained: before the mean
+            **special,
         },
         "pretrained_cfg": {
             "num_classes": 0,
@@ -81,7 +94,7 @@ def timm_config(model: ModelConfig, *, views: ViewsConfig) -> dict[str, Any]:
             "crop_mode": "center",
             "mean": list(views.mean),
             "std": list(views.std),
-            "first_conv": "patch_embed.proj",
+            "first_conv": "patch_embed.proj" if stages is None else "patch_embed1.proj",
             "classifier": "head",
         },
     }
