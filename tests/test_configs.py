@@ -41,6 +41,16 @@ def test_its_model_builds(config: Path) -> None:
     assert trainable == TRAINABLE.get(config.stem, trainable)
 
 
+def test_the_convmae_baseline_is_as_large_as_published() -> None:
+    """The switch that ds_configs/README.md gives."""
+    table = (CONFIGS[0].parent / "README.md").read_text()
+    switch = table[table.index("--set cmae.loss.weight=0 cmae.mask") :].split("`")[0]
+    run = read_run(CONFIGS[0].parent / "convvitb.json", switch.split()[1:])
+    with torch.device("meta"):
+        model = build_cmae(run.cmae)
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 114_790_528
+
+
 def test_deepspeed_accepts_its_part(config: Path) -> None:
     from deepspeed.runtime.config import DeepSpeedConfig
 
