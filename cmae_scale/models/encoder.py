@@ -78,7 +78,7 @@ class Encoder(ImageEncoder):
             patches = take_tokens(patches, mask.kept)
             positions = positions[0, mask.kept]
         embedded = self.patch_embed(patches) + positions
-        cls = (self.cls_token + cls_position).expand(len(images), -1, -1)
+        cls = (self.cls_token + cls_position).expand(images.shape[0], -1, -1)
         tokens = torch.cat([cls, embedded], dim=1).to(self.cls_token.dtype)
         for block in self.blocks:
             tokens = self.run_block(block, tokens)

@@ -135,7 +135,7 @@ class HybridTrunk(nn.Module):
     ) -> StageOutputs:
         """What each stage makes of the kept patches, all of them without a mask."""
         if mask is None:
-            kept = torch.arange(self.grid**2, device=images.device).expand(len(images), -1)
+            kept = torch.arange(self.grid**2, device=images.device).expand(images.shape[0], -1)
         else:
             kept = mask.kept
         fine_places = place_sites(kept, grid=self.grid, side=FINE)
