@@ -20,6 +20,7 @@ from cmae_scale.engine.start import Engine, Place, Precision, read_precision, st
 from cmae_scale.engine.weights import gather_weights
 from cmae_scale.layers.attention import AttentionChoice, choose_attention, set_attention_, use_attention
 from cmae_scale.models import build_cmae
+from cmae_scale.models.initial import start_from_
 from cmae_scale.models.sizes import read_size
 from cmae_scale.models.weights import export_encoder
 
@@ -78,6 +79,8 @@ def start_session(run: Run, *, place: Place, data_order: str) -> Session:
     notices = settle_monitors(run.deepspeed)
     attention = choose_run_attention(cfg, device=place.device, dtype=precision.compute)
     model = build_cmae(cfg)
+    if cfg.model.init is not None:
+        notices += start_from_(model, cfg, path=Path(cfg.model.init))
     set_attention_(model, attention)
     engine = start_engine(model, run)
     session = Session(

@@ -50,8 +50,8 @@ class KeptSites(NamedTuple):
 def place_sites(kept: Int[Tensor, "batch patches"], *, grid: int, side: int) -> KeptSites:
     """The sites of the patches `kept` in maps of `side` x `side` sites a patch."""
     numbers = number_sites(grid, side, device=kept.device)[kept].flatten(1)
-    first = torch.arange(len(kept), device=kept.device)[:, None] * (grid * side) ** 2
-    return KeptSites((numbers + first).flatten(), len(kept), grid * side)
+    first = torch.arange(kept.shape[0], device=kept.device)[:, None] * (grid * side) ** 2
+    return KeptSites((numbers + first).flatten(), kept.shape[0], grid * side)
 
 
 class SiteProjection(nn.Conv2d):
@@ -70,5 +70,5 @@ class SiteProjection(nn.Conv2d):
         weight = self.weight.flatten(2)
         if self.side > 1:
             weight = weight[:, :, number_sites(1, self.side, device=weight.device)[0]]
-        merged = sites.reshape(len(sites), -1, self.side**2 * sites.shape[2])
+        merged = sites.reshape(sites.shape[0], -1, self.side**2 * sites.shape[2])
         return F.linear(merged, weight.transpose(1, 2).flatten(1), self.bias)
