@@ -1,4 +1,4 @@
-"""Pre-train a vision transformer as a contrastive masked autoencoder, as one run file says.
+"""Pre-train a vision encoder as a contrastive masked autoencoder, as one run file says.
 
 Each step, in the order of `train`: the plan says which samples; the loader decodes them to uint8 masters;
 on the device they become an online view and a shifted, coloured target view; the online branch predicts the
@@ -103,11 +103,13 @@ def finish(method: "Pretraining", journal: "Journal", *, held_out: "ShardSet") -
     """What a finished run leaves for people and for the next tool: pictures, encoder, summary."""
     from cmae_scale.data.held_out import read_held_out
     from cmae_scale.engine.preview import preview
+    from cmae_scale.models.weights import say_how_to_load
     from cmae_scale.report import read_metrics, write_curves, write_reconstructions
 
     session = method.session
     run, cfg = session.run, session.run.cmae
     encoder, pictures = method.export(), run.out / "pictures"
+    how = say_how_to_load(cfg.model, folder=encoder)
     if cfg.monitor.pictures:
         masters, _ = read_held_out(
             held_out, count=cfg.monitor.pictures, views=cfg.views, max_mpx=cfg.data.max_image_mpx
@@ -118,9 +120,7 @@ def finish(method: "Pretraining", journal: "Journal", *, held_out: "ShardSet") -
     if session.place.world.is_first:
         chance = math.log(run.deepspeed["train_batch_size"]) if cfg.loss.contrast == "infonce" else None
         write_curves(pictures / "curves.png", metrics=read_metrics(journal.path), chance=chance)
-        journal.say(
-            f"{journal.summarise()}\nencoder {encoder} (timm: local-dir:{encoder}), pictures {pictures}"
-        )
+        journal.say(f"{journal.summarise()}\nencoder {encoder} ({how}), pictures {pictures}")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ TRAINABLE = {  # Source: the official CMAE-B and the MAE models, counted; see te
     "vitb": 121_118_208,
     "vitl": 339_357_440,
     "mae_vitb": 111_655_680,
+    "convvitb": 124_253_056,
 }
 
 
@@ -38,6 +39,16 @@ def test_its_model_builds(config: Path) -> None:
         model = build_cmae(read_run(config).cmae)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert trainable == TRAINABLE.get(config.stem, trainable)
+
+
+def test_the_convmae_baseline_is_as_large_as_published() -> None:
+    """The switch that ds_configs/README.md gives."""
+    table = (CONFIGS[0].parent / "README.md").read_text()
+    switch = table[table.index("--set cmae.loss.weight=0 cmae.mask") :].split("`")[0]
+    run = read_run(CONFIGS[0].parent / "convvitb.json", switch.split()[1:])
+    with torch.device("meta"):
+        model = build_cmae(run.cmae)
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 114_790_528
 
 
 def test_deepspeed_accepts_its_part(config: Path) -> None:

@@ -12,7 +12,16 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 Duration = Annotated[str, Field(pattern=r"^\d+(\.\d+)?(ep|st|[kMG]?samples|%)$")]
 
-EncoderName = Literal["vit_tiny", "vit_small", "vit_base", "vit_large", "vit_huge"]
+EncoderName = Literal[
+    "vit_tiny",
+    "vit_small",
+    "vit_base",
+    "vit_large",
+    "vit_huge",
+    "convvit_small",
+    "convvit_base",
+    "convvit_large",
+]
 Attention = Literal["auto", "flash", "efficient", "cudnn", "math"]
 Remat = Literal["none", "selective", "full"]
 
@@ -51,17 +60,27 @@ class FeatureDecoderConfig(DecoderConfig):
     shared: bool = False  # use the pixel decoder's first `depth` blocks. Source: paper table 4c
 
 
+class ConvConfig(Section):
+    """The two convolutional stages before the transformer of a hybrid encoder. Source: ConvMAE-Base."""
+
+    dims: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] = (256, 384)
+    depths: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] = (2, 2)
+    mlp_ratio: float = Field(4.0, gt=0)
+
+
 class ModelConfig(Section):
-    """The vision transformer of both branches (a named size or three numbers) and the two decoders."""
+    """The encoder of both branches (a named size or three numbers) and the two decoders."""
 
     encoder: EncoderName | None = None
     embed_dim: int | None = Field(None, ge=4, multiple_of=4)
     depth: int | None = Field(None, ge=1)
     num_heads: int | None = Field(None, ge=1)
+    conv: ConvConfig | None = None  # with three numbers: convolutional stages first, as in convvit_*
     mlp_ratio: float = Field(4.0, gt=0)
     patch_size: int = Field(16, ge=1)  # px. Source: ViT-S/B/L; ViT-H uses 14
     pixel_decoder: PixelDecoderConfig = PixelDecoderConfig()
     feature_decoder: FeatureDecoderConfig = FeatureDecoderConfig()
+    init: str | None = None  # start from these weights: a file or folder that cmae_scale.convert reads
     attention: Attention = "auto"  # which scaled-dot-product kernel; a named one that cannot run is an error
     remat: Remat = (
         "none"  # recompute in backward: selective keeps the matrix products, full only block inputs
@@ -74,9 +93,15 @@ class ModelConfig(Section):
             raise ValueError(
                 'write "encoder": "vit_base" (or another size), or all of embed_dim, depth, num_heads'
             )
-        if self.encoder is not None and explicit != (None, None, None):
+        if self.encoder is not None and (*explicit, self.conv) != (None, None, None, None):
             raise ValueError(
-                "encoder names a size already: drop embed_dim, depth and num_heads, or set encoder to null"
+                "encoder names a size already: drop embed_dim, depth, num_heads and conv, "
+                "or set encoder to null"
+            )
+        if self.is_hybrid and self.patch_size % 4:
+            raise ValueError(
+                f"a hybrid encoder merges 4 x 4 sites into a patch: patch_size {self.patch_size} must be "
+                "a multiple of 4"
             )
         if self.embed_dim is not None and self.num_heads is not None and self.embed_dim % self.num_heads:
             raise ValueError(f"embed_dim {self.embed_dim} is not a multiple of num_heads {self.num_heads}")
@@ -85,6 +110,11 @@ class ModelConfig(Section):
         if self.feature_decoder.shared and self.feature_decoder.embed_dim != self.pixel_decoder.embed_dim:
             raise ValueError("feature_decoder.shared needs the same embed_dim in both decoders")
         return self
+
+    @property
+    def is_hybrid(self) -> bool:
+        """Whether convolutional stages come before the transformer (else it is a plain one)."""
+        return self.conv is not None or (self.encoder is not None and self.encoder.startswith("convvit"))
 
 
 class HeadsConfig(Section):
@@ -282,6 +312,8 @@ class CmaeConfig(Section):
             )
         if self.target.mask_ratio and int(cells * (1 - self.target.mask_ratio)) < 1:
             raise ValueError(f"target.mask_ratio {self.target.mask_ratio} of {cells} cells keeps none")
+        if self.target.pool == "cls" and self.model.is_hybrid:
+            raise ValueError('a hybrid encoder has no class token: write target.pool "mean"')
         return self
 
     @property

@@ -25,6 +25,7 @@ from cmae_scale.engine.weights import gather_weights
 from cmae_scale.layers.attention import AttentionChoice, choose_attention, set_attention_
 from cmae_scale.models import build_cmae
 from cmae_scale.models.flops import count_flops
+from cmae_scale.models.initial import start_from_
 from cmae_scale.models.sizes import read_size
 from cmae_scale.models.weights import export_encoder
 
@@ -67,7 +68,7 @@ class Pretraining:
         return {"momentum": self.momentum.at(step)}
 
     def export(self) -> Path:
-        """Write the online encoder to RUN/encoder, for timm.create_model("local-dir:RUN/encoder")."""
+        """Write the online encoder to RUN/encoder: see `export_encoder`."""
         run = self.session.run
         folder = run.out / "encoder"
         weights = gather_weights(self.session.engine.module.online_encoder)
@@ -81,6 +82,8 @@ def start_pretraining(run: Run, *, place: Place, data_order: str) -> Session:
     precision = read_precision(run.deepspeed)
     attention = choose_run_attention(run.cmae, device=place.device, dtype=precision.compute)
     model = build_cmae(run.cmae)
+    init = run.cmae.model.init
+    notices = [] if init is None else start_from_(model, run.cmae, path=Path(init))
     set_attention_(model, attention)
     return start_session(
         run,
@@ -94,6 +97,7 @@ def start_pretraining(run: Run, *, place: Place, data_order: str) -> Session:
             ranks=place.world.size,
             precision=name_precision(precision),
         ),
+        notices=notices,
     )
 
 
@@ -102,7 +106,7 @@ def describe_kind(run: Run, *, data_order: str) -> dict[str, Any]:
     sections = json.loads(
         run.cmae.model_dump_json(include={"model", "mask", "heads", "views", "loss", "target"})
     )
-    for free in ("attention", "remat"):  # change speed and memory, not the model
+    for free in ("attention", "remat", "init"):  # change speed, memory or the beginning, not the model
         del sections["model"][free]
     return {
         "train_batch_size": run.deepspeed["train_batch_size"],
@@ -128,7 +132,8 @@ def choose_run_attention(cfg: CmaeConfig, *, device: torch.device, dtype: torch.
 def describe(session: Session, *, images: int, times: Timetable) -> str:
     """What runs, in a few lines."""
     cfg, model = session.run.cmae, session.engine.module
-    name = cfg.model.encoder or f"ViT {cfg.model.embed_dim} wide, {cfg.model.depth} deep"
+    kind = "hybrid ViT" if cfg.model.is_hybrid else "ViT"
+    name = cfg.model.encoder or f"{kind} {cfg.model.embed_dim} wide, {cfg.model.depth} deep"
     method = "CMAE" if cfg.has_contrast else "MAE"
     device = session.place.device
     hardware = (

@@ -4,12 +4,12 @@ from typing import Any
 
 import deepspeed
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from cmae_scale.core.errors import ConfigError
 from cmae_scale.core.settings import Remat
-from cmae_scale.layers.blocks import BlockRunner
+from cmae_scale.layers.blocks import BlockCall, BlockRunner
 
 # A linear layer on [batch, tokens, embed] dispatches to addmm (mm without bias), explicit attention to bmm.
 _aten = torch.ops.aten
@@ -60,17 +60,17 @@ def adapt_settings(remat: Remat, *, settings: dict[str, Any]) -> dict[str, Any]:
     return {**settings, "zero_optimization": {**zero, "memory_efficient_linear": False}}
 
 
-def _run_through_deepspeed(block: nn.Module, tokens: Tensor) -> Tensor:
+def _run_through_deepspeed(block: BlockCall, tokens: Tensor) -> Tensor:
     if not torch.is_grad_enabled():
         return _as_tensor(block(tokens))
     return _as_tensor(deepspeed.checkpointing.checkpoint(block, tokens))
 
 
-def _run_full(block: nn.Module, tokens: Tensor) -> Tensor:
+def _run_full(block: BlockCall, tokens: Tensor) -> Tensor:
     return _as_tensor(checkpoint(block, tokens, use_reentrant=False, preserve_rng_state=False))
 
 
-def _run_selective(block: nn.Module, tokens: Tensor) -> Tensor:
+def _run_selective(block: BlockCall, tokens: Tensor) -> Tensor:
     return _as_tensor(
         checkpoint(
             block, tokens, use_reentrant=False, preserve_rng_state=False, context_fn=_keep_matrix_products

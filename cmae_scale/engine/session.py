@@ -75,6 +75,7 @@ def start_session(
     pairs: Sequence[Pair],
     attention: AttentionChoice,
     stamp: Stamp,
+    notices: Sequence[str] = (),
 ) -> Session:
     """Everything of the run on this rank, at the newest state in the run folder or at step 0.
 
@@ -83,7 +84,7 @@ def start_session(
     another kind of run.
     """
     _open_folder(run, place)
-    notices = settle_monitors(run.deepspeed)
+    notices = [*notices, *settle_monitors(run.deepspeed)]
     engine = start_engine(model, run)
     session = Session(
         run=run,

@@ -3,6 +3,19 @@ Imports `core`, `layers` and `losses`; knows no optimizer, no ranks and no files
 """
 
 from cmae_scale.models.cmae import CMAE, CMAEOutput, build_cmae
+from cmae_scale.models.encoder import ImageEncoder
+from cmae_scale.models.read import EncoderDescription, read_classifier, read_description, read_encoder
 from cmae_scale.models.sizes import EncoderSize, read_size
 
-__all__ = ["CMAE", "CMAEOutput", "EncoderSize", "build_cmae", "read_size"]
+__all__ = [
+    "CMAE",
+    "CMAEOutput",
+    "EncoderDescription",
+    "EncoderSize",
+    "ImageEncoder",
+    "build_cmae",
+    "read_classifier",
+    "read_description",
+    "read_encoder",
+    "read_size",
+]

@@ -2,8 +2,9 @@
 
 from typing import NamedTuple
 
-from cmae_scale.core.settings import CmaeConfig, DecoderConfig
-from cmae_scale.models.sizes import read_size
+from cmae_scale.core.settings import CmaeConfig, DecoderConfig, ModelConfig
+from cmae_scale.models.hybrid import COARSE, FINE, KERNEL
+from cmae_scale.models.sizes import read_size, read_stages
 
 
 class ForwardFlops(NamedTuple):
@@ -31,21 +32,21 @@ class ForwardFlops(NamedTuple):
 
 def count_flops(cfg: CmaeConfig) -> ForwardFlops:
     """The parts' operations for a run's model, views and masks."""
-    size, model = read_size(cfg.model), cfg.model
-    width, values = size.embed_dim, 3 * model.patch_size**2
+    model = cfg.model
+    width, values = read_size(model).embed_dim, 3 * model.patch_size**2
+    prefix = 0 if model.is_hybrid else 1
     grid = cfg.views.img_px // model.patch_size
     patches = grid**2
     kept = count_kept(grid, cell=cfg.mask.cell, ratio=cfg.mask.ratio)
 
     def encoder(seen: int) -> int:
-        blocks = count_blocks(size.depth, width=width, mlp_ratio=model.mlp_ratio, tokens=seen + 1)
-        return 2 * seen * values * width + blocks
+        return count_encoder(model, seen=seen, patches=patches)
 
     def completion(decoder: DecoderConfig) -> int:
         blocks = count_blocks(
-            decoder.depth, width=decoder.embed_dim, mlp_ratio=decoder.mlp_ratio, tokens=patches + 1
+            decoder.depth, width=decoder.embed_dim, mlp_ratio=decoder.mlp_ratio, tokens=patches + prefix
         )
-        return 2 * (kept + 1) * width * decoder.embed_dim + blocks
+        return 2 * (kept + prefix) * width * decoder.embed_dim + blocks
 
     pixels = completion(model.pixel_decoder) + 2 * (patches - kept) * model.pixel_decoder.embed_dim * values
     if not cfg.has_contrast:
@@ -65,6 +66,25 @@ def count_flops(cfg: CmaeConfig) -> ForwardFlops:
 def count_kept(grid: int, *, cell: int, ratio: float) -> int:
     """Patches of a grid x grid image that masking keeps. Source: official cmae_vit.py."""
     return int((grid // cell) ** 2 * (1 - ratio)) * cell**2
+
+
+def count_encoder(model: ModelConfig, *, seen: int, patches: int) -> int:
+    """Operations of the encoder on `seen` of an image's `patches`."""
+    size, stages = read_size(model), read_stages(model)
+    width = size.embed_dim
+    prefix = 0 if stages else 1
+    blocks = count_blocks(size.depth, width=width, mlp_ratio=model.mlp_ratio, tokens=seen + prefix)
+    if stages is None:
+        return 2 * seen * 3 * model.patch_size**2 * width + blocks
+    total, before = blocks + 2 * seen * width**2, 3 * (model.patch_size // FINE) ** 2
+    for dim, depth, side in zip(stages.dims, stages.depths, (FINE, COARSE), strict=True):
+        pointwise = 2 * dim**2 + 2 * dim * int(dim * stages.mlp_ratio)
+        # the depthwise convolution alone runs over hidden patches too
+        block = 2 * seen * side**2 * pointwise + 2 * patches * side**2 * dim * KERNEL**2
+        embed, fuse = seen * side**2 * before * dim, seen * side**2 * dim * width
+        total += depth * block + 2 * (embed + fuse)
+        before = (FINE // COARSE) ** 2 * dim
+    return total + 2 * seen * before * width
 
 
 def count_blocks(depth: int, *, width: int, mlp_ratio: float, tokens: int) -> int:

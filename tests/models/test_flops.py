@@ -11,6 +11,13 @@ from cmae_scale.models.flops import count_flops
 
 BASE: dict[str, Any] = {"model": {"encoder": "vit_tiny"}, "data": {"shards": "x"}}
 
+HYBRID: dict[str, Any] = {
+    "embed_dim": 48,
+    "depth": 3,
+    "num_heads": 4,
+    "conv": {"dims": (12, 20), "depths": (1, 2), "mlp_ratio": 2.5},
+}
+
 
 @pytest.mark.parametrize(
     "changes",
@@ -21,8 +28,21 @@ BASE: dict[str, Any] = {"model": {"encoder": "vit_tiny"}, "data": {"shards": "x"
         {"model": {"encoder": "vit_tiny", "feature_decoder": {"depth": 0}}},
         {"target": {"mask_ratio": 0.5, "final_norm": True}},
         {"model": {"embed_dim": 48, "depth": 3, "num_heads": 4, "patch_size": 8, "mlp_ratio": 3.0}},
+        {"model": HYBRID},
+        {"model": HYBRID, "loss": {"weight": 0.0}, "mask": {"ratio": 0.75, "cell": 1}},
+        {"model": {**HYBRID, "patch_size": 8}, "target": {"mask_ratio": 0.5}},
     ],
-    ids=["cmae", "mae", "shared", "no feature decoder", "masked target", "other sizes"],
+    ids=[
+        "cmae",
+        "mae",
+        "shared",
+        "no feature decoder",
+        "masked target",
+        "other sizes",
+        "hybrid",
+        "hybrid mae",
+        "hybrid of other sizes",
+    ],
 )
 def test_the_closed_form_equals_what_torch_counts(changes: dict[str, Any]) -> None:
     cfg = CmaeConfig.model_validate({**BASE, **changes})
