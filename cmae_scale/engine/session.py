@@ -14,6 +14,7 @@ from cmae_scale.engine.start import Engine, Place, Precision, read_precision, st
 from cmae_scale.engine.states.checkpoint import load_newest, save_state
 from cmae_scale.engine.states.stamp import Stamp
 from cmae_scale.engine.watch.monitors import settle_monitors
+from cmae_scale.engine.watch.spans import Spans
 from cmae_scale.layers.attention import AttentionChoice, use_attention
 
 
@@ -28,6 +29,7 @@ class Session:
     attention: AttentionChoice
     stamp: Stamp
     first_step: int
+    spans: Spans  # where the time goes, if the run file asks
     notices: list[str] = field(default_factory=list)  # what the user should know
 
     def use_attention(self) -> AbstractContextManager[None]:
@@ -84,6 +86,7 @@ def start_session(
         attention=attention,
         stamp=stamp,
         first_step=0,
+        spans=Spans(place.device, is_on=run.cmae.monitor.breakdown),
         notices=notices,
     )
     if run.cmae.checkpoint.resume == "auto":
