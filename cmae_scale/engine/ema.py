@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from cmae_scale.core.collectives import sum_of_ranks
-from cmae_scale.engine.shards import master_of, own_elements, shard_of
+from cmae_scale.engine.shards import drop_node_copies_, master_of, own_elements, shard_of
 
 Pair = tuple[str, nn.Parameter, nn.Parameter]  # name, online, target
 
@@ -40,6 +40,7 @@ class TargetEma:
         else:
             torch._foreach_lerp_(self.masters, [master_of(p) for p in self.online], 1 - momentum)
             torch._foreach_copy_([shard_of(p) for p in self.target], self.masters)
+        drop_node_copies_(self.target)
 
     def state(self) -> dict[str, Tensor] | None:
         """The fp32 masters of this rank by name; None when the target itself is fp32 (it is in the model)."""
@@ -51,6 +52,7 @@ class TargetEma:
             assert state is not None, "the checkpoint holds no fp32 masters of the target"
             for name, master in zip(self.names, self.masters, strict=True):
                 master.copy_(state[name])
+        drop_node_copies_(self.target)
 
     @torch.no_grad()
     def measure_distance(self) -> Tensor:

@@ -16,6 +16,7 @@ from cmae_scale.core.schedules import TargetMomentum
 from cmae_scale.core.settings import CmaeConfig
 from cmae_scale.data.stream import MasterBatch
 from cmae_scale.engine.inputs import draw_step
+from cmae_scale.engine.partition import build_model
 from cmae_scale.engine.session import Session, count_trainable, name_precision, start_session
 from cmae_scale.engine.start import Place, read_precision
 from cmae_scale.engine.states.stamp import build_stamp
@@ -23,7 +24,6 @@ from cmae_scale.engine.step import METRIC_NAMES, accumulate_gradients
 from cmae_scale.engine.watch.health import Health
 from cmae_scale.engine.weights import gather_weights
 from cmae_scale.layers.attention import AttentionChoice, choose_attention, set_attention_
-from cmae_scale.models import build_cmae
 from cmae_scale.models.flops import count_flops
 from cmae_scale.models.sizes import read_size
 from cmae_scale.models.weights import export_encoder
@@ -89,7 +89,7 @@ def start_pretraining(run: Run, *, place: Place, data_order: str) -> Session:
     """The session of a pre-training run; `data_order` names the sample order, which a state belongs to."""
     precision = read_precision(run.deepspeed)
     attention = choose_run_attention(run.cmae, device=place.device, dtype=precision.compute)
-    model = build_cmae(run.cmae)
+    model = build_model(run, device=place.device)
     set_attention_(model, attention)
     session = start_session(
         run,

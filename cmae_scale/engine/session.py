@@ -10,6 +10,7 @@ from cmae_scale.core.config import Run, dump_run
 from cmae_scale.core.errors import ConfigError
 from cmae_scale.core.files import write_text
 from cmae_scale.engine.ema import Pair, TargetEma
+from cmae_scale.engine.memory_plan import check_memory_plan
 from cmae_scale.engine.start import Engine, Place, Precision, read_precision, start_engine
 from cmae_scale.engine.states.checkpoint import load_newest, save_state
 from cmae_scale.engine.states.stamp import Stamp
@@ -77,6 +78,7 @@ def start_session(
     """
     _open_folder(run, place)
     notices = settle_monitors(run.deepspeed)
+    check_memory_plan(run.deepspeed, device=place.device.type, has_target=bool(pairs))
     engine = start_engine(model, run)
     session = Session(
         run=run,

@@ -1,5 +1,6 @@
 """What of a parameter lives on this rank, whatever ZeRO made of it."""
 
+from collections.abc import Iterable
 from typing import Any
 
 from deepspeed.utils import safe_get_full_fp32_param
@@ -29,7 +30,7 @@ def master_of(parameter: nn.Parameter) -> Tensor:
     if optimizer._swappable_optimizer_subgroup(group):  # on NVMe: the buffer is needed for the next parameter
         local = local.clone()
         optimizer._release_swap_buffers(group)
-    return local.reshape(shard.shape)
+    return local.reshape(shard.shape).float()
 
 
 def own_elements(parameter: nn.Parameter, shard: Tensor) -> Tensor:
@@ -42,3 +43,14 @@ def own_elements(parameter: nn.Parameter, shard: Tensor) -> Tensor:
     begin = parameter.ds_zero_partition_rank * shard.numel()  # type: ignore[attr-defined]
     kept = min(shard.numel(), max(0, parameter.ds_numel - begin))  # type: ignore[attr-defined]
     return shard.flatten()[:kept]
+
+
+def drop_node_copies_(frozen: Iterable[nn.Parameter]) -> None:
+    """Have ZeRO++ copy frozen parameters that have changed anew within each node (zero_hpz_partition_size).
+
+    It renews its second copy of trained parameters after every update, but keeps that of frozen ones for
+    ever: the target's forward pass would stay at the weights of the start.
+    """
+    for parameter in frozen:
+        if hasattr(parameter, "ds_secondary_tensor"):
+            parameter.ds_secondary_tensor = None
