@@ -56,7 +56,7 @@ def train(run: Run, *, stop_at: int | None = None) -> None:
     from cmae_scale.data.shard_set import open_shards
     from cmae_scale.data.stream import open_batches
     from cmae_scale.engine.loop import take_steps
-    from cmae_scale.engine.pretraining import Pretraining, describe, start_pretraining
+    from cmae_scale.engine.pretraining import Pretraining, describe, start_pretraining, watch_health
     from cmae_scale.engine.start import start_processes, stop_processes
     from cmae_scale.engine.watch.journal import Journal
 
@@ -72,8 +72,14 @@ def train(run: Run, *, stop_at: int | None = None) -> None:
     schedules = plan_schedules(run.cmae, peak_lr=run.peak_lr, times=times)
 
     session = start_pretraining(run, place=place, data_order=plan.fingerprint)
-    method = Pretraining(session, batch, schedules.momentum)
-    journal = Journal(session, times=times, metric_names=method.metric_names, image_flops=method.image_flops)
+    method = Pretraining(session, batch, schedules.momentum, watch_health(session))
+    journal = Journal(
+        session,
+        times=times,
+        metric_names=method.metric_names,
+        image_flops=method.image_flops,
+        health=method.health,
+    )
     journal.say(describe(session, images=shards.total, times=times))
     steps = range(session.first_step, min(times.total_steps, stop_at or times.total_steps))
     bad = BadSamples(data.max_bad_fraction)

@@ -270,7 +270,20 @@ class MonitorConfig(Section):
     """What is written while training."""
 
     log_every: int = Field(20, ge=1)  # optimizer steps per line of metrics.jsonl
+    health: bool = True  # gradient norms by part, target distance, spread of queries and keys in each line;
+    # measured in the last step before it
+    breakdown: bool = False  # milliseconds per step of data, augment, forward, target, backward, ... by line
+    profile: Annotated[str, Field(pattern=r"^[1-9]\d*(-[1-9]\d*)?$")] | None = (
+        None  # steps "10-12", counted as in metrics.jsonl: torch profiler trace in RUN/profile, of rank 0
+    )
     pictures: int = Field(8, ge=0)  # held-out images in the reconstruction sheet; 0 = none
+
+    @model_validator(mode="after")
+    def _profile_in_order(self) -> "MonitorConfig":
+        first, _, last = (self.profile or "").partition("-")
+        if last and int(last) < int(first):
+            raise ValueError(f'profile "{self.profile}" ends before it begins: write "{last}-{first}"')
+        return self
 
 
 class CmaeConfig(Section):

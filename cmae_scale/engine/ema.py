@@ -1,11 +1,12 @@
 """The target branch follows the online branch: a moving average on whatever shards a rank holds."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
-from deepspeed.utils import safe_get_full_fp32_param, safe_get_local_fp32_param
 from torch import Tensor, nn
+
+from cmae_scale.core.collectives import sum_of_ranks
+from cmae_scale.engine.shards import drop_node_copies_, master_of, own_elements, shard_of
 
 Pair = tuple[str, nn.Parameter, nn.Parameter]  # name, online, target
 
@@ -23,11 +24,11 @@ class TargetEma:
         self.online = [online for _, online, _ in pairs]
         self.target = [target for _, _, target in pairs]
         for name, online, target in pairs:
-            assert _shard(online).shape == _shard(target).shape, (
+            assert shard_of(online).shape == shard_of(target).shape, (
                 f"{name}: online and target are split differently"
             )
         # at the start of a run the target equals the online branch, whose fp32 values were not yet rounded
-        self.masters = [_master(parameter).clone() for parameter in self.online] if keep_master else None
+        self.masters = [master_of(parameter).clone() for parameter in self.online] if keep_master else None
 
     @torch.no_grad()
     def update_(self, momentum: float) -> None:
@@ -37,8 +38,8 @@ class TargetEma:
         if self.masters is None:
             torch._foreach_lerp_(*self._shards(), 1 - momentum)
         else:
-            torch._foreach_lerp_(self.masters, [_master(p) for p in self.online], 1 - momentum)
-            self.renew_()
+            torch._foreach_lerp_(self.masters, [master_of(p) for p in self.online], 1 - momentum)
+        self.renew_()
 
     def named_masters(self) -> dict[str, Tensor]:
         """The fp32 masters of this rank by parameter name; none where the target itself is fp32."""
@@ -46,24 +47,26 @@ class TargetEma:
 
     @torch.no_grad()
     def renew_(self) -> None:
-        """Round the masters into the target again, after they were written to."""
+        """Have the target's other copies agree with what was written to its masters, or to itself."""
         if self.masters:
-            torch._foreach_copy_([_shard(p) for p in self.target], self.masters)
+            torch._foreach_copy_([shard_of(p) for p in self.target], self.masters)
+        drop_node_copies_(self.target)
+
+    @torch.no_grad()
+    def measure_distance(self) -> Tensor:
+        """|online - target| / |online| of all parameters that are averaged, in fp32, on all ranks.
+
+        Every rank must call it at the same step. Takes the memory of one parameter.
+        """
+        pairs = list(zip(self.online, self.masters or [shard_of(p) for p in self.target], strict=True))
+        squares = torch.zeros(2, device=pairs[0][1].device)
+        for online, target in pairs:
+            values = shard_of(online) if self.masters is None else master_of(online)
+            own, followed = own_elements(online, values), own_elements(online, target)
+            squares += torch.stack([(own - followed).square().sum(), own.square().sum()])
+        if hasattr(self.online[0], "ds_tensor"):
+            squares = sum_of_ranks(squares)
+        return (squares[0] / squares[1]).sqrt()
 
     def _shards(self) -> tuple[list[Tensor], list[Tensor]]:
-        return [_shard(p) for p in self.target], [_shard(p) for p in self.online]
-
-
-def _shard(parameter: nn.Parameter) -> Tensor:
-    """The elements of `parameter` that live on this rank: all of them below ZeRO-3."""
-    shard: Any = getattr(parameter, "ds_tensor", None)
-    return parameter.data if shard is None else shard.data
-
-
-def _master(parameter: nn.Parameter) -> Tensor:
-    """The fp32 values behind the elements of `_shard(parameter)`."""
-    if hasattr(parameter, "ds_tensor"):
-        local = safe_get_local_fp32_param(parameter)
-    else:
-        local = safe_get_full_fp32_param(parameter)
-    return _shard(parameter).float() if local is None else local.reshape(_shard(parameter).shape)
+        return [shard_of(p) for p in self.target], [shard_of(p) for p in self.online]

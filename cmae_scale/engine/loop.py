@@ -63,20 +63,25 @@ def take_steps(
     log_every = session.run.cmae.monitor.log_every
     agreement = Agreement()
     with session.use_attention(), StopRequest() as stop:
-        for step in steps:
+        for step in journal.watch(steps):
             with journal.waiting_for_data():
                 parts = agreement.do(lambda: list(islice(masters, method.batch.accumulation)))
             set_learning_rate_(session.engine, lr.at(step))
             losses = method.accumulate(parts, step=step)
-            session.engine.step()
+            journal.look_at_gradients()
+            with session.spans.span("step"):
+                session.engine.step()
             if session.engine.was_step_applied():  # fp16 skips a step that overflows
-                method.follow_(step=step)
+                with session.spans.span("ema"):
+                    method.follow_(step=step)
             journal.add(step, losses, keys=[key for part in parts for key in part.keys])
             done, asked = step + 1, stop.is_agreed()
             saves = asked or done % times.save_every_steps == 0 or done == steps.stop
             if saves or done % log_every == 0:
                 journal.write(done, scheduled=method.scheduled(step), bad=bad)
-            if saves and (failed := session.save(done, keep_every_steps=times.keep_every_steps)):
+            with session.spans.span("save"):
+                failed = session.save(done, keep_every_steps=times.keep_every_steps) if saves else None
+            if failed:
                 journal.say(f"warning: step {done} is not saved ({failed}); older states are as they were")
             if asked and done < steps.stop:
                 raise InterruptedRunError(done)

@@ -1,6 +1,7 @@
 """Pre-training as the loop knows it: what a step does with a rank's images, and what follows its update."""
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,15 +18,15 @@ from cmae_scale.core.schedules import TargetMomentum
 from cmae_scale.core.settings import CmaeConfig
 from cmae_scale.data.stream import MasterBatch
 from cmae_scale.engine.inputs import draw_step
+from cmae_scale.engine.partition import build_model
 from cmae_scale.engine.session import Session, count_trainable, name_precision, start_session
 from cmae_scale.engine.start import Place, read_precision
 from cmae_scale.engine.states.stamp import build_stamp
 from cmae_scale.engine.step import METRIC_NAMES, accumulate_gradients
+from cmae_scale.engine.watch.health import Health
 from cmae_scale.engine.weights import gather_weights
 from cmae_scale.layers.attention import AttentionChoice, choose_attention, set_attention_
-from cmae_scale.models import build_cmae
 from cmae_scale.models.flops import count_flops
-from cmae_scale.models.initial import start_from_
 from cmae_scale.models.sizes import read_size
 from cmae_scale.models.weights import export_encoder
 
@@ -37,6 +38,7 @@ class Pretraining:
     session: Session
     batch: BatchSizes
     momentum: TargetMomentum
+    health: Health | None = None
 
     @property
     def metric_names(self) -> tuple[str, ...]:
@@ -51,13 +53,21 @@ class Pretraining:
     def accumulate(self, masters: Sequence[MasterBatch], *, step: int) -> Float[Tensor, " metrics"]:
         """Gradients of this rank's micro-batches; views and masks are drawn for the whole global batch."""
         cfg, rank = self.session.run.cmae, self.session.place.world.rank
-        draws = draw_step(cfg, total=self.batch.total, step=step)
         first_rows = range(rank * self.batch.local, (rank + 1) * self.batch.local, self.batch.micro)
-        micro_batches = [
-            draws.prepare(part.images, first_row=row, cfg=cfg)
-            for part, row in zip(masters, first_rows, strict=True)
-        ]
-        return accumulate_gradients(self.session.engine, micro_batches, cfg=cfg, rank=rank)
+        with self.session.spans.span("augment"):
+            draws = draw_step(cfg, total=self.batch.total, step=step)
+            micro_batches = [
+                draws.prepare(part.images, first_row=row, cfg=cfg)
+                for part, row in zip(masters, first_rows, strict=True)
+            ]
+        return accumulate_gradients(
+            self.session.engine,
+            micro_batches,
+            cfg=cfg,
+            rank=rank,
+            spans=self.session.spans,
+            health=self.health,
+        )
 
     def follow_(self, *, step: int) -> None:
         """The target follows the weights that step `step` has moved."""
@@ -81,11 +91,9 @@ def start_pretraining(run: Run, *, place: Place, data_order: str) -> Session:
     """The session of a pre-training run; `data_order` names the sample order, which a state belongs to."""
     precision = read_precision(run.deepspeed)
     attention = choose_run_attention(run.cmae, device=place.device, dtype=precision.compute)
-    model = build_cmae(run.cmae)
-    init = run.cmae.model.init
-    notices = [] if init is None else start_from_(model, run.cmae, path=Path(init))
+    model, notices = build_model(run, device=place.device)
     set_attention_(model, attention)
-    return start_session(
+    session = start_session(
         run,
         place=place,
         model=model,
@@ -99,6 +107,29 @@ def start_pretraining(run: Run, *, place: Place, data_order: str) -> Session:
         ),
         notices=notices,
     )
+    if model.target_encoder is not None and model.target_projector is not None:
+        session.spans.watch_(model.target_encoder, model.target_projector, name="target")
+    return session
+
+
+def watch_health(session: Session) -> Health | None:
+    """Signs of learning and of collapse in a pre-training run; None where the run file wants none."""
+    cfg, model = session.run.cmae, session.engine.module
+    if not cfg.monitor.health:
+        return None
+    modules = {
+        "encoder": [model.online_encoder],
+        "pixel_decoder": [model.pixel_decoder],
+        "feature_decoder": [model.feature_decoder],
+        "heads": [model.projector, model.predictor],
+    }
+    parts = {
+        name: [p for module in group if module is not None for p in module.parameters()]
+        for name, group in modules.items()
+    }
+    has_chance = cfg.has_contrast and cfg.loss.contrast == "infonce"
+    chance = math.log(session.run.deepspeed["train_batch_size"]) if has_chance else None
+    return Health(parts, ema=session.ema, chance=chance)
 
 
 def describe_kind(run: Run, *, data_order: str) -> dict[str, Any]:

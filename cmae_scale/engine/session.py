@@ -11,10 +11,12 @@ from cmae_scale.core.config import Run, dump_run
 from cmae_scale.core.errors import ConfigError
 from cmae_scale.core.files import write_text
 from cmae_scale.engine.ema import Pair, TargetEma
+from cmae_scale.engine.memory_plan import check_memory_plan
 from cmae_scale.engine.start import Engine, Place, Precision, read_precision, start_engine
 from cmae_scale.engine.states.checkpoint import Keeping, load_newest, save_state
 from cmae_scale.engine.states.stamp import Stamp
 from cmae_scale.engine.watch.monitors import settle_monitors
+from cmae_scale.engine.watch.spans import Spans
 from cmae_scale.layers.attention import AttentionChoice, use_attention
 
 
@@ -29,6 +31,7 @@ class Session:
     attention: AttentionChoice
     stamp: Stamp
     first_step: int
+    spans: Spans  # where the time goes, if the run file asks
     notices: list[str] = field(default_factory=list)  # what the user should know
     extra: dict[str, Any] = field(default_factory=dict)  # JSON that belongs to the state, by who keeps it
 
@@ -85,6 +88,7 @@ def start_session(
     """
     _open_folder(run, place)
     notices = [*notices, *settle_monitors(run.deepspeed)]
+    check_memory_plan(run.deepspeed, device=place.device.type, has_target=bool(pairs))
     engine = start_engine(model, run)
     session = Session(
         run=run,
@@ -94,6 +98,7 @@ def start_session(
         attention=attention,
         stamp=stamp,
         first_step=0,
+        spans=Spans(place.device, is_on=run.cmae.monitor.breakdown),
         notices=notices,
     )
     resume = run.cmae.checkpoint.resume

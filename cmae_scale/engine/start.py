@@ -118,7 +118,7 @@ def start_engine(model: nn.Module, run: Run) -> Engine:
     `run` is resolved (no "auto" left). Raises ConfigError for what DeepSpeed refuses.
     """
     settings = adapt_settings(run.cmae.model.remat, settings=run.deepspeed)
-    _check(settings, run)
+    check_settings(settings, run)
     decay = settings.get("optimizer", {}).get("params", {}).get("weight_decay", 0.0)
     runner = choose_block_runner(run.cmae.model.remat, settings=settings)
     model.set_remat_(runner)  # type: ignore[operator]
@@ -130,6 +130,7 @@ def start_engine(model: nn.Module, run: Run) -> Engine:
         raise ConfigError(f"{run.path}: DeepSpeed refuses these settings: {_first_line(error)}") from error
     _forget_rehearsal(engine)
     _split_frozen(engine)
+    _tell_skipped_steps(engine)
     return engine
 
 
@@ -142,6 +143,28 @@ def _forget_rehearsal(engine: Engine) -> None:
     inner = getattr(engine.optimizer, "optimizer", None)
     if inner is not None:
         inner.state.clear()
+
+
+def _tell_skipped_steps(engine: Engine) -> None:
+    """Have `engine.was_step_applied()` be true only where it is, with fp16 autocast at stage 0.
+
+    There torch's GradScaler leaves out the update of a step that overflows, and DeepSpeed, which asks
+    `optimizer.overflow`, does not hear of it: the moving average would go on without the weights.
+    """
+    scaler, optimizer = engine.torch_autocast_z0_gradscaler, engine.optimizer
+    if scaler is None:
+        return
+    take_step = scaler.step
+
+    def step(inner: Any) -> Any:
+        optimizer.overflow = True
+        return take_step(inner)
+
+    def note_update(*args: Any) -> None:
+        optimizer.overflow = False
+
+    scaler.step = step
+    optimizer.register_step_post_hook(note_update)
 
 
 def _split_frozen(engine: Engine) -> None:
@@ -158,7 +181,7 @@ def _split_frozen(engine: Engine) -> None:
     kept_whole[:] = [parameter for parameter in kept_whole if parameter.requires_grad]
 
 
-def _check(settings: dict[str, Any], run: Run) -> None:
+def check_settings(settings: dict[str, Any], run: Run) -> None:
     """Let DeepSpeed read the config before anything is built, and say its complaint in one sentence."""
     try:
         DeepSpeedConfig(dict(settings))

@@ -13,7 +13,7 @@ from cmae_scale.models.build import build_encoder
 from cmae_scale.models.decoder import FeatureDecoder, FeatureHead, PixelDecoder, TokenCompletion
 from cmae_scale.models.encoder import ImageEncoder
 from cmae_scale.models.heads import Predictor, Projector
-from cmae_scale.models.init import init_head_, init_transformer_
+from cmae_scale.models.init import Settle, init_follower_, init_head_, init_transformer_, keep_whole
 
 
 class CMAEOutput(NamedTuple):
@@ -78,7 +78,6 @@ class CMAE(nn.Module):
             self.target_projector = Projector(width, cfg.heads)
             self.target_encoder.requires_grad_(False)
             self.target_projector.requires_grad_(False)
-        self.init_()
 
     def forward(
         self,
@@ -160,14 +159,21 @@ class CMAE(nn.Module):
         return pairs
 
     @torch.no_grad()
-    def init_(self) -> None:
-        """Give every parameter its starting value; the target starts as a copy of the online branch."""
+    def init_(self, settle: Settle = keep_whole) -> None:
+        """Give every parameter its starting value; the target starts as a copy of the online branch.
+
+        `settle` gets each module in turn when its own parameters have their values. If it splits them over
+        ranks, it is the caller's to copy online to target, shard by shard.
+        """
         for transformer in (self.online_encoder, self.pixel_decoder, self.feature_decoder):
             if transformer is not None:
-                init_transformer_(transformer)
+                init_transformer_(transformer, settle)
         for head in (self.projector, self.predictor):
             if head is not None:
-                init_head_(head)
+                init_head_(head, settle)
+        for follower in (self.target_encoder, self.target_projector):
+            if follower is not None:
+                init_follower_(follower, settle)
         for pair in self.target_pairs():
             pair.target.copy_(pair.online)
 
@@ -179,8 +185,15 @@ class CMAE(nn.Module):
                     module.run_block = checkpoint_block or run_block
 
 
-def build_cmae(cfg: CmaeConfig) -> CMAE:
-    """The model of a run file, on the CPU. Its weights follow from `cfg.seed` alone, so all ranks agree."""
+def build_cmae(cfg: CmaeConfig, *, settle: Settle = keep_whole) -> CMAE:
+    """The model of a run file, on the CPU. Its weights follow from `cfg.seed` alone, so all ranks agree.
+
+    It is laid out on the meta device and gets its values module by module; `settle` may put each module away
+    before the next takes memory (see `CMAE.init_`). Inside of `torch.device("meta")` it stays without values.
+    """
+    with torch.device("meta"):
+        model = CMAE(cfg)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(cfg.seed)
-        return CMAE(cfg)
+        model.init_(settle)
+    return model

@@ -24,6 +24,10 @@ class StemProjection(PatchProjection):
     """The first convolution, on image tiles; its starting values are torch's own, unlike a ViT's."""
 
 
+class MergeProjection(SiteProjection):
+    """The convolution that makes patches of sites; it starts as a ViT's patch embedding does."""
+
+
 class StageEmbed(nn.Module):
     """Convolution, norm and GELU: from pixels, or from the sites of one stage, to those of the next."""
 
@@ -119,7 +123,7 @@ class HybridTrunk(nn.Module):
         self.blocks1 = nn.ModuleList(block(dim1, drop_path=rate) for rate in rates[:depth1])
         self.patch_embed2 = StageEmbed(SiteProjection(dim1, dim2, side=FINE // COARSE))
         self.blocks2 = nn.ModuleList(block(dim2, drop_path=rate) for rate in rates[depth1 : depth1 + depth2])
-        self.patch_embed3 = StageEmbed(SiteProjection(dim2, size.embed_dim, side=COARSE))
+        self.patch_embed3 = StageEmbed(MergeProjection(dim2, size.embed_dim, side=COARSE))
         self.patch_embed4 = nn.Linear(size.embed_dim, size.embed_dim)
         self.blocks3 = build_blocks(
             size.depth,

@@ -20,8 +20,11 @@ from cmae_scale.data.bad_samples import BadSamples
 from cmae_scale.engine.hardware import read_peak_flops
 from cmae_scale.engine.optim import read_learning_rate
 from cmae_scale.engine.session import Session
+from cmae_scale.engine.watch.advice import Advisor
 from cmae_scale.engine.watch.bad_list import BadList
+from cmae_scale.engine.watch.health import Health
 from cmae_scale.engine.watch.meter import Meter
+from cmae_scale.engine.watch.trace import StepTrace, read_steps
 
 Metrics = dict[str, float | int | None]
 
@@ -33,7 +36,13 @@ class Journal:
     """Collects every step and writes a line when asked. All ranks call its methods; the first one writes."""
 
     def __init__(
-        self, session: Session, *, times: Timetable, metric_names: Sequence[str], image_flops: int
+        self,
+        session: Session,
+        *,
+        times: Timetable,
+        metric_names: Sequence[str],
+        image_flops: int,
+        health: Health | None = None,
     ) -> None:
         self.session = session
         self.times = times
@@ -42,6 +51,8 @@ class Journal:
         self._lines = LineFile(self.path)
         self.meter = Meter(metric_names)
         self.image_flops = image_flops
+        self.health = health
+        self._advisor = Advisor(warmup_steps=times.warmup_steps)
         peak = read_peak_flops(session.place.device)
         self.peak_flops = None if peak is None else peak * session.place.world.size
         self.last: Metrics = {}
@@ -59,11 +70,34 @@ class Journal:
         if self.progress is not None:
             self.progress.say(text)
 
+    def watch(self, steps: range) -> Iterator[int]:
+        """The same steps, looked at closely where the run file asks: for a log line, for a profiler."""
+        trace = self._open_trace()
+        log_every = self.session.run.cmae.monitor.log_every
+        try:
+            for step in steps:
+                if self.health is not None:
+                    self.health.is_due = (step + 1) % log_every == 0 or step + 1 == steps.stop
+                if trace is not None:
+                    trace.before(step)
+                yield step
+                if trace is not None and (told := trace.after(step)):
+                    self.say(told)
+        finally:
+            if trace is not None and (told := trace.close()):
+                self.say(told)
+
+    def look_at_gradients(self) -> None:
+        """Between a step's backward passes and its update."""
+        if self.health is not None:
+            self.health.look_at_gradients(self.session.engine)
+
     @contextmanager
     def waiting_for_data(self) -> Iterator[None]:
         """Count the time spent inside as time the model waited for images."""
         started_s = time.perf_counter()
-        yield
+        with self.session.spans.span("data"):
+            yield
         self._waited_s += time.perf_counter() - started_s
 
     def add(self, step: int, losses: Float[Tensor, " metrics"], *, keys: Sequence[str]) -> None:
@@ -76,6 +110,10 @@ class Journal:
         The only place of the loop where the host waits for the device. Raises, on all ranks, DivergedError
         when a loss was not finite and DataError when too many samples of all ranks are bad.
         """
+        with self.session.spans.span("log"):
+            self._write(done, scheduled=scheduled, bad=bad)
+
+    def _write(self, done: int, *, scheduled: Mapping[str, float], bad: BadSamples) -> None:
         means = self.meter.read()
         elapsed_s = time.perf_counter() - self._started_s
         samples = (done - self._first) * self.batch_samples
@@ -84,6 +122,7 @@ class Journal:
         )
         bad_samples, waited_s = int(totals[0]), float(totals[1])
         images_per_s = samples / elapsed_s
+        health = {} if self.health is None else self.health.read(contrast=means.get("contrast"))
         metrics: Metrics = {
             "step": done,
             "samples": done * self.batch_samples,
@@ -92,11 +131,13 @@ class Journal:
             "lr": read_learning_rate(self.session.engine),
             **scheduled,
             "grad_norm": read_grad_norm(self.session.engine),
+            **health,
             "samples_per_s": round(images_per_s, 2),
             "mfu": self.peak_flops and round(images_per_s * self.image_flops / self.peak_flops, 4),
             "data_wait_s": round(waited_s / self.session.place.world.size, 4),
             "peak_gib": round(read_peak_gib(self.session.place.device), 3),
             "bad_samples": bad_samples,
+            **self.session.spans.read(done - self._first),
         }
         self.last = metrics
         if self.progress is not None:
@@ -104,6 +145,8 @@ class Journal:
                 self.say(f"warning: {self.path} cannot be written ({failed}); its lines wait in memory")
             write_monitors(self.session.engine, metrics)
             self.progress.report(done, self._figures(metrics))
+            for advice in self._advisor.hear(metrics):
+                self.say(advice)
         self._start_interval(done)
         if bad_samples > self._listed:
             self.bad_list.add(bad.take_new())
@@ -123,6 +166,17 @@ class Journal:
         """End the progress line."""
         if self.progress is not None:
             self.progress.close()
+
+    def _open_trace(self) -> StepTrace | None:
+        profile = self.session.run.cmae.monitor.profile
+        if profile is None or not self.session.place.world.is_first:
+            return None
+        return StepTrace(
+            read_steps(profile),
+            folder=self.session.run.out / "profile",
+            device=self.session.place.device,
+            spans=self.session.spans,
+        )
 
     def _figures(self, metrics: Metrics) -> dict[str, str]:
         return {
