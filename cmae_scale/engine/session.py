@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from cmae_scale.core.collectives import gather_objects
 from cmae_scale.core.config import Run, dump_run
 from cmae_scale.core.errors import ConfigError
 from cmae_scale.core.files import write_text
@@ -13,7 +14,6 @@ from cmae_scale.engine.ema import Pair, TargetEma
 from cmae_scale.engine.start import Engine, Place, Precision, read_precision, start_engine
 from cmae_scale.engine.states.checkpoint import load_newest, save_state
 from cmae_scale.engine.states.stamp import Stamp
-from cmae_scale.engine.watch.monitors import settle_monitors
 from cmae_scale.layers.attention import AttentionChoice, use_attention
 
 
@@ -74,7 +74,6 @@ def start_session(
     another kind of run.
     """
     _open_folder(run, place)
-    notices = settle_monitors(run.deepspeed)
     engine = start_engine(model, run)
     session = Session(
         run=run,
@@ -84,7 +83,6 @@ def start_session(
         attention=attention,
         stamp=stamp,
         first_step=0,
-        notices=notices,
     )
     if run.cmae.checkpoint.resume == "auto":
         session.restore()
@@ -105,11 +103,13 @@ def count_trainable(module: nn.Module) -> int:
 
 
 def _open_folder(run: Run, place: Place) -> None:
+    """Write the resolved run file; where that fails, all ranks say so."""
+    failed = None
     if place.world.is_first:
         try:
             run.out.mkdir(parents=True, exist_ok=True)
             write_text(run.out / "config.json", dump_run(run))
         except OSError as error:
-            raise ConfigError(
-                f"cannot write into the run folder {run.out} ({error}): choose another with --out"
-            ) from None
+            failed = str(error)
+    if failed := gather_objects(failed)[0]:
+        raise ConfigError(f"cannot write into the run folder {run.out} ({failed}): choose another with --out")
