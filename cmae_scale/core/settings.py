@@ -286,6 +286,24 @@ class MonitorConfig(Section):
         return self
 
 
+class FaultsConfig(Section):
+    """What the run does when something goes wrong that it can survive."""
+
+    bad_step: Literal["skip", "stop", "rewind"] = "skip"  # a loss or gradient that is not finite, or a spike:
+    # leave the step out (one batch in a million is no loss), stop, or take up the newest state first (where
+    # memory is in doubt). Nothing of such a step reaches weights, target or moments under any of them
+    max_bad_steps: int = Field(3, ge=1)  # that many in a row are left out, the next stops the run: then it is
+    # not the batch. Source: DINOv3 stops after more than 2
+    spike: float | None = Field(None, gt=0)  # also bad: a loss that many standard deviations above the mean
+    # of about the last 100 steps; null = none, because a loss may rise without harm (a new learning rate)
+    step_timeout_s: float = Field(600.0, gt=0)  # no progress for so long ends the run with everyone's stacks;
+    # three times as long at the first step and while saving. As long as torch's collectives wait
+    peer_timeout_s: float = Field(
+        30.0, gt=0
+    )  # a rank that shows no life for so long ends the run (named after
+    # a third of it); a rank that died is noticed at once
+
+
 class CmaeConfig(Section):
     """Everything about the run that is not DeepSpeed's."""
 
@@ -299,6 +317,7 @@ class CmaeConfig(Section):
     schedule: ScheduleConfig = ScheduleConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     monitor: MonitorConfig = MonitorConfig()
+    faults: FaultsConfig = FaultsConfig()
     out: str | None = None  # run folder; null = runs/<name of the run file>
     seed: int = Field(60, ge=0)  # Source: official config
 

@@ -29,6 +29,7 @@ from cmae_scale.data.mix import MixPlan
 from cmae_scale.data.shard_set import ShardSet
 
 NO_LABEL = -1
+CLOSE_S = 3.0  # how long to wait for a thread that should end: a preempted run has 30 s in all
 
 
 @dataclass(frozen=True)
@@ -189,14 +190,17 @@ class BatchStream:
         return batch
 
     def close(self) -> None:
-        """End all threads; images being decoded are finished, batches not consumed are dropped."""
+        """End all threads; images being decoded are finished, batches not consumed are dropped.
+
+        A reader that is stuck in a read (a store that does not answer) is left behind: it ends after it.
+        """
         self._stop.set()
         self._room.release()
-        self._reader.join()
+        self._reader.join(CLOSE_S)
         for _ in self._decoders:
             self._jobs.put(None)
         for thread in self._decoders:
-            thread.join()
+            thread.join(CLOSE_S)
 
     def __enter__(self) -> "BatchStream":
         return self

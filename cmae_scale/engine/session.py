@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from cmae_scale.core.collectives import gather_objects
 from cmae_scale.core.config import Run, dump_run
 from cmae_scale.core.errors import ConfigError
 from cmae_scale.core.files import write_text
@@ -15,7 +16,6 @@ from cmae_scale.engine.memory_plan import check_memory_plan
 from cmae_scale.engine.start import Engine, Place, Precision, read_precision, start_engine
 from cmae_scale.engine.states.checkpoint import Keeping, load_newest, save_state
 from cmae_scale.engine.states.stamp import Stamp
-from cmae_scale.engine.watch.monitors import settle_monitors
 from cmae_scale.engine.watch.spans import Spans
 from cmae_scale.layers.attention import AttentionChoice, use_attention
 
@@ -87,7 +87,6 @@ def start_session(
     another kind of run.
     """
     _open_folder(run, place)
-    notices = [*notices, *settle_monitors(run.deepspeed)]
     check_memory_plan(run.deepspeed, device=place.device.type, has_target=bool(pairs))
     engine = start_engine(model, run)
     session = Session(
@@ -99,7 +98,7 @@ def start_session(
         stamp=stamp,
         first_step=0,
         spans=Spans(place.device, is_on=run.cmae.monitor.breakdown),
-        notices=notices,
+        notices=list(notices),
     )
     resume = run.cmae.checkpoint.resume
     if resume != "never" and not session.restore() and resume == "required":
@@ -124,11 +123,13 @@ def count_trainable(module: nn.Module) -> int:
 
 
 def _open_folder(run: Run, place: Place) -> None:
+    """Write the resolved run file; where that fails, all ranks say so."""
+    failed = None
     if place.world.is_first:
         try:
             run.out.mkdir(parents=True, exist_ok=True)
             write_text(run.out / "config.json", dump_run(run))
         except OSError as error:
-            raise ConfigError(
-                f"cannot write into the run folder {run.out} ({error}): choose another with --out"
-            ) from None
+            failed = str(error)
+    if failed := gather_objects(failed)[0]:
+        raise ConfigError(f"cannot write into the run folder {run.out} ({failed}): choose another with --out")

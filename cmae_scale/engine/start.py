@@ -3,7 +3,7 @@
 import logging
 import os
 import socket
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
@@ -19,6 +19,9 @@ from cmae_scale.core.errors import ConfigError
 from cmae_scale.core.world import World, read_world
 from cmae_scale.engine.optim import weight_decay_groups
 from cmae_scale.engine.remat import adapt_settings, choose_block_runner
+from cmae_scale.engine.safety.pulse import Pulse
+from cmae_scale.engine.safety.signals import StopRequest
+from cmae_scale.engine.watch.monitors import without_monitors
 
 Engine = Any  # deepspeed.DeepSpeedEngine, which ships no types
 
@@ -39,10 +42,12 @@ _SECTIONS = {
 
 @dataclass(frozen=True)
 class Place:
-    """Where this process computes."""
+    """Where this process computes, what it is doing, and whether it was asked to leave."""
 
     world: World
     device: torch.device
+    pulse: Pulse = field(default_factory=Pulse)
+    stop: StopRequest = field(default_factory=StopRequest)
 
 
 @dataclass(frozen=True)
@@ -58,7 +63,7 @@ class Precision:
         return self.parameters is not torch.float32
 
 
-def start_processes(*, timeout_s: float = 600.0) -> Place:
+def start_processes(*, timeout_s: float = 600.0, stop: StopRequest | None = None) -> Place:
     """Join the process group that the launcher prepared (or a group of one) and take this rank's device.
 
     On a CPU, gloo; the machine's cores are shared out among its ranks unless OMP_NUM_THREADS says otherwise.
@@ -80,7 +85,8 @@ def start_processes(*, timeout_s: float = 600.0) -> Place:
         timeout=timedelta(seconds=timeout_s),
         verbose=False,
     )
-    return Place(world=world, device=torch.device(accelerator.device_name(world.local_rank)))
+    device = torch.device(accelerator.device_name(world.local_rank))
+    return Place(world=world, device=device, stop=stop or StopRequest())
 
 
 def stop_processes() -> None:
@@ -124,7 +130,9 @@ def start_engine(model: nn.Module, run: Run) -> Engine:
     model.set_remat_(runner)  # type: ignore[operator]
     try:
         engine, *_ = deepspeed.initialize(
-            model=model, model_parameters=weight_decay_groups(model, weight_decay=decay), config=settings
+            model=model,
+            model_parameters=weight_decay_groups(model, weight_decay=decay),
+            config=without_monitors(settings),
         )
     except (TypeError, ValueError, AttributeError, AssertionError, ValidationError) as error:
         raise ConfigError(f"{run.path}: DeepSpeed refuses these settings: {_first_line(error)}") from error
