@@ -1,8 +1,23 @@
-"""The networks of CMAE, built from the run file's settings, and the way in and out for their weights.
-Imports `core`, `layers` and `losses`; knows no optimizer, no ranks and no files of a run.
+"""The networks of CMAE, built from the run file's settings, and the way in and out for their weights; their
+sizes, operations and memory in closed form. Imports `core`, `layers` and `losses`; knows no optimizer, no ranks
+and no files of a run.
+
+What computes with sizes alone (flops, parameters, activations, memory) must not wait for torch to load, so the
+names below are looked up when they are first used.
 """
 
-from cmae_scale.models.cmae import CMAE, CMAEOutput, build_cmae
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from cmae_scale.models.sizes import EncoderSize, read_size
 
+if TYPE_CHECKING:
+    from cmae_scale.models.cmae import CMAE, CMAEOutput, build_cmae
+
 __all__ = ["CMAE", "CMAEOutput", "EncoderSize", "build_cmae", "read_size"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in {"CMAE", "CMAEOutput", "build_cmae"}:
+        return vars(import_module("cmae_scale.models.cmae"))[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
