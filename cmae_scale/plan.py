@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 EXAMPLES = """\
   python -m cmae_scale.plan --deepspeed_config ds_configs/vitl.json --images 1281167 --gpu H200 --gpus 8
-  python -m cmae_scale.plan --deepspeed_config ds_configs/vith.json --images 1281167 --gpu A100-40GB --gpus 32 \\
-      --set zero_optimization.stage=3 cmae.model.remat=full --mfu 0.3 --price 2.5
+  python -m cmae_scale.plan --deepspeed_config ds_configs/vith.json --images 1281167 --gpu A100-40GB \\
+      --gpus 32 --set zero_optimization.stage=3 cmae.model.remat=full --mfu 0.3 --price 2.5
   python -m cmae_scale.plan --deepspeed_config ds_configs/quickstart.json --gpu cpu --json"""
 DEFAULT_GPU = "H100"
 
@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def plan(argv: Sequence[str] | None) -> None:
-    """Read the run as training would read it, and print what follows from it. Neither torch nor a GPU is used."""
+    """Read the run as training would read it, and print what follows, without torch and without a GPU."""
     args = read_arguments(argv)
 
     from cmae_scale.core.batches import plan_batch
@@ -89,7 +89,7 @@ def choose_machine(name: str | None, *, count: int | None) -> "Machine":
         return name_machine(find_gpu(name), ranks=count or 1)
     local = find_local_gpus()
     if local is not None:
-        return name_machine(local.gpu, ranks=count or local.count)
+        return name_machine(local.gpu, ranks=count or local.number)
     return name_machine(find_gpu(DEFAULT_GPU), ranks=count or 1)
 
 

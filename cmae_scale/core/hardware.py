@@ -15,13 +15,15 @@ class Gpu(NamedTuple):
 
 
 def _listed(name: str, *, tflops: float, memory_gb: float) -> Gpu:
-    """A data sheet's figures. Its GB are taken as 10^9 bytes: cards have up to 7 % more, which stays spare."""
+    """A data sheet's figures. Its GB are taken as 10^9 bytes: what a card has beyond that stays spare."""
     return Gpu(name, tflops * 1e12, memory_gb * 1e9 / 2**30)
 
 
 # Source: NVIDIA's data sheets, without sparsity; SXM parts unless named otherwise. GeForce and A6000: the
 # GA102 and Ada white papers, FP16 with FP32 accumulation. The V100 has no bf16, this is its fp16.
-GPUS: tuple[Gpu, ...] = (  # of one family, the one with a suffix stands first: `recognise_gpu` takes the first
+GPUS: tuple[
+    Gpu, ...
+] = (  # of one family, the one with a suffix stands first: `recognise_gpu` takes the first
     _listed("B200", tflops=2250, memory_gb=180),
     _listed("H200", tflops=989, memory_gb=141),
     _listed("H100-PCIe", tflops=756, memory_gb=80),
@@ -42,7 +44,7 @@ class LocalGpus(NamedTuple):
     """The GPUs of this machine: the first one's kind and how many there are."""
 
     gpu: Gpu
-    count: int
+    number: int
 
 
 def find_gpu(name: str) -> Gpu:

@@ -47,6 +47,4 @@ def read_formats(settings: Mapping[str, Any]) -> NumberFormats:
     for known in get_args(FormatName)[1:]:
         if compute == known:
             return NumberFormats(known, "float32")
-    raise ConfigError(
-        f'torch_autocast.dtype: "{named}" is no autocast type: write "bfloat16" or "float16"'
-    )
+    raise ConfigError(f'torch_autocast.dtype: "{named}" is no autocast type: write "bfloat16" or "float16"')

@@ -10,15 +10,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 
-class LiveBytes(TorchDispatchMode):
+class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts, while it is entered, the storages that operations make or touch, each once, until they die.
 
-    `now` is their size, `peak` the largest since `reset`. What an operation allocates and frees inside of itself
-    is not seen, nor is what libraries hold for themselves. Slow: for tests and measurements.
+    `now` is their size, `peak` the largest since `reset`. What an operation allocates and frees
+    inside of itself is not seen, nor is what libraries hold for themselves. Slow: for tests and measurements.
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.now = 0
         self.peak = 0
         self._sizes: dict[int, int] = {}

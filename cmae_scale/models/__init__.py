@@ -1,9 +1,8 @@
 """The networks of CMAE, built from the run file's settings, and the way in and out for their weights; their
-sizes, operations and memory in closed form. Imports `core`, `layers` and `losses`; knows no optimizer, no ranks
-and no files of a run.
+sizes, operations and memory in closed form. Imports `core`, `layers` and `losses`; knows no files of a run.
 
-What computes with sizes alone (flops, parameters, activations, memory) must not wait for torch to load, so the
-names below are looked up when they are first used.
+What computes with sizes alone (flops, parameters, activations, zero, memory) must not wait for torch to load,
+so the names below are looked up when they are first used.
 """
 
 from importlib import import_module

@@ -1,7 +1,7 @@
 """What a forward pass leaves in memory for the backward pass, in closed form.
 
-Each term is a tensor that an operation of the model saves for its gradient, or that a name still holds, counted
-once per storage. A test compares the sum with the storages that are really alive after a forward pass.
+Each term is a tensor that an operation of the model saves for its gradient, or that a name still holds,
+counted once per storage. A test compares the sum with the storages that are alive after a forward pass.
 """
 
 from typing import Literal, NamedTuple
@@ -116,7 +116,7 @@ def count_block(shape: BlockShape, *, method: Method) -> int:
 
 
 def count_transient(shape: BlockShape, *, method: Method) -> int:
-    """Bytes per image that a block's backward needs beside what it kept: what it recomputes, and gradients."""
+    """Bytes per image that a block's backward needs beside what it kept: what is recomputed, gradients."""
     whole = method._replace(remat="none")
     recomputed = 0
     if method.remat != "none":
@@ -147,7 +147,7 @@ def decoder_block(decoder: DecoderConfig, *, tokens: int) -> BlockShape:
 
 
 def _count_heads(cfg: CmaeConfig, *, width: int) -> int:
-    """Projector and predictor: input, the norm's two differences or one input, ReLU's output; fp32 at most."""
+    """Projector and predictor: input, the norm's two differences or its input, ReLU's output; fp32."""
     hidden, out = cfg.heads.hidden_dim, cfg.heads.out_dim
     per_head = (3 if cfg.heads.norm == "sync_batch" else 2) * hidden
     return _FP32 * (width + 2 * per_head + 4 * out)

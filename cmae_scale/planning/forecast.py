@@ -9,8 +9,8 @@ from cmae_scale.core.hardware import Gpu
 from cmae_scale.core.precision import read_formats
 from cmae_scale.models.activations import Kernel
 from cmae_scale.models.flops import ForwardFlops, count_flops
-from cmae_scale.models.memory import Device, Job, read_zero
 from cmae_scale.models.parameters import ParameterCounts, count_parameters
+from cmae_scale.models.zero import Device, Job, is_optimizer_fused, read_zero
 from cmae_scale.planning.advice import find_faults
 from cmae_scale.planning.layouts import Layout, on_device, plan_layouts, recommend
 from cmae_scale.planning.outlook import Outlook, estimate
@@ -60,14 +60,7 @@ def forecast(
     price: float | None,
 ) -> Forecast:
     """All about a resolved run on a machine."""
-    job = Job(
-        cfg=run.cmae,
-        formats=read_formats(run.deepspeed),
-        zero=read_zero(run.deepspeed, ranks=machine.ranks),
-        batch=batch,
-        kernel=choose_kernel(run, device=machine.device),
-        device=machine.device,
-    )
+    job = describe_job(run, batch=batch, ranks=machine.ranks, device=machine.device)
     layouts = plan_layouts(job, capacity_bytes=machine.memory_gib * 2**30)
     remat = "full" if "activation_checkpointing" in run.deepspeed else run.cmae.model.remat
     own = next(layout for layout in layouts if (layout.stage, layout.remat) == (job.zero.stage, remat))
@@ -95,6 +88,19 @@ def forecast(
         own=own,
         recommended=recommend(layouts, ranks=machine.ranks),
         warnings=find_faults(run, job=job, times=times, layouts=layouts, own=own),
+    )
+
+
+def describe_job(run: Run, *, batch: BatchSizes, ranks: int, device: Device) -> Job:
+    """What decides a run's memory on a rank."""
+    return Job(
+        cfg=run.cmae,
+        formats=read_formats(run.deepspeed),
+        zero=read_zero(run.deepspeed, ranks=ranks),
+        batch=batch,
+        kernel=choose_kernel(run, device=device),
+        device=device,
+        is_fused=is_optimizer_fused(run.deepspeed),
     )
 
 

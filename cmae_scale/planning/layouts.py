@@ -6,16 +6,17 @@ from typing import NamedTuple, get_args
 
 from cmae_scale.core.batches import BatchSizes
 from cmae_scale.core.settings import Remat
-from cmae_scale.models.memory import Job, Moment, count_host, predict_peak
+from cmae_scale.models.memory import Moment, predict_peak
+from cmae_scale.models.zero import Job, count_host
 
 STAGES = (0, 1, 2, 3)
 REMATS: tuple[Remat, ...] = get_args(Remat)
 
-# Share of a step's operations that are done again. Source: measured on CPU, ViT-S in bf16: selective 1.10 times
-# the time, full 1.28 times, which is what counting the operations of the trained blocks' forward pass gives.
+# What recomputation does to the time of a step. Source: measured on a CPU, ViT-S in bf16; full is also what
+# counting the operations of the trained blocks' forward pass gives.
 REPEATED = {"none": 1.0, "selective": 1.10, "full": 1.28}
 
-# On a GPU beside torch's tensors: CUDA's context, cuBLAS's and NCCL's buffers. An assumption, not a measurement.
+# On a GPU beside torch's tensors: CUDA's context, cuBLAS's and NCCL's buffers. Assumed, not measured.
 CONTEXT_BYTES = round(1.5 * 2**30)
 SMALL_MICRO = 32  # images per pass below which a large GPU waits for its launches. An assumption
 FRAGMENTED = 0.05  # of the tensors' bytes, lost between the allocator's blocks. An assumption as well

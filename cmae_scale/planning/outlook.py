@@ -7,8 +7,8 @@ from cmae_scale.core.settings import CmaeConfig, Remat
 from cmae_scale.models.flops import count_flops
 from cmae_scale.planning.layouts import REPEATED
 
-# Source: ViT-B training with its data on H100s, 228 of 989 TFLOP/s (NVIDIA-BioNeMo/nvSubquadratic); ViT-g 29 %
-# (NeMo). Not measured with this project: say what you see with --mfu.
+# Source: ViT-B training with its data on H100s, 228 of 989 TFLOP/s (NVIDIA-BioNeMo/nvSubquadratic); ViT-g
+# 29 % (NeMo). Not measured with this project: say what you see with --mfu.
 DEFAULT_MFU = 0.25
 
 

@@ -11,7 +11,9 @@ def write_page(plan: Forecast) -> str:
     """Parts, run, time, the grid of choices, and what is wrong; every line stands by itself."""
     sections = [_head(plan), _parts(plan), _run(plan), _grid(plan), _verdict(plan)]
     lines = [line for section in sections for line in [*section, ""]]
-    return "\n".join([*lines[:-1], *([""] if plan.warnings else []), *(f"warning: {w}" for w in plan.warnings)])
+    return "\n".join(
+        [*lines[:-1], *([""] if plan.warnings else []), *(f"warning: {w}" for w in plan.warnings)]
+    )
 
 
 def align(rows: Sequence[Sequence[str]]) -> Iterable[str]:
@@ -96,7 +98,9 @@ def _cell(layout: Layout, *, plan: Forecast) -> str:
 def _verdict(plan: Forecast) -> list[str]:
     own, peak = plan.own, plan.own.peak
     parts = [
-        (name.replace("_", " "), size) for name, size in peak._asdict().items() if isinstance(size, int) and size
+        (name.replace("_", " "), size)
+        for name, size in peak._asdict().items()
+        if isinstance(size, int) and size
     ]
     beside = own.device_bytes - peak.total_bytes
     if beside:
@@ -108,7 +112,9 @@ def _verdict(plan: Forecast) -> list[str]:
         "         " + ", ".join(f"{name} {size / 2**30:.2f}" for name, size in parts),
     ]
     if own.host_bytes:
-        lines.append(f"         and {own.host_bytes / 2**30:.1f} GiB of main memory per rank for what is offloaded")
+        lines.append(
+            f"         and {own.host_bytes / 2**30:.1f} GiB of main memory per rank for what is offloaded"
+        )
     best = plan.recommended
     if best is not None and best.largest is not None:
         micro = best.largest if not best.fits else plan.batch

@@ -1,5 +1,5 @@
-"""Memory of real steps on real ranks beside the prediction: the tensors that are alive, not what the allocator makes
-of them (that is `python -m cmae_scale.bench memory`)."""
+"""Memory of real steps on real ranks beside the prediction: the tensors that are alive, not what the
+allocator makes of them (that is `python -m cmae_scale.bench memory`)."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,7 +9,8 @@ import pytest
 from cmae_scale.core.batches import plan_batch
 from cmae_scale.core.config import Run
 from cmae_scale.core.precision import read_formats
-from cmae_scale.models.memory import Job, plan_moments, predict_peak, read_zero
+from cmae_scale.models.memory import plan_moments, predict_peak
+from cmae_scale.models.zero import Job, is_optimizer_fused, read_zero
 
 # wide enough that matrices dominate: DeepSpeed keeps small tensors whole under stage 3
 MODEL = {
@@ -99,6 +100,7 @@ def test_the_predicted_peak_is_that_of_a_real_step(
         zero=read_zero(run.deepspeed, ranks=ranks),
         batch=plan_batch(run.deepspeed, ranks=ranks),
         kernel="fused" if formats.compute == "float32" else "explicit",
+        is_fused=is_optimizer_fused(run.deepspeed),
     )
     measured = on_ranks(lambda: measure(run), ranks=ranks, timeout_s=300)[0]
     idle = next(moment for moment in plan_moments(job) if moment.name == "average")
