@@ -78,8 +78,8 @@ def _memory_faults(job: Job, *, layouts: list[Layout], own: Layout) -> Iterator[
     trained, bucket = count_parameters(job.cfg).trained, job.zero.reduce_bucket
     if job.device == "cuda" and bucket > trained and own.peak.buckets > 0.5 * 2**30:
         yield (
-            f"the buffers that gradients are sent in take {own.peak.buckets / 2**30:.1f} GiB, each larger than the "
-            f"model: write zero_optimization.reduce_bucket_size={min(BUCKET, trained)}"
+            f"the buffers that gradients are sent in take {own.peak.buckets / 2**30:.1f} GiB, more than "
+            f"the gradients: write zero_optimization.reduce_bucket_size={min(BUCKET, trained)}"
         )
     if own.fits:
         return

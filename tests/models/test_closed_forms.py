@@ -46,7 +46,7 @@ def check(cfg: CmaeConfig) -> None:
     rounded = [
         module.weight.numel()
         for name, module in model.named_modules()
-        # linear layers and the patch embedding of what is trained; heads and feature head run outside autocast
+        # linear layers and the patch embedding of what is trained; all heads run outside of autocast
         if type(module).__name__ in ("Linear", "PatchProjection") and not name.startswith("target")
     ]
     assert count_rounded(cfg) == sum(rounded)
