@@ -1,4 +1,6 @@
-"""Memory that training really takes on a CPU: real steps on random images, in fresh processes.
+"""Memory that training really takes: real steps on random images, in fresh processes.
+
+On a GPU torch counts the bytes of its tensors itself. On a CPU the operating system is asked.
 
 Resident memory says what tensors take only if the allocator gives back what is freed. So glibc is told to map
 every tensor of more than 64 KiB by itself, which it unmaps when the tensor dies, and to share one arena. What
@@ -76,7 +78,7 @@ CASES = (
 
 
 class Footprint(NamedTuple):
-    """Resident bytes of one rank: before the model is built, and at most from then on."""
+    """Bytes of one rank: before the model is built, and at most from then on."""
 
     baseline_bytes: int
     peak_bytes: int
@@ -126,7 +128,8 @@ def train_on_noise(session: Session, *, batch: BatchSizes, steps: int) -> None:
         for step in range(steps):
             draws = draw_step(cfg, total=batch.total, step=step)
             shape = (batch.micro, crops, 3, side, side)
-            parts = [torch.randint(0, 256, shape, dtype=torch.uint8) for _ in rows]
+            noise = (torch.randint(0, 256, shape, dtype=torch.uint8) for _ in rows)
+            parts = [images.to(session.place.device) for images in noise]
             micro_batches = [
                 draws.prepare(part, first_row=row, cfg=cfg) for part, row in zip(parts, rows, strict=True)
             ]
@@ -154,12 +157,24 @@ def _measure(run: Run, *, ranks: int, steps: int) -> Footprint:
         steps=2,
     )
     gc.collect()
-    baseline = _read_status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
+    baseline = _start_counting(place.device)
     train_on_noise(start_session(resolved, place=place, data_order="noise"), batch=batch, steps=steps)
-    peak = _read_status("VmHWM")
+    peak = _read_peak(place.device)
     stop_processes()
     return Footprint(baseline, peak)
+
+
+def _start_counting(device: torch.device) -> int:
+    """Bytes that are taken now; the peak is counted from here on."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.memory_allocated(device)
+    Path("/proc/self/clear_refs").write_text("5")  # the kernel's high-water mark
+    return _read_status("VmRSS")
+
+
+def _read_peak(device: torch.device) -> int:
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _read_status("VmHWM")
 
 
 def _shrink(cfg: CmaeConfig) -> CmaeConfig:

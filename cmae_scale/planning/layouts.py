@@ -18,6 +18,8 @@ REPEATED = {"none": 1.0, "selective": 1.10, "full": 1.28}
 
 # On a GPU beside torch's tensors: CUDA's context, cuBLAS's and NCCL's buffers. Assumed, not measured.
 CONTEXT_BYTES = round(1.5 * 2**30)
+# On a CPU beside tensors: the interpreter with torch and DeepSpeed. Source: tests/bench/records/memory.json
+PROCESS_BYTES = round(0.85 * 2**30)
 SMALL_MICRO = 32  # images per pass below which a large GPU waits for its launches. An assumption
 FRAGMENTED = 0.05  # of the tensors' bytes, lost between the allocator's blocks. An assumption as well
 
@@ -73,9 +75,9 @@ def choose(job: Job, *, stage: int, remat: Remat) -> Job:
 
 
 def on_device(peak: Moment, *, device: str) -> int:
-    """Bytes that the device shows as used; on a CPU the tensors alone."""
+    """Bytes that the device, or on a CPU the process, shows as used."""
     if device == "cpu":
-        return peak.total_bytes
+        return peak.total_bytes + PROCESS_BYTES
     return round(peak.total_bytes * (1 + FRAGMENTED)) + CONTEXT_BYTES
 
 

@@ -104,7 +104,7 @@ def _verdict(plan: Forecast) -> list[str]:
     ]
     beside = own.device_bytes - peak.total_bytes
     if beside:
-        parts.append(("beside tensors (assumed)", beside))
+        parts.append(("beside tensors", beside))
     lines = [
         f"the run: ZeRO {own.stage}, remat {own.remat}: {own.device_bytes / 2**30:.1f} GiB, "
         + ("fits" if own.fits else "DOES NOT FIT")
