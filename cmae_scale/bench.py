@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,7 +15,8 @@ from cmae_scale.core.settings import DataConfig, ViewsConfig
 
 EXAMPLES = """\
   python -m cmae_scale.bench loader --shards shards/train --folder images/train
-  python -m cmae_scale.bench stream --shards shards/train"""
+  python -m cmae_scale.bench stream --shards shards/train
+  python -m cmae_scale.bench memory"""
 RECORDS = Path("tests/bench/records")
 WORLDS = [(ranks, workers) for ranks in (1, 2, 4) for workers in (1, 2, 3)]
 
@@ -31,7 +33,7 @@ def bench(argv: Sequence[str] | None) -> None:
         epilog=f"examples:\n{EXAMPLES}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    commands = parser.add_subparsers(required=True, metavar="loader | stream")
+    commands = parser.add_subparsers(required=True, metavar="loader | stream | memory")
     loader = commands.add_parser("loader", help="CPU seconds per sample beside other loaders")
     loader.set_defaults(run=measure_loader)
     loader.add_argument("--folder", type=Path, metavar="DIR", help="the same images as class folders")
@@ -46,6 +48,10 @@ def bench(argv: Sequence[str] | None) -> None:
         command.add_argument("--shards", nargs="+", required=True, metavar="DIR", help="as cmae.data.shards")
         command.add_argument("--batch", type=int, default=64, help="global batch (default: 64)")
         command.add_argument("--master_px", type=int, default=256, help="side of the crops (default: 256)")
+    memory = commands.add_parser("memory", help="memory of real training beside what plan predicts")
+    memory.set_defaults(run=measure_memory)
+    memory.add_argument("--only", type=int, nargs="+", metavar="N", help="these of the cases, from 1")
+    memory.add_argument("--record", type=Path, default=RECORDS / "memory.json", metavar="FILE")
     args = parser.parse_args(argv)
     args.run(args)
 
@@ -112,6 +118,46 @@ def prove_stream(args: argparse.Namespace) -> None:
     if len(found) > 1:
         raise DataError("the global batches differ between these worlds")
     print(f"identical in all {len(WORLDS)} worlds")
+
+
+def measure_memory(args: argparse.Namespace) -> None:
+    """Print and record what real steps take here, on the CPU if there is no GPU, and what was predicted."""
+    import torch
+
+    from cmae_scale.core.batches import plan_batch
+    from cmae_scale.core.config import read_run
+    from cmae_scale.engine.footprint import CASES, STEPS, measure_footprint
+    from cmae_scale.models.memory import predict_peak
+    from cmae_scale.models.zero import Device
+    from cmae_scale.planning.forecast import describe_job
+    from cmae_scale.report.records import write_record
+
+    results = {}
+    device: Device = "cuda" if torch.cuda.is_available() else "cpu"
+    print(f"{'run':90} {'measured':>9} {'predicted':>9}   MiB")
+    for number, case in enumerate(CASES, start=1):
+        if args.only and number not in args.only:
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            run = read_run(case.run_file, [*case.overrides, f"cmae.out={folder}/run"])
+            prints = measure_footprint(run, ranks=case.ranks)
+        grown = max(one.grown_bytes for one in prints)
+        batch = plan_batch(run.deepspeed, ranks=case.ranks)
+        peak = predict_peak(describe_job(run, batch=batch, ranks=case.ranks, device=device))
+        print(
+            f"{case.name:90} {grown / 2**20:9.0f} {peak.total_bytes / 2**20:9.0f}  "
+            f"{peak.total_bytes / grown - 1:+.1%}",
+            flush=True,
+        )
+        results[case.name] = {
+            "baseline_bytes": max(one.baseline_bytes for one in prints),
+            "measured_bytes": grown,
+            "predicted_bytes": peak.total_bytes,
+            "predicted_by_measured": peak.total_bytes / grown,
+            "predicted_parts": peak._asdict(),
+        }
+    write_record(args.record, config={"steps": STEPS, "device": device}, results=results)
+    print(f"record {args.record}")
 
 
 def read_views(args: argparse.Namespace) -> ViewsConfig:

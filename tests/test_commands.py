@@ -274,7 +274,9 @@ def test_a_mistake_is_told_in_one_sentence_with_status_2(
     assert "Traceback" not in stderr
 
 
-@pytest.mark.parametrize("module", ["cmae_scale.pretrain", "data_prep.make_shards", "data_prep.check_shards"])
+@pytest.mark.parametrize(
+    "module", ["cmae_scale.pretrain", "cmae_scale.plan", "data_prep.make_shards", "data_prep.check_shards"]
+)
 @pytest.mark.parametrize("way", ["by module", "by path"])
 def test_help_has_examples(module: str, way: str, repository: Path, tmp_path: Path) -> None:
     path = repository / (module.replace(".", "/") + ".py")

@@ -16,6 +16,7 @@ from torch import nn
 
 from cmae_scale.core.config import Run
 from cmae_scale.core.errors import ConfigError
+from cmae_scale.core.precision import read_formats
 from cmae_scale.core.world import World, read_world
 from cmae_scale.engine.optim import weight_decay_groups
 from cmae_scale.engine.remat import adapt_settings, choose_block_runner
@@ -97,25 +98,9 @@ def stop_processes() -> None:
 
 def read_precision(settings: dict[str, Any]) -> Precision:
     """The number formats that a ds_config asks for."""
-    if settings.get("bf16", {}).get("enabled", False):
-        return Precision(torch.bfloat16, torch.bfloat16)
-    if settings.get("fp16", {}).get("enabled", False):
-        return Precision(torch.float16, torch.float16)
-    autocast = settings.get("torch_autocast", {})
-    if autocast.get("enabled", False):
-        names = {
-            "bfloat16": torch.bfloat16,
-            "bf16": torch.bfloat16,
-            "float16": torch.float16,
-            "fp16": torch.float16,
-        }
-        dtype = str(autocast.get("dtype", "bfloat16")).removeprefix("torch.")
-        if dtype not in names:
-            raise ConfigError(
-                f'torch_autocast.dtype: "{dtype}" is no autocast type: write "bfloat16" or "float16"'
-            )
-        return Precision(names[dtype], torch.float32)
-    return Precision(torch.float32, torch.float32)
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    formats = read_formats(settings)
+    return Precision(dtypes[formats.compute], dtypes[formats.parameters])
 
 
 def start_engine(model: nn.Module, run: Run) -> Engine:

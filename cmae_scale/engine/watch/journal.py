@@ -146,7 +146,7 @@ class Journal:
             "data_wait_s": round(waited_s / self.session.place.world.size, 4),
             "peak_gib": round(read_peak_gib(self.session.place.device), 3),
             "bad_samples": bad_samples,
-            **self.session.spans.read(done - self._first),
+            **self.session.spans.read(done - self.written),
         }
         self.last = metrics
         if self.progress is not None:

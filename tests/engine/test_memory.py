@@ -1,0 +1,108 @@
+"""Memory of real steps on real ranks beside the prediction: the tensors that are alive, not what the
+allocator makes of them (that is `python -m cmae_scale.bench memory`)."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from cmae_scale.core.batches import plan_batch
+from cmae_scale.core.config import Run
+from cmae_scale.core.precision import read_formats
+from cmae_scale.models.memory import plan_moments, predict_peak
+from cmae_scale.models.zero import Job, is_optimizer_fused, read_zero
+
+# wide enough that matrices dominate: DeepSpeed keeps small tensors whole under stage 3
+MODEL = {
+    "model": {
+        "embed_dim": 384,
+        "depth": 3,
+        "num_heads": 6,
+        "patch_size": 4,
+        "pixel_decoder": {"depth": 2, "embed_dim": 384, "num_heads": 6},
+        "feature_decoder": {"depth": 1, "embed_dim": 384, "num_heads": 6},
+    },
+    "views": {"img_px": 24, "master_px": 24, "shift_px": 1},
+    "heads": {"hidden_dim": 384, "out_dim": 64},
+}
+FP32: dict[str, Any] = {}
+AUTOCAST = {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}
+BF16 = {"bf16": {"enabled": True}}
+
+
+def measure(run: Run, *, steps: int = 3) -> dict[str, int]:
+    """Peak of the tensors alive over all steps and what stays between two, on this rank."""
+    import torch
+
+    from cmae_scale.engine.inputs import draw_step
+    from cmae_scale.engine.live_bytes import LiveBytes
+    from cmae_scale.engine.session import start_session
+    from cmae_scale.engine.start import start_processes
+    from cmae_scale.engine.step import train_step
+
+    place = start_processes()
+    batch = plan_batch(run.deepspeed, ranks=place.world.size)
+    rows = range(place.world.rank * batch.local, (place.world.rank + 1) * batch.local, batch.micro)
+    side = run.cmae.views.master_px
+    with LiveBytes() as live:
+        session = start_session(run, place=place, data_order="memory")
+        for step in range(steps):
+            images = torch.randint(0, 256, (batch.local, 1, 3, side, side), dtype=torch.uint8)
+            draws = draw_step(run.cmae, total=batch.total, step=step)
+            parts = images.split(batch.micro)
+            micros = [
+                draws.prepare(part, first_row=row, cfg=run.cmae)
+                for part, row in zip(parts, rows, strict=True)
+            ]
+            with session.use_attention():
+                train_step(session.engine, micros, cfg=run.cmae, rank=place.world.rank)
+            session.update_target_(run.cmae.target.momentum)
+        del images, draws, parts, micros
+        return {"peak": live.peak, "idle": live.now}
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize(
+    ("stage", "ranks", "accumulation", "precision", "remat"),
+    [
+        (0, 1, 1, FP32, "none"),
+        (0, 2, 1, BF16, "none"),
+        (1, 2, 1, AUTOCAST, "none"),
+        (1, 2, 2, AUTOCAST, "selective"),
+        (2, 2, 2, FP32, "none"),
+        (2, 1, 1, AUTOCAST, "full"),
+        (3, 2, 1, AUTOCAST, "none"),
+        (3, 2, 1, BF16, "full"),
+    ],
+)
+def test_the_predicted_peak_is_that_of_a_real_step(
+    tiny_run: Callable[..., Run],
+    on_ranks: Callable[..., list[Any]],
+    stage: int,
+    ranks: int,
+    accumulation: int,
+    precision: dict[str, Any],
+    remat: str,
+) -> None:
+    run = tiny_run(
+        ranks=ranks,
+        stage=stage,
+        accumulation=accumulation,
+        cmae={**MODEL, "model": {**MODEL["model"], "remat": remat}},
+        train_batch_size=64,
+        zero_optimization={"stage": stage, "reduce_bucket_size": 1_000_000, "overlap_comm": stage in (1, 3)},
+        **precision,
+    )
+    formats = read_formats(run.deepspeed)
+    job = Job(
+        cfg=run.cmae,
+        formats=formats,
+        zero=read_zero(run.deepspeed, ranks=ranks),
+        batch=plan_batch(run.deepspeed, ranks=ranks),
+        kernel="fused" if formats.compute == "float32" else "explicit",
+        is_fused=is_optimizer_fused(run.deepspeed),
+    )
+    measured = on_ranks(lambda: measure(run), ranks=ranks, timeout_s=300)[0]
+    idle = next(moment for moment in plan_moments(job) if moment.name == "average")
+    assert predict_peak(job).total_bytes == pytest.approx(measured["peak"], rel=0.06)
+    assert idle._replace(views=0, working=0).total_bytes == pytest.approx(measured["idle"], rel=0.03)
