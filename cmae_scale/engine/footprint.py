@@ -22,11 +22,11 @@ import torch
 
 from cmae_scale.core.batches import BatchSizes, plan_batch
 from cmae_scale.core.config import Run, resolve_run
+from cmae_scale.core.schedules import TargetMomentum
 from cmae_scale.core.settings import CmaeConfig
-from cmae_scale.engine.inputs import draw_step
-from cmae_scale.engine.session import Session, start_session
-from cmae_scale.engine.start import start_processes, stop_processes
-from cmae_scale.engine.step import train_step
+from cmae_scale.data.stream import MasterBatch
+from cmae_scale.engine.pretraining import Pretraining, start_pretraining, watch_health
+from cmae_scale.engine.start import Place, start_processes, stop_processes
 
 _MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
 _SMALL = {"encoder": None, "embed_dim": 16, "depth": 1, "num_heads": 1}
@@ -118,23 +118,24 @@ def measure_footprint(
     return [found[rank] for rank in range(ranks)]
 
 
-def train_on_noise(session: Session, *, batch: BatchSizes, steps: int) -> None:
+def train_on_noise(run: Run, *, place: Place, batch: BatchSizes, steps: int) -> None:
     """Steps on random images that hold what the training loop holds, as long as it does."""
-    cfg, world = session.run.cmae, session.place.world
+    cfg = run.cmae
+    session = start_pretraining(run, place=place, data_order="noise")
+    momentum = TargetMomentum(cfg.target.momentum, total_steps=steps)
+    method = Pretraining(session, batch, momentum, watch_health(session))
     crops = 2 if cfg.views.target_crop == "random" else 1
-    side, first = cfg.views.master_px, world.rank * batch.local
-    rows = range(first, first + batch.local, batch.micro)
+    shape = (batch.micro, crops, 3, cfg.views.master_px, cfg.views.master_px)
     with session.use_attention():
         for step in range(steps):
-            draws = draw_step(cfg, total=batch.total, step=step)
-            shape = (batch.micro, crops, 3, side, side)
-            noise = (torch.randint(0, 256, shape, dtype=torch.uint8) for _ in rows)
-            parts = [images.to(session.place.device) for images in noise]
-            micro_batches = [
-                draws.prepare(part, first_row=row, cfg=cfg) for part, row in zip(parts, rows, strict=True)
-            ]
-            train_step(session.engine, micro_batches, cfg=cfg, rank=world.rank)
-            session.update_target_(cfg.target.momentum)
+            parts = []
+            for micro in range(batch.accumulation):
+                images = torch.randint(0, 256, shape, dtype=torch.uint8).to(place.device)
+                labels = torch.zeros(batch.micro, dtype=torch.int64)
+                parts.append(MasterBatch(images, labels, (), step, micro))
+            method.accumulate(parts, step=step)
+            session.engine.step()
+            method.follow_(step=step)
 
 
 def _be_rank(run: Run, ranks: int, steps: int, answers: Any) -> None:
@@ -151,14 +152,13 @@ def _measure(run: Run, *, ranks: int, steps: int) -> Footprint:
     batch = plan_batch(run.deepspeed, ranks=ranks)
     resolved = resolve_run(run, batch=batch, total_steps=steps, warmup_steps=0)
     small = replace(resolved, cmae=_shrink(resolved.cmae))
-    train_on_noise(
-        start_session(small, place=place, data_order="noise"),
-        batch=BatchSizes(total=batch.total, micro=2, accumulation=batch.accumulation),
-        steps=2,
-    )
+    micro = 2
+    total = micro * batch.accumulation * ranks
+    warm = BatchSizes(total=total, micro=micro, accumulation=batch.accumulation)
+    train_on_noise(small, place=place, batch=warm, steps=2)
     gc.collect()
     baseline = _start_counting(place.device)
-    train_on_noise(start_session(resolved, place=place, data_order="noise"), batch=batch, steps=steps)
+    train_on_noise(resolved, place=place, batch=batch, steps=steps)
     peak = _read_peak(place.device)
     stop_processes()
     return Footprint(baseline, peak)
