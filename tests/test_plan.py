@@ -194,3 +194,20 @@ def test_the_table_of_run_files_says_what_is_predicted() -> None:
             peaks.append(f"{predict_peak(job).total_bytes / 1e9:.2g}")
         assert between == f"{held[0]} / {held[1]} GB"
         assert fullest == f"{peaks[0]} / {peaks[1]} GB"
+
+
+def test_offloading_moves_bytes_to_main_memory(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [*IMAGENET, "--gpus", "4", "--set", "zero_optimization.stage=2"]
+    here = read_plan(capsys, "vith.json", *arguments)
+    there = read_plan(
+        capsys, "vith.json", *arguments, 'zero_optimization.offload_optimizer={"device": "cpu"}'
+    )
+    trained = here["parameters"]["trained"]
+    for before, after in zip(here["layouts"], there["layouts"], strict=True):
+        if before["stage"] == 0:  # has nothing to offload
+            assert after == before
+            continue
+        assert before["host_bytes"] == 0
+        assert after["tensor_bytes"]["optimizer"] == 0
+        assert after["host_bytes"] >= before["tensor_bytes"]["optimizer"] == -(-trained // 4) * 12
+        assert after["device_bytes"] < before["device_bytes"]

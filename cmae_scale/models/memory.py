@@ -17,7 +17,7 @@ from cmae_scale.models.activations import (
 )
 from cmae_scale.models.flops import count_kept
 from cmae_scale.models.parameters import count_parameters
-from cmae_scale.models.zero import Device, Job, count_standing
+from cmae_scale.models.zero import Device, Job, Standing, count_standing
 
 _FP32 = 4
 # images whose views are made together: see augment/views.py. Temporaries come to about four of their views
@@ -46,53 +46,17 @@ class Moment(NamedTuple):
 
 def plan_moments(job: Job) -> list[Moment]:
     """The moments at which a step can be fullest, in their order."""
-    cfg, micro, accumulation = job.cfg, job.batch.micro, job.batch.accumulation
-    held, parts, pair = count_standing(job), count_activations(cfg, method=job.method), _view_bytes(cfg)
+    cfg, micro, held = job.cfg, job.batch.micro, count_standing(job)
+    pair = _view_bytes(cfg)
     masters = 3 * (2 if cfg.views.target_crop == "random" else 1) * cfg.views.master_px**2
     ready = job.batch.local * (pair + masters) + micro * masters * (job.device == "cuda")  # one batch ahead
     group = min(micro * pair // (2 if cfg.has_contrast else 1), _VIEW_GROUP[job.device])
-    logits = 2 * _FP32 * job.batch.total * micro if cfg.has_contrast else 0
-    encoder, decoder, target = _block_shapes(cfg)
-    carried = held.carried if accumulation > 1 else 0
-    # stage 1 gives its buckets back after the whole step, stage 2 after each pass
-    open_buckets = held.buckets + (held.sending if accumulation > 1 and job.zero.stage == 1 else 0)
-    # backward adds the encoder's gradients last, when only its activations are left
-    counts = count_parameters(cfg)
-    share = 1 - counts.online_encoder / counts.trained
-    arrived = max(carried, round(held.reduced * share)) if job.zero.stage in (0, 2) or carried else 0
     idle = Moment("", held.weights, held.optimizer, held.target, held.gradients, held.buckets, 0, 0, 0)
-    passing = idle._replace(weights=held.weights + held.gathered, views=ready)
     return [
         idle._replace(name="start", working=held.rehearsed),
         # the views of the step before are still held while the next ones are made
         idle._replace(name="views", views=ready + job.batch.local * pair, working=group * _VIEW_TEMPORARIES),
-        passing._replace(
-            name="forward of the target",
-            gradients=held.gradients + carried,
-            buckets=open_buckets,
-            working=micro * count_passing(target, formats=job.formats) if cfg.has_contrast else 0,
-        ),
-        passing._replace(
-            name="backward of the decoders",
-            gradients=held.gradients + carried,
-            # a GPU gives whole buffers at once, on a CPU nothing has been written to new ones yet
-            buckets=held.buckets + held.sending if job.device == "cuda" else open_buckets,
-            activations=micro * sum(parts),
-            working=logits + micro * count_transient(decoder, method=job.method),
-        ),
-        passing._replace(
-            name="backward of the encoder",
-            gradients=held.gradients + arrived,
-            buckets=held.buckets + held.sending,
-            activations=micro * parts.online_encoder,
-            working=micro * count_transient(encoder, method=job.method),
-        ),
-        passing._replace(
-            name="end of backward",
-            weights=held.weights,
-            gradients=held.gradients + held.reduced,
-            buckets=held.buckets + held.sending + held.copies,
-        ),
+        *_plan_passes(job, held, idle=idle._replace(views=ready)),
         idle._replace(
             name="optimizer",
             views=ready,
@@ -101,6 +65,75 @@ def plan_moments(job: Job) -> list[Moment]:
         ),
         idle._replace(name="average", views=ready, working=held.averaged),
     ]
+
+
+def _plan_passes(job: Job, held: Standing, *, idle: Moment) -> list[Moment]:
+    """The last micro-batch's forward and backward pass."""
+    cfg, micro, parts = job.cfg, job.batch.micro, count_activations(job.cfg, method=job.method)
+    encoder, decoder, target = _block_shapes(cfg)
+    logits = 2 * _FP32 * job.batch.total * micro if cfg.has_contrast else 0
+    carried = held.gradients + (held.carried if job.batch.accumulation > 1 else 0)
+    # stage 1 gives its buckets back after the whole step, stage 2 after each pass
+    keeps_buckets = job.batch.accumulation > 1 and job.zero.stage == 1
+    open_buckets = held.buckets + held.sending * keeps_buckets
+    sending = held.buckets + held.sending
+    forward = idle._replace(weights=held.weights + held.gathered, gradients=carried, buckets=open_buckets)
+    backward = forward._replace(weights=held.weights + held.regathered, buckets=sending)
+    full, arrived = _plan_arrival(job, held)
+    return [
+        forward._replace(
+            name="forward of the target",
+            working=micro * count_passing(target, formats=job.formats) if cfg.has_contrast else 0,
+        ),
+        forward._replace(name="end of forward", activations=micro * sum(parts), working=logits),
+        backward._replace(
+            name="backward of the decoders",
+            # a GPU gives whole buffers at once, on a CPU nothing has been written to new ones yet
+            buckets=sending if job.device == "cuda" else open_buckets,
+            activations=micro * sum(parts),
+            working=logits + micro * count_transient(decoder, method=job.method),
+        ),
+        backward._replace(
+            name="first full bucket",
+            gradients=max(carried, held.gradients + held.reduced),
+            activations=round(micro * (parts.online_encoder * full.encoder + sum(parts[1:]) * full.decoders)),
+            working=micro * count_transient(decoder if full.decoders else encoder, method=job.method),
+        ),
+        backward._replace(
+            name="backward of the encoder",
+            gradients=max(carried, held.gradients + arrived),
+            activations=micro * parts.online_encoder,
+            working=micro * count_transient(encoder, method=job.method),
+        ),
+        backward._replace(
+            name="end of backward",
+            weights=held.weights,
+            gradients=held.gradients + held.reduced,
+            buckets=sending + held.copies,
+        ),
+    ]
+
+
+class _Left(NamedTuple):
+    """Shares of the activations that backward has not freed yet."""
+
+    decoders: float
+    encoder: float
+
+
+def _plan_arrival(job: Job, held: Standing) -> tuple[_Left, int]:
+    """What is left of the activations when gradients are laid out, and gradients when the encoder's begin.
+
+    Backward meets the decoders first. Stage 0 piles gradients up as they come. Stages 1 and 2 gather a bucket
+    full of them, then lay out this rank's share: on a GPU all of it at once.
+    """
+    counts = count_parameters(job.cfg)
+    encoder, decoders = counts.online_encoder, counts.trained - counts.online_encoder
+    if job.zero.stage not in (1, 2) or job.device == "cpu":
+        return _Left(0, 0), round(held.reduced * decoders / counts.trained)
+    bucket = min(job.zero.reduce_bucket, counts.trained)
+    left = _Left(max(0, 1 - bucket / decoders), min(1, (counts.trained - bucket) / encoder))
+    return left, held.reduced if left.decoders else 0
 
 
 def predict_peak(job: Job) -> Moment:

@@ -95,7 +95,8 @@ class Standing(NamedTuple):
     """Bytes that a stage brings along whatever the micro-batch, on the device."""
 
     weights: int  # of the trained parts, between steps
-    gathered: int  # of them and of the target, more of it during the passes
+    gathered: int  # of them and of the target, more of it while the forward pass runs
+    regathered: int  # and while backward runs
     optimizer: int
     target: int
     gradients: int  # between steps
@@ -128,6 +129,8 @@ def _hold_everything(job: Job) -> Standing:
     return Standing(
         weights=size * trained + _FP32 * count_buffers(job.cfg),
         gathered=_rounded_bytes(job),
+        # blocks that are computed again round their weights again
+        regathered=_rounded_bytes(job) if job.cfg.model.remat == "none" else 0,
         optimizer=(_ADAM + _FP32 * is_coarse) * trained,
         target=(size + _FP32 * is_coarse) * target,
         gradients=0,
@@ -157,6 +160,8 @@ def _split_optimizer(job: Job) -> Standing:
     return Standing(
         weights=size * trained + _FP32 * count_buffers(job.cfg),
         gathered=_rounded_bytes(job),
+        # blocks that are computed again round their weights again
+        regathered=_rounded_bytes(job) if job.cfg.model.remat == "none" else 0,
         # an fp32 master of this rank's part, also where the weights are fp32 already
         optimizer=(_ADAM + _FP32) * part * on_device,
         target=(size + _FP32 * is_coarse) * target,
@@ -187,6 +192,7 @@ def _split_weights(job: Job) -> Standing:
     return Standing(
         weights=size * part * stays + _FP32 * count_buffers(job.cfg),
         gathered=size * whole if zero.ranks > 1 else alone,
+        regathered=size * whole if zero.ranks > 1 else alone,
         optimizer=(_ADAM + _FP32) * part * on_device,
         target=(size * stays + _FP32 * is_coarse) * zero.share(target),
         gradients=size * part * on_device,

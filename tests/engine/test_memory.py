@@ -30,34 +30,16 @@ AUTOCAST = {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}
 BF16 = {"bf16": {"enabled": True}}
 
 
-def measure(run: Run, *, steps: int = 3) -> dict[str, int]:
+def measure(run: Run, live: Any, *, steps: int = 3) -> dict[str, int]:
     """Peak of the tensors alive over all steps and what stays between two, on this rank."""
-    import torch
-
-    from cmae_scale.engine.inputs import draw_step
-    from cmae_scale.engine.live_bytes import LiveBytes
+    from cmae_scale.engine.footprint import train_on_noise
     from cmae_scale.engine.session import start_session
     from cmae_scale.engine.start import start_processes
-    from cmae_scale.engine.step import train_step
 
     place = start_processes()
-    batch = plan_batch(run.deepspeed, ranks=place.world.size)
-    rows = range(place.world.rank * batch.local, (place.world.rank + 1) * batch.local, batch.micro)
-    side = run.cmae.views.master_px
-    with LiveBytes() as live:
+    with live:
         session = start_session(run, place=place, data_order="memory")
-        for step in range(steps):
-            images = torch.randint(0, 256, (batch.local, 1, 3, side, side), dtype=torch.uint8)
-            draws = draw_step(run.cmae, total=batch.total, step=step)
-            parts = images.split(batch.micro)
-            micros = [
-                draws.prepare(part, first_row=row, cfg=run.cmae)
-                for part, row in zip(parts, rows, strict=True)
-            ]
-            with session.use_attention():
-                train_step(session.engine, micros, cfg=run.cmae, rank=place.world.rank)
-            session.update_target_(run.cmae.target.momentum)
-        del images, draws, parts, micros
+        train_on_noise(session, batch=plan_batch(run.deepspeed, ranks=place.world.size), steps=steps)
         return {"peak": live.peak, "idle": live.now}
 
 
@@ -78,6 +60,7 @@ def measure(run: Run, *, steps: int = 3) -> dict[str, int]:
 def test_the_predicted_peak_is_that_of_a_real_step(
     tiny_run: Callable[..., Run],
     on_ranks: Callable[..., list[Any]],
+    live_bytes: Any,
     stage: int,
     ranks: int,
     accumulation: int,
@@ -102,7 +85,7 @@ def test_the_predicted_peak_is_that_of_a_real_step(
         kernel="fused" if formats.compute == "float32" else "explicit",
         is_fused=is_optimizer_fused(run.deepspeed),
     )
-    measured = on_ranks(lambda: measure(run), ranks=ranks, timeout_s=300)[0]
+    measured = on_ranks(lambda: measure(run, live_bytes), ranks=ranks, timeout_s=300)[0]
     idle = next(moment for moment in plan_moments(job) if moment.name == "average")
     assert predict_peak(job).total_bytes == pytest.approx(measured["peak"], rel=0.06)
     assert idle._replace(views=0, working=0).total_bytes == pytest.approx(measured["idle"], rel=0.03)

@@ -7,7 +7,6 @@ import torch
 
 from cmae_scale.core.precision import NumberFormats
 from cmae_scale.core.settings import CmaeConfig, Remat
-from cmae_scale.engine.live_bytes import LiveBytes
 from cmae_scale.engine.remat import choose_block_runner
 from cmae_scale.engine.step import MicroBatch, _hidden_patches
 from cmae_scale.layers.attention import AttentionChoice, set_attention_, use_attention
@@ -41,7 +40,9 @@ SMALL: dict[str, Any] = {
 }
 
 
-def alive_after_forward(cfg: CmaeConfig, images: int, *, formats: NumberFormats, kernel: Kernel) -> int:
+def alive_after_forward(
+    live: Any, cfg: CmaeConfig, images: int, *, formats: NumberFormats, kernel: Kernel
+) -> int:
     """Bytes of storages that forward and losses make and leave, weights' copies included."""
     model = build_cmae(cfg)
     if not formats.is_autocast and formats.compute_bytes == 2:
@@ -52,7 +53,6 @@ def alive_after_forward(cfg: CmaeConfig, images: int, *, formats: NumberFormats,
     online, target = torch.randn(2, images, 3, side, side)
     noise = torch.rand(images, cells)
     micro = MicroBatch(online, target, noise, noise)
-    live = LiveBytes()
     with live, use_attention(ATTENTION[kernel]):
         live.watch([online, target, noise, *model.parameters(), *model.buffers()])
         before = live.now
@@ -67,19 +67,21 @@ def alive_after_forward(cfg: CmaeConfig, images: int, *, formats: NumberFormats,
     return alive
 
 
-def measure(cfg: CmaeConfig, *, formats: NumberFormats, kernel: Kernel) -> float:
+def measure(live: Any, cfg: CmaeConfig, *, formats: NumberFormats, kernel: Kernel) -> float:
     """Bytes that one more image adds; what does not depend on images cancels."""
-    few, many = (alive_after_forward(cfg, count, formats=formats, kernel=kernel) for count in (4, 12))
+    few, many = (alive_after_forward(live, cfg, count, formats=formats, kernel=kernel) for count in (4, 12))
     return (many - few) / 8
 
 
 @pytest.mark.parametrize("remat", get_args(Remat))
 @pytest.mark.parametrize("kernel", ATTENTION)
 @pytest.mark.parametrize("formats", FORMATS)
-def test_what_is_kept_is_what_is_alive(formats: str, kernel: Kernel, remat: Remat) -> None:
+def test_what_is_kept_is_what_is_alive(live_bytes: Any, formats: str, kernel: Kernel, remat: Remat) -> None:
     cfg = CmaeConfig.model_validate({**SMALL, "model": {**SMALL["model"], "remat": remat}})
     predicted = sum(count_activations(cfg, method=Method(FORMATS[formats], kernel, remat)))
-    assert measure(cfg, formats=FORMATS[formats], kernel=kernel) == pytest.approx(predicted, rel=0.02)
+    assert measure(live_bytes, cfg, formats=FORMATS[formats], kernel=kernel) == pytest.approx(
+        predicted, rel=0.02
+    )
 
 
 @pytest.mark.parametrize(
@@ -95,7 +97,9 @@ def test_what_is_kept_is_what_is_alive(formats: str, kernel: Kernel, remat: Rema
     ids=["mae", "no feature decoder", "shared", "layer norm", "cells", "other sizes"],
 )
 @pytest.mark.parametrize("formats", FORMATS)
-def test_so_it_is_for_other_models(changes: dict[str, Any], formats: str) -> None:
+def test_so_it_is_for_other_models(live_bytes: Any, changes: dict[str, Any], formats: str) -> None:
     cfg = CmaeConfig.model_validate({**SMALL, **changes})
     predicted = sum(count_activations(cfg, method=Method(FORMATS[formats], "explicit", "none")))
-    assert measure(cfg, formats=FORMATS[formats], kernel="explicit") == pytest.approx(predicted, rel=0.02)
+    assert measure(live_bytes, cfg, formats=FORMATS[formats], kernel="explicit") == pytest.approx(
+        predicted, rel=0.02
+    )
