@@ -223,6 +223,23 @@ def test_one_and_two_ranks_give_the_same_losses(
 
 
 @pytest.mark.dist
+def test_workers_and_restarts_change_no_loss(
+    arguments: Callable[..., list[str]], pretrain: Callable[..., list[int]], tmp_path: Path
+) -> None:
+    """The whole command, twice: straight through, and stopped and taken up by other numbers of workers."""
+
+    def settings(workers: int) -> list[str]:
+        same = ["cmae.schedule.duration=6st", "cmae.checkpoint.every=2st", "cmae.heads.norm=layer"]
+        return [*same, "torch_autocast.enabled=false", f"cmae.data.workers={workers}"]
+
+    assert pretrain(arguments(*settings(1), out="straight")) == [0]
+    assert pretrain([*arguments(*settings(3), out="restarted"), "--stop_at", "2"]) == [0]
+    assert pretrain([*arguments(*settings(2), out="restarted"), "--stop_at", "4"]) == [0]
+    assert pretrain(arguments(*settings(4), out="restarted")) == [0]
+    assert losses_of(tmp_path / "restarted") == losses_of(tmp_path / "straight")
+
+
+@pytest.mark.dist
 def test_a_finished_run_started_again_stays_finished(
     arguments: Callable[..., list[str]], pretrain: Callable[..., list[int]], tmp_path: Path
 ) -> None:

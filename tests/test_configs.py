@@ -14,6 +14,7 @@ TRAINABLE = {  # Source: the official CMAE-B and the MAE models, counted; see te
     "vits": 55_880_832,
     "vitb": 121_118_208,
     "vitl": 339_357_440,
+    "vitl_zero3": 339_357_440,
     "mae_vitb": 111_655_680,
     "convvitb": 124_253_056,
 }
@@ -49,6 +50,18 @@ def test_the_convmae_baseline_is_as_large_as_published() -> None:
     with torch.device("meta"):
         model = build_cmae(run.cmae)
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 114_790_528
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in CONFIGS if "_zero" in path.stem], ids=lambda path: path.stem
+)
+def test_another_memory_plan_is_the_same_run(path: Path) -> None:
+    plan, base = read_run(path), read_run(path.with_name(f"{path.stem.partition('_zero')[0]}.json"))
+    assert plan.cmae == base.cmae
+    memory = {"zero_optimization", "activation_checkpointing"}
+    for name in (set(plan.deepspeed) | set(base.deepspeed)) - memory:
+        assert plan.deepspeed.get(name) == base.deepspeed.get(name), name
+    assert plan.deepspeed["zero_optimization"] != base.deepspeed["zero_optimization"]
 
 
 def test_deepspeed_accepts_its_part(config: Path) -> None:
