@@ -16,7 +16,8 @@ from cmae_scale.core.settings import DataConfig, ViewsConfig
 EXAMPLES = """\
   python -m cmae_scale.bench loader --shards shards/train --folder images/train
   python -m cmae_scale.bench stream --shards shards/train
-  python -m cmae_scale.bench memory"""
+  python -m cmae_scale.bench memory
+  python -m cmae_scale.bench kill --deepspeed_config ds_configs/quickstart.json --kills 30"""
 RECORDS = Path("tests/bench/records")
 WORLDS = [(ranks, workers) for ranks in (1, 2, 4) for workers in (1, 2, 3)]
 
@@ -33,7 +34,7 @@ def bench(argv: Sequence[str] | None) -> None:
         epilog=f"examples:\n{EXAMPLES}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    commands = parser.add_subparsers(required=True, metavar="loader | stream | memory")
+    commands = parser.add_subparsers(required=True, metavar="loader | stream | memory | kill")
     loader = commands.add_parser("loader", help="CPU seconds per sample beside other loaders")
     loader.set_defaults(run=measure_loader)
     loader.add_argument("--folder", type=Path, metavar="DIR", help="the same images as class folders")
@@ -52,6 +53,16 @@ def bench(argv: Sequence[str] | None) -> None:
     memory.set_defaults(run=measure_memory)
     memory.add_argument("--only", type=int, nargs="+", metavar="N", help="these of the cases, from 1")
     memory.add_argument("--record", type=Path, default=RECORDS / "memory.json", metavar="FILE")
+    kill = commands.add_parser("kill", help="a run killed at random moments ends as one never killed")
+    kill.set_defaults(run=prove_kills)
+    kill.add_argument("--deepspeed_config", required=True, metavar="FILE", help="the run file")
+    kill.add_argument(
+        "--set", nargs="+", default=[], metavar="PLACE=VALUE", help="as for cmae_scale.pretrain"
+    )
+    kill.add_argument("--kills", type=int, default=30, help="default: 30")
+    kill.add_argument("--ranks", type=int, default=2, help="processes on this machine (default: 2)")
+    kill.add_argument("--seed", type=int, default=0, help="of victims and moments (default: 0)")
+    kill.add_argument("--out", type=Path, default=Path("runs"), metavar="DIR", help="for the runs' folders")
     args = parser.parse_args(argv)
     args.run(args)
 
@@ -158,6 +169,25 @@ def measure_memory(args: argparse.Namespace) -> None:
         }
     write_record(args.record, config={"steps": STEPS, "device": device}, results=results)
     print(f"record {args.record}")
+
+
+def prove_kills(args: argparse.Namespace) -> None:
+    """Print what each kill -9 did. DataError unless every run ends as the one that was never killed."""
+    from cmae_scale.engine.safety.kills import Job, prove_survival
+
+    overrides = ("--set", *args.set) if args.set else ()
+    arguments = ("--deepspeed_config", args.deepspeed_config, *overrides)
+    args.out.mkdir(parents=True, exist_ok=True)
+    job = Job("cmae_scale.pretrain", arguments, args.ranks, args.out / "kill")
+    outcomes = prove_survival(
+        job, kills=args.kills, seed=args.seed, tell=lambda text: print(text, flush=True)
+    )
+    saving = sum(outcome.was_saving for outcome in outcomes)
+    whole = sum(outcome.kill.victim is None for outcome in outcomes)
+    print(
+        f"{len(outcomes)} kills (-9): {whole} of the whole run, {len(outcomes) - whole} of one rank, {saving} "
+        "while a state was being written; every run ended with metrics and weights of the unharmed one"
+    )
 
 
 def read_views(args: argparse.Namespace) -> ViewsConfig:

@@ -4,12 +4,14 @@ import multiprocessing
 import os
 import pickle
 import socket
+import sys
+import time
 import traceback
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported: see core/world.py
 
@@ -85,9 +87,7 @@ class KilledRankError(AssertionError):
 
 def run_on_ranks(function: Callable[[], Any], *, ranks: int, timeout_s: float = 120) -> list[Any]:
     context = multiprocessing.get_context("fork")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = find_port()
     pipes = [context.Pipe(duplex=False) for _ in range(ranks)]
     processes = [
         context.Process(target=_be_rank, args=(function, rank, port, [writer for _, writer in pipes]))
@@ -119,15 +119,7 @@ def _be_rank(function: Callable[[], Any], rank: int, port: int, writers: list[Co
     for other in writers:
         if other is not answer:
             other.close()
-    os.environ.update(
-        RANK=str(rank),
-        WORLD_SIZE=str(ranks),
-        LOCAL_RANK=str(rank),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-        OMP_NUM_THREADS="1",
-        DS_ACCELERATOR="cpu",
-    )
+    os.environ.update(rank_environment(rank, ranks, port))
     torch.set_num_threads(1)  # a forked OpenMP pool would hang
     try:
         answer.send_bytes(pickle.dumps((function(), None)))  # tensors by value, not as shared memory
@@ -191,3 +183,91 @@ class LiveBytes(TorchDispatchMode):
     def _forget(self, place: int) -> None:
         self.now -= self._sizes.pop(place, 0)
         self._watched.pop(place, None)
+
+
+class Ended(NamedTuple):
+    """How a process ended: `status` is negative for a signal."""
+
+    status: int | None
+    stderr: str
+    after_s: float
+
+
+@pytest.fixture
+def let_ranks_end(on_ranks: Callable[..., Any], tmp_path: Path) -> Callable[..., list[Ended]]:
+    """`let_ranks_end(function, ranks=2)`: how fresh gloo processes end that run `function() -> status`.
+
+    For what `on_ranks` cannot: ranks that die. `meanwhile(pids)` runs in this process beside them. What is
+    left after `timeout_s` is killed, and its status is None.
+    """
+
+    def run(
+        function: Callable[[], int | None],
+        *,
+        ranks: int,
+        timeout_s: float = 60,
+        meanwhile: Callable[[list[int]], None] = lambda pids: None,
+    ) -> list[Ended]:
+        context = multiprocessing.get_context("fork")
+        port = find_port()
+        logs = [tmp_path / f"stderr_{rank}_{port}" for rank in range(ranks)]
+        processes = [
+            context.Process(target=_end_as_rank, args=(function, rank, ranks, port, logs[rank]))
+            for rank in range(ranks)
+        ]
+        started_s = time.monotonic()
+        for process in processes:
+            process.start()
+        ends = [timeout_s] * ranks
+        waiting = dict(enumerate(processes))
+        meanwhile([process.pid or 0 for process in processes])
+        while waiting and time.monotonic() - started_s < timeout_s:
+            for rank, process in list(waiting.items()):
+                if process.exitcode is not None:
+                    ends[rank] = time.monotonic() - started_s
+                    del waiting[rank]
+            time.sleep(0.02)
+        for process in waiting.values():
+            process.kill()
+        return [
+            Ended(None if rank in waiting else process.exitcode, logs[rank].read_text(), ends[rank])
+            for rank, process in enumerate(processes)
+        ]
+
+    return run
+
+
+def _end_as_rank(function: Callable[[], int | None], rank: int, ranks: int, port: int, log: Path) -> None:
+    with log.open("w") as file:
+        os.dup2(file.fileno(), 2)
+    sys.stderr = os.fdopen(2, "w", buffering=1)
+    os.environ.update(rank_environment(rank, ranks, port))
+    torch.set_num_threads(1)  # a forked OpenMP pool would hang
+    status: int | None = 1
+    try:
+        status = function()
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(status or 0)
+
+
+def find_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
+
+
+def rank_environment(rank: int, ranks: int, port: int) -> dict[str, str]:
+    """What a launcher would set."""
+    return {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(ranks),
+        "LOCAL_RANK": str(rank),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+        "DS_ACCELERATOR": "cpu",
+    }

@@ -14,8 +14,8 @@ class Report(NamedTuple):
     for_s: float
 
     def __str__(self) -> str:
-        """For instance: reading data of step 7."""
-        return self.where if self.step is None else f"{self.where} of step {self.step}"
+        """For instance: reading data, step 7."""
+        return self.where if self.step is None else f"{self.where}, step {self.step}"
 
 
 class Pulse:
@@ -26,7 +26,7 @@ class Pulse:
         self._now: tuple[str, int | None, float, float] = ("starting", None, time.monotonic(), PATIENT)
 
     def enter(self, where: str, *, step: int | None = None, patience: float = 1.0) -> None:
-        """`where` as in "rank 1 is reading data of step 7". `patience` times cmae.faults.step_timeout_s is
+        """`where` as in "rank 1 reading data, step 7". `patience` times cmae.faults.step_timeout_s is
         how long it may take. Call it again for progress within a long part.
         """
         self._now = (where, step, time.monotonic(), patience)

@@ -83,7 +83,7 @@ class Watch:
         """Tell the others that this rank ends, and how, and wait for those who end alike."""
         if self._line is not None:
             self._line.send({"bye": True})
-        if self._world.is_first and error is not None:
+        if self._world.is_first and self._is_ending:
             self._wait_for_others()
         self._closing.set()
         signal.set_wakeup_fd(self._old_wakeup)

@@ -25,7 +25,7 @@ class Fault(NamedTuple):
 
 @pytest.fixture
 def run_loop() -> Callable[..., dict[str, Any]]:
-    """`run_loop(run, faults=[(step, rank, kind)])` inside a rank: what the loop did, and what must be clean."""
+    """`run_loop(run, faults=[(step, rank, kind)])` inside a rank: what it did, and what must be clean."""
     return train_loop
 
 
