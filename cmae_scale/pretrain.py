@@ -151,7 +151,7 @@ def finish(session: "Session", journal: "Journal", *, held_out: "ShardSet") -> N
     from cmae_scale.report import read_metrics, write_curves, write_reconstructions
 
     run, cfg = session.run, session.run.cmae
-    encoder, pictures = session.export(), run.out / "pictures"
+    encoder, pictures = session.export(journal.last), run.out / "pictures"
     how = say_how_to_load(cfg.model, folder=encoder)
     if cfg.monitor.pictures:
         masters, _ = read_held_out(

@@ -1,8 +1,10 @@
 """A run that is under way: model, engine, target average and training states kept in step with each other."""
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,6 +22,7 @@ from cmae_scale.engine.start import Engine, Place, Precision, read_precision, st
 from cmae_scale.engine.weights import gather_weights
 from cmae_scale.layers.attention import AttentionChoice, choose_attention, set_attention_, use_attention
 from cmae_scale.models import build_cmae
+from cmae_scale.models.card import CARD_FILE, Library, build_card, describe_run, write_card
 from cmae_scale.models.initial import start_from_
 from cmae_scale.models.sizes import read_size
 from cmae_scale.models.weights import export_encoder
@@ -59,12 +62,17 @@ class Session:
             world=self.place.world,
         )
 
-    def export(self) -> Path:
-        """Write the online encoder to RUN/encoder: see `export_encoder`."""
+    def export(self, metrics: Mapping[str, Any]) -> Path:
+        """Write the online encoder to RUN/encoder: see `export_encoder`. Its card tells the `metrics`."""
         folder = self.run.out / "encoder"
         weights = gather_weights(self.engine.module.online_encoder)
         if self.place.world.is_first:
-            export_encoder(weights, folder, model=self.run.cmae.model, views=self.run.cmae.views)
+            model = self.run.cmae.model
+            export_encoder(weights, folder, model=model, views=self.run.cmae.views)
+            if metrics or not (folder / CARD_FILE).exists():
+                facts = describe_run(self.run, metrics=metrics)
+                library: Library = "cmae-scale" if model.is_hybrid else "timm"
+                write_card(folder, build_card(self.run.out.name, facts=facts, library=library))
         return folder
 
 
