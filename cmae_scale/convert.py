@@ -13,6 +13,7 @@ from cmae_scale.core.cli import run_command
 from cmae_scale.core.errors import ConfigError
 
 if TYPE_CHECKING:
+    from cmae_scale.models.card import Library
     from cmae_scale.models.formats.model_file import ModelFile
 
 FORMATS = {
@@ -25,11 +26,19 @@ FORMATS = {
     "torch_export": "file for torch.export.load: the same",
     "cmae": "folder of all parts that the file has, for cmae.model.init",
 }
+LIBRARIES: "dict[str, Library]" = {  # of the formats that get a card; a hybrid needs ours
+    "encoder": "timm",
+    "timm": "timm",
+    "classifier": "timm",
+    "huggingface": "transformers",
+    "huggingface_mae": "transformers",
+}
 EXAMPLES = """\
   python -m cmae_scale.convert mae_pretrain_vit_base_full.pth weights/mae --to cmae
   python -m cmae_scale.convert runs/vitb/encoder weights/vit --to huggingface
   python -m cmae_scale.convert cmae_vit-base-p16_32xb128-coslr-300e_in1k.pth weights/cmae --to encoder
   python -m cmae_scale.convert runs/convvitb/encoder encoder.onnx --to onnx
+  python -m cmae_scale.convert runs/vitb/encoder hub/vitb --to encoder --push_to_hub me/vitb
 
 IN is a .pth or .safetensors file, or a folder with model.safetensors and config.json: MAE and ConvMAE
 (pre-trained or fine-tuned), official CMAE (whole, fine-tuned, or its backbone), timm's and Hugging Face's
@@ -44,6 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def convert(argv: Sequence[str] | None) -> None:
     """Read IN, check that it is whole, and write OUT."""
     args = read_arguments(argv)
+    from cmae_scale.models.formats.hub import push_folder
     from cmae_scale.models.formats.model_file import read_model_file
     from cmae_scale.models.formats.shapes import HeadCounts
 
@@ -59,6 +69,10 @@ def convert(argv: Sequence[str] | None) -> None:
     args.out.parent.mkdir(parents=True, exist_ok=True)
     find_writer(args.to)(file, args.out)
     print(describe(file))
+    if args.to in LIBRARIES:
+        write_its_card(file, args)
+    if args.push_to_hub:
+        push_folder(args.out, repository=args.push_to_hub)
     print(f"{args.out}: {FORMATS[args.to]}")
 
 
@@ -86,7 +100,18 @@ def read_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         default="rgb",
         help="rgb (default): weights trained on BGR images, as the official CMAE's, are made to take RGB",
     )
-    return parser.parse_args(argv)
+    parser.add_argument(
+        "--license", default="unknown", metavar="NAME", help="the licence field of the card (README.md)"
+    )
+    parser.add_argument(
+        "--push_to_hub",
+        metavar="USER/NAME",
+        help="also upload OUT there, to a new repository as a private one",
+    )
+    args = parser.parse_args(argv)
+    if args.push_to_hub and args.to not in LIBRARIES:
+        parser.error(f"--push_to_hub takes a folder that others load: --to {', '.join(LIBRARIES)}")
+    return args
 
 
 def find_writer(to: str) -> "Callable[[ModelFile, Path], None]":
@@ -105,9 +130,23 @@ def find_writer(to: str) -> "Callable[[ModelFile, Path], None]":
     }[to]
 
 
+def write_its_card(file: "ModelFile", args: argparse.Namespace) -> None:
+    """What is known of the weights, beside them."""
+    from cmae_scale.models.card import build_card, write_card
+    from cmae_scale.models.formats.names import WHOSE
+
+    facts = {"converted from": f"{file.path.name} ({WHOSE[file.layout]})"}
+    facts |= {f"note {number}": notice for number, notice in enumerate(file.notices, start=1)}
+    library: Library = "cmae-scale" if file.cfg.model.is_hybrid else LIBRARIES[args.to]
+    card = build_card(args.out.name, facts=facts, library=library, license_name=args.license)
+    write_card(args.out, card)
+
+
 def describe(file: "ModelFile") -> str:
     """What was read, part by part, and what had to be assumed."""
-    lines = [f"{file.path} ({file.layout}), {file.cfg.views.img_px} px images"]
+    from cmae_scale.models.formats.names import WHOSE
+
+    lines = [f"{file.path} ({WHOSE[file.layout]}), {file.cfg.views.img_px} px images"]
     for part in file.parts:
         tensors = file.part(part)
         count = sum(tensor.numel() for name, tensor in tensors.items() if "running_" not in name)

@@ -126,7 +126,7 @@ def finish(method: "Pretraining", journal: "Journal", *, held_out: "ShardSet") -
     session = method.session
     session.place.pulse.enter("finishing", step=journal.times.total_steps, patience=PATIENT)
     run, cfg = session.run, session.run.cmae
-    encoder, pictures = method.export(), run.out / "pictures"
+    encoder, pictures = method.export(journal.last), run.out / "pictures"
     how = say_how_to_load(cfg.model, folder=encoder)
     if cfg.monitor.pictures:
         masters, _ = read_held_out(

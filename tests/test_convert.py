@@ -30,7 +30,7 @@ def test_there_and_back_by_command(
     out = tmp_path / "new" / "folder"
     assert main([str(path), str(out), "--to", "encoder", *HEADS]) == 0
     told = capsys.readouterr().out
-    assert f"{path} (mae), 24 px images" in told
+    assert f"{path} (names of MAE, ConvMAE and timm), 24 px images" in told
     assert "online_encoder" in told
     assert main([str(out), str(tmp_path / "hf"), "--to", "huggingface"]) == 0
     assert main([str(tmp_path / "hf"), str(tmp_path / "timm"), "--to", "timm"]) == 0

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from cmae_scale.engine.step import METRIC_NAMES, accumulate_gradients
 from cmae_scale.engine.watch.health import Health
 from cmae_scale.engine.weights import gather_weights
 from cmae_scale.layers.attention import AttentionChoice, choose_attention, set_attention_
+from cmae_scale.models.card import CARD_FILE, Library, build_card, describe_run, write_card
 from cmae_scale.models.flops import count_flops
 from cmae_scale.models.sizes import read_size
 from cmae_scale.models.weights import export_encoder
@@ -77,13 +78,18 @@ class Pretraining:
         """What changes from step to step, besides the learning rate."""
         return {"momentum": self.momentum.at(step)}
 
-    def export(self) -> Path:
-        """Write the online encoder to RUN/encoder: see `export_encoder`."""
+    def export(self, metrics: Mapping[str, Any]) -> Path:
+        """Write the online encoder to RUN/encoder: see `export_encoder`. Its card tells the `metrics`."""
         run = self.session.run
         folder = run.out / "encoder"
         weights = gather_weights(self.session.engine.module.online_encoder)
         if self.session.place.world.is_first:
-            export_encoder(weights, folder, model=run.cmae.model, views=run.cmae.views)
+            model = run.cmae.model
+            export_encoder(weights, folder, model=model, views=run.cmae.views)
+            if metrics or not (folder / CARD_FILE).exists():
+                facts = describe_run(run, metrics=metrics)
+                library: Library = "cmae-scale" if model.is_hybrid else "timm"
+                write_card(folder, build_card(run.out.name, facts=facts, library=library))
         return folder
 
 

@@ -8,6 +8,7 @@ from cmae_scale.core.errors import ConfigError
 from cmae_scale.core.settings import CmaeConfig
 from cmae_scale.models.cmae import CMAE
 from cmae_scale.models.formats.model_file import PRETRAINING_ONLY, ModelFile, read_model_file
+from cmae_scale.models.formats.names import WHOSE
 from cmae_scale.models.formats.shapes import HeadCounts
 from cmae_scale.models.sizes import read_size
 
@@ -33,7 +34,7 @@ def start_from_(model: CMAE, cfg: CmaeConfig, *, path: Path) -> list[str]:
     copied = sorted({name.split(".")[0] for name in missing} - {name.split(".")[0] for name in absent})
     used = {name.split(".")[0] for name in model.state_dict()}
     taken = [part for part in file.parts if part in used]
-    notices = [f"started from {path} ({file.layout}): {', '.join(taken)}", *file.notices]
+    notices = [f"started from {path} ({WHOSE[file.layout]}): {', '.join(taken)}", *file.notices]
     if copied:
         notices.append(f"{', '.join(copied)}: a copy of the online branch where {path.name} has none")
     if absent:

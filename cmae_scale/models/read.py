@@ -30,9 +30,9 @@ class EncoderDescription:
     num_classes: int  # 0 without a classifier
 
 
-def read_description(folder: Path) -> EncoderDescription:
+def read_description(folder: str | Path) -> EncoderDescription:
     """The description in `folder`. Raises ConfigError where there is none, or none of ours."""
-    file = folder / CONFIG_FILE
+    file = Path(folder) / CONFIG_FILE
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         args, prepared = content["model_args"], content["pretrained_cfg"]

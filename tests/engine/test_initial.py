@@ -47,7 +47,10 @@ def test_every_rank_starts_with_the_files_weights(
             torch.testing.assert_close(
                 answer["weights"][name].float(), expected.float(), rtol=0, atol=0 if not precision else 5e-3
             )
-        assert any(notice.startswith(f"started from {trained.path} (ours)") for notice in answer["notices"])
+        assert any(
+            notice.startswith(f"started from {trained.path} (this project's names)")
+            for notice in answer["notices"]
+        )
 
 
 def test_a_resumed_run_keeps_its_own_weights(

@@ -224,7 +224,7 @@ def test_an_encoder_alone_is_read_without_its_decoder(tmp_path: Path, published:
     ("change", "told"),
     [
         ({"blocks.0.ls1.gamma": torch.ones(24)}, r"too many.*blocks\.0\.ls1\.gamma"),
-        ({"reg_token": torch.ones(1, 4, 24)}, "no mae model: reg_token"),
+        ({"reg_token": torch.ones(1, 4, 24)}, "none of the names of MAE, ConvMAE and timm: reg_token"),
         ({"blocks.1.mlp.fc1.bias": None}, r"lacks 1 tensors.*blocks\.1\.mlp\.fc1\.bias"),
         ({"decoder_pred.weight": None, "decoder_pred.bias": None}, r"lacks 2 tensors.*predict\.weight"),
         ({"blocks.0.attn.proj.weight": torch.ones(24, 23)}, r"\[24, 23\] instead of \[24, 24\]"),
@@ -322,10 +322,11 @@ def test_a_run_goes_on_from_the_whole_official_model(
 
 def test_what_a_file_lacks_starts_by_the_rules_and_is_reported(tmp_path: Path, published: Any) -> None:
     """From MAE: the target copies the online branch, also its positions; the rest is as the seed has it."""
-    torch.save({"model": published.make_mae()}, tmp_path / "mae.pth")
+    path = tmp_path / "mae.pth"
+    torch.save({"model": published.make_mae()}, path)
     model, cfg = build_run(model={"embed_dim": 24})
     fresh, _ = build_run(model={"embed_dim": 24})
-    told = start_from_(model, cfg, path=tmp_path / "mae.pth")
+    told = start_from_(model, cfg, path=path)
     state, before = model.state_dict(), fresh.state_dict()
     assert torch.equal(state["online_encoder.pos_embed"], published.make_mae()["pos_embed"])
     for name, tensor in state.items():
@@ -340,7 +341,7 @@ def test_what_a_file_lacks_starts_by_the_rules_and_is_reported(tmp_path: Path, p
             case _:
                 assert not torch.equal(tensor, before[name]), name
     assert told == [
-        f"started from {tmp_path / 'mae.pth'} (mae): online_encoder, pixel_decoder",
+        f"started from {path} (names of MAE, ConvMAE and timm): online_encoder, pixel_decoder",
         "target_encoder, target_projector: a copy of the online branch where mae.pth has none",
         "new, from the seed: feature_decoder, predictor, projector",
     ]

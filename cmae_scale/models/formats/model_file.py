@@ -14,7 +14,7 @@ from cmae_scale.core.errors import ConfigError
 from cmae_scale.core.settings import CmaeConfig
 from cmae_scale.models.cmae import CMAE
 from cmae_scale.models.formats.channels import MEAN, STD, swap_to_rgb
-from cmae_scale.models.formats.names import Layout, find_layout, to_ours
+from cmae_scale.models.formats.names import WHOSE, Layout, find_layout, to_ours
 from cmae_scale.models.formats.shapes import HeadCounts, ShapeReader
 from cmae_scale.models.weights import CONFIG_FILE, read_weights
 
@@ -68,7 +68,7 @@ def read_model_file(path: Path, *, heads: HeadCounts | None = None) -> ModelFile
     layout = find_layout(list(tensors))
     renamed = to_ours(tensors, layout)
     if renamed.unknown:
-        raise ConfigError(f"{path} has tensors that are in no {layout} model: {_some(renamed.unknown)}")
+        raise ConfigError(f"{path} has tensors with none of the {WHOSE[layout]}: {_some(renamed.unknown)}")
     reader = ShapeReader(renamed.tensors, heads=_fill_in(heads or HeadCounts(), described))
     try:
         written = described.get("cmae") if layout == "ours" else None

@@ -11,6 +11,12 @@ from torch import Tensor
 from cmae_scale.core.errors import ConfigError
 
 Layout = Literal["ours", "mae", "cmae", "huggingface"]
+WHOSE: dict[Layout, str] = {
+    "ours": "this project's names",
+    "mae": "names of MAE, ConvMAE and timm",
+    "cmae": "names of the official CMAE",
+    "huggingface": "names of Hugging Face",
+}
 Pair: TypeAlias = tuple[str, str]  # their name, ours; {i} is a number, {p} a last name, {rest} anything
 
 _PLACES = {"{i}": r"(?P<i>\d+)", "{p}": r"(?P<p>[a-z_]+)", "{rest}": r"(?P<rest>.+)"}
