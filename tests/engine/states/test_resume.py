@@ -141,8 +141,10 @@ def test_one_run_moves_from_two_ranks_to_one_and_back(
     on_ranks: Callable[..., list[Any]],
     tiny_run: Callable[..., Any],
     train_tiny: Callable[..., Any],
+    tmp_path: Path,
 ) -> None:
-    straight = on_ranks(lambda: train_tiny(tiny_run(cmae={"out": "never"}), steps=6), ranks=1)[0]["losses"]
+    never_moved = tiny_run(cmae={"out": str(tmp_path / "never moved")})
+    straight = on_ranks(lambda: train_tiny(never_moved, steps=6), ranks=1)[0]["losses"]
     journey = [(2, 2, 2), (1, 0, 4), (2, 3, 6)]  # ranks, stage, until step
     losses: dict[int, torch.Tensor] = {}
     notices: list[str] = []
