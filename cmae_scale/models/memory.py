@@ -79,7 +79,7 @@ def _plan_passes(job: Job, held: Standing, *, idle: Moment) -> list[Moment]:
     sending = held.buckets + held.sending
     forward = idle._replace(weights=held.weights + held.gathered, gradients=carried, buckets=open_buckets)
     backward = forward._replace(weights=held.weights + held.regathered, buckets=sending)
-    full, arrived = _plan_arrival(job, held)
+    left, arrived = _plan_arrival(job, held)
     return [
         forward._replace(
             name="forward of the target",
@@ -95,13 +95,13 @@ def _plan_passes(job: Job, held: Standing, *, idle: Moment) -> list[Moment]:
         ),
         backward._replace(
             name="first full bucket",
-            gradients=max(carried, held.gradients + held.reduced),
-            activations=round(micro * (parts.online_encoder * full.encoder + sum(parts[1:]) * full.decoders)),
-            working=micro * count_transient(decoder if full.decoders else encoder, method=job.method),
+            gradients=max(carried, arrived.at_bucket),
+            activations=round(micro * (parts.online_encoder * left.encoder + sum(parts[1:]) * left.decoders)),
+            working=micro * count_transient(decoder if left.decoders else encoder, method=job.method),
         ),
         backward._replace(
             name="backward of the encoder",
-            gradients=max(carried, held.gradients + arrived),
+            gradients=max(carried, held.gradients + arrived.at_encoder),
             activations=micro * parts.online_encoder,
             working=micro * count_transient(encoder, method=job.method),
         ),
@@ -114,6 +114,13 @@ def _plan_passes(job: Job, held: Standing, *, idle: Moment) -> list[Moment]:
     ]
 
 
+class _Arrived(NamedTuple):
+    """Gradients, beyond those that stand, when the first bucket is full and when the encoder's begin."""
+
+    at_bucket: int
+    at_encoder: int
+
+
 class _Left(NamedTuple):
     """Shares of the activations that backward has not freed yet."""
 
@@ -121,8 +128,8 @@ class _Left(NamedTuple):
     encoder: float
 
 
-def _plan_arrival(job: Job, held: Standing) -> tuple[_Left, int]:
-    """What is left of the activations when gradients are laid out, and gradients when the encoder's begin.
+def _plan_arrival(job: Job, held: Standing) -> tuple[_Left, _Arrived]:
+    """What is left of the activations when the first bucket is full, and which gradients have come.
 
     Backward meets the decoders first. Stage 0 piles gradients up as they come. Stages 1 and 2 gather a bucket
     full of them, then lay out this rank's share: on a GPU all of it at once.
@@ -130,10 +137,10 @@ def _plan_arrival(job: Job, held: Standing) -> tuple[_Left, int]:
     counts = count_parameters(job.cfg)
     encoder, decoders = counts.online_encoder, counts.trained - counts.online_encoder
     if job.zero.stage not in (1, 2) or job.device == "cpu":
-        return _Left(0, 0), round(held.reduced * decoders / counts.trained)
+        return _Left(0, 0), _Arrived(0, round(held.reduced * decoders / counts.trained))
     bucket = min(job.zero.reduce_bucket, counts.trained)
     left = _Left(max(0, 1 - bucket / decoders), min(1, (counts.trained - bucket) / encoder))
-    return left, held.reduced if left.decoders else 0
+    return left, _Arrived(held.reduced, held.reduced if left.decoders else 0)
 
 
 def predict_peak(job: Job) -> Moment:

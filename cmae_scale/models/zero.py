@@ -243,9 +243,6 @@ def _bucket_bytes(job: Job, *, sizes: tuple[int, int], is_doubled: bool) -> int:
     linear = count_rounded(job.cfg) if job.formats.is_autocast else 0
     total = 0
     for numbers, size in ((linear, sizes[0]), (counts.trained - linear, sizes[1])):
-        if numbers == 0:
-            continue
-        copies = 2 if is_doubled and (job.device == "cuda" or numbers > zero.reduce_bucket) else 1
-        filled = zero.reduce_bucket if job.device == "cuda" else min(zero.reduce_bucket, numbers)
-        total += copies * filled * size
+        whole = zero.reduce_bucket * (2 if is_doubled else 1) * (numbers > 0)
+        total += size * (whole if job.device == "cuda" else min(whole, numbers))
     return total
