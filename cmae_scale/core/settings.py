@@ -318,6 +318,7 @@ class CmaeConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     monitor: MonitorConfig = MonitorConfig()
     faults: FaultsConfig = FaultsConfig()
+    compile: Literal["none", "blocks"] = "none"  # torch.compile for every transformer block; ZeRO 0 to 2
     out: str | None = None  # run folder; null = runs/<name of the run file>
     seed: int = Field(60, ge=0)  # Source: official config
 

@@ -18,6 +18,7 @@ from cmae_scale.core.config import Run
 from cmae_scale.core.errors import ConfigError
 from cmae_scale.core.precision import read_formats
 from cmae_scale.core.world import World, read_world
+from cmae_scale.engine.compiled import compile_blocks_
 from cmae_scale.engine.optim import weight_decay_groups
 from cmae_scale.engine.remat import adapt_settings, choose_block_runner
 from cmae_scale.engine.safety.pulse import Pulse
@@ -111,6 +112,8 @@ def start_engine(model: nn.Module, run: Run) -> Engine:
     settings = adapt_settings(run.cmae.model.remat, settings=run.deepspeed)
     check_settings(settings, run)
     decay = settings.get("optimizer", {}).get("params", {}).get("weight_decay", 0.0)
+    if run.cmae.compile == "blocks":
+        compile_blocks_(model, remat=run.cmae.model.remat, settings=settings)
     runner = choose_block_runner(run.cmae.model.remat, settings=settings)
     model.set_remat_(runner)  # type: ignore[operator]
     try:
