@@ -138,10 +138,10 @@ def measure_memory(args: argparse.Namespace) -> None:
     from cmae_scale.core.batches import plan_batch
     from cmae_scale.core.config import read_run
     from cmae_scale.engine.footprint import CASES, STEPS, measure_footprint
-    from cmae_scale.models.memory import predict_peak
-    from cmae_scale.models.zero import Device
     from cmae_scale.planning.forecast import describe_job
     from cmae_scale.report.records import write_record
+    from cmae_scale.sizing.memory import predict_peak
+    from cmae_scale.sizing.zero import Device
 
     results = {}
     device: Device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -185,8 +185,8 @@ def prove_kills(args: argparse.Namespace) -> None:
     saving = sum(outcome.was_saving for outcome in outcomes)
     whole = sum(outcome.kill.victim is None for outcome in outcomes)
     print(
-        f"{len(outcomes)} kills (-9): {whole} of the whole run, {len(outcomes) - whole} of one rank, {saving} "
-        "while a state was being written; every run ended with metrics and weights of the unharmed one"
+        f"{len(outcomes)} kills (-9): {whole} of the whole run, {len(outcomes) - whole} of one rank, "
+        f"{saving} while a state was being written; every run ended with metrics and weights of the unharmed one"
     )
 
 

@@ -12,9 +12,9 @@ import pytest
 
 from cmae_scale.core.batches import plan_batch
 from cmae_scale.core.config import read_run
-from cmae_scale.models.memory import plan_moments, predict_peak
 from cmae_scale.plan import main
 from cmae_scale.planning.forecast import describe_job
+from cmae_scale.sizing.memory import plan_moments, predict_peak
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 CONFIGS = sorted((REPOSITORY / "ds_configs").glob("*.json"))

@@ -27,9 +27,9 @@ from cmae_scale.engine.watch.health import Health
 from cmae_scale.engine.weights import gather_weights
 from cmae_scale.layers.attention import AttentionChoice, choose_attention, set_attention_
 from cmae_scale.models.card import CARD_FILE, Library, build_card, describe_run, write_card
-from cmae_scale.models.flops import count_flops
-from cmae_scale.models.sizes import read_size
 from cmae_scale.models.weights import export_encoder
+from cmae_scale.sizing.flops import count_flops
+from cmae_scale.sizing.sizes import read_size
 
 
 @dataclass(frozen=True)

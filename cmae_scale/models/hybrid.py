@@ -14,10 +14,7 @@ from cmae_scale.layers.patches import PatchProjection, patchify
 from cmae_scale.layers.positions import sincos_positions
 from cmae_scale.layers.sites import KeptSites, SiteProjection, place_sites
 from cmae_scale.models.encoder import ImageEncoder
-from cmae_scale.models.sizes import ConvStages, EncoderSize
-
-FINE, COARSE = 4, 2  # sites along a side of a patch in the first and in the second stage. Source: ConvMAE
-KERNEL = 5  # of the depthwise convolutions. Source: Alpha-VL/ConvMAE vision_transformer.py
+from cmae_scale.sizing.sizes import COARSE, FINE, KERNEL, ConvStages, EncoderSize
 
 
 class StemProjection(PatchProjection):

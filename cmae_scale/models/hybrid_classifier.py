@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from cmae_scale.layers.blocks import NORM_EPS
 from cmae_scale.layers.sites import place_sites
-from cmae_scale.models.hybrid import COARSE, FINE, HybridTrunk
-from cmae_scale.models.sizes import ConvStages, EncoderSize
+from cmae_scale.models.hybrid import HybridTrunk
+from cmae_scale.sizing.sizes import COARSE, FINE, ConvStages, EncoderSize
 
 PRETRAINING_ONLY = re.compile(r"(stage[12]_output_decode|norm)\.(weight|bias)")
 HEAD_STD = 2e-5  # Source: Alpha-VL/ConvMAE main_finetune.py, as facebookresearch/mae

@@ -10,7 +10,7 @@ from cmae_scale.models.cmae import CMAE
 from cmae_scale.models.formats.model_file import PRETRAINING_ONLY, ModelFile, read_model_file
 from cmae_scale.models.formats.names import WHOSE
 from cmae_scale.models.formats.shapes import HeadCounts
-from cmae_scale.models.sizes import read_size
+from cmae_scale.sizing.sizes import read_size
 
 # may be in one of file and run alone: the target's norm, and what a fine-tuned encoder no longer has
 _MAY_DIFFER = ("target_encoder.norm.", *PRETRAINING_ONLY)

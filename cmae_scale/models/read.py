@@ -13,8 +13,8 @@ from cmae_scale.core.settings import ModelConfig
 from cmae_scale.models.build import build_encoder
 from cmae_scale.models.encoder import ImageEncoder
 from cmae_scale.models.hybrid_classifier import HybridClassifier
-from cmae_scale.models.sizes import read_size, read_stages
 from cmae_scale.models.weights import CONFIG_FILE, read_weights
+from cmae_scale.sizing.sizes import read_size, read_stages
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torch import Tensor
 from cmae_scale.core.errors import ConfigError
 from cmae_scale.core.files import PART, sync, write_text
 from cmae_scale.core.settings import EncoderName, ModelConfig, ViewsConfig
-from cmae_scale.models.sizes import read_size, read_stages
+from cmae_scale.sizing.sizes import read_size, read_stages
 
 WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
 

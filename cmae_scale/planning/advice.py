@@ -4,10 +4,10 @@ from collections.abc import Iterator
 
 from cmae_scale.core.config import Run
 from cmae_scale.core.durations import Timetable
-from cmae_scale.models.flops import count_kept
-from cmae_scale.models.parameters import count_parameters
-from cmae_scale.models.zero import Job
 from cmae_scale.planning.layouts import Layout
+from cmae_scale.sizing.flops import count_kept
+from cmae_scale.sizing.parameters import count_parameters
+from cmae_scale.sizing.zero import Job
 
 FEW_KEYS = 1024  # Source: MoCo v3 (arXiv:2104.02057) table 1 starts here; the paper's own batch is 4096
 FEW_NORMED = 32  # images that a BatchNorm's statistics should come from at least

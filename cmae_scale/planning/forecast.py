@@ -7,13 +7,13 @@ from cmae_scale.core.config import Run
 from cmae_scale.core.durations import Timetable
 from cmae_scale.core.hardware import Gpu
 from cmae_scale.core.precision import read_formats
-from cmae_scale.models.activations import Kernel
-from cmae_scale.models.flops import ForwardFlops, count_flops
-from cmae_scale.models.parameters import ParameterCounts, count_parameters
-from cmae_scale.models.zero import Device, Job, is_optimizer_fused, read_zero
 from cmae_scale.planning.advice import find_faults
 from cmae_scale.planning.layouts import Layout, on_device, plan_layouts, recommend
 from cmae_scale.planning.outlook import Outlook, estimate
+from cmae_scale.sizing.activations import Kernel
+from cmae_scale.sizing.flops import ForwardFlops, count_flops
+from cmae_scale.sizing.parameters import ParameterCounts, count_parameters
+from cmae_scale.sizing.zero import Device, Job, is_optimizer_fused, read_zero
 
 
 class Machine(NamedTuple):

@@ -6,8 +6,8 @@ from typing import NamedTuple, get_args
 
 from cmae_scale.core.batches import BatchSizes
 from cmae_scale.core.settings import Remat
-from cmae_scale.models.memory import Moment, predict_peak
-from cmae_scale.models.zero import Job, count_host
+from cmae_scale.sizing.memory import Moment, predict_peak
+from cmae_scale.sizing.zero import Job, count_host
 
 STAGES = (0, 1, 2, 3)
 REMATS: tuple[Remat, ...] = get_args(Remat)

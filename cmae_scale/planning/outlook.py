@@ -4,8 +4,8 @@ from typing import NamedTuple
 
 from cmae_scale.core.durations import Timetable
 from cmae_scale.core.settings import CmaeConfig, Remat
-from cmae_scale.models.flops import count_flops
 from cmae_scale.planning.layouts import REPEATED
+from cmae_scale.sizing.flops import count_flops
 
 # Source: ViT-B training with its data on H100s, 228 of 989 TFLOP/s (NVIDIA-BioNeMo/nvSubquadratic); ViT-g
 # 29 % (NeMo). Not measured with this project: say what you see with --mfu.

@@ -7,8 +7,8 @@ import pytest
 from cmae_scale.core.batches import plan_batch
 from cmae_scale.core.config import read_run
 from cmae_scale.engine.footprint import measure_footprint
-from cmae_scale.models.memory import predict_peak
 from cmae_scale.planning.forecast import describe_job
+from cmae_scale.sizing.memory import predict_peak
 
 
 @pytest.mark.bench

@@ -9,8 +9,8 @@ import pytest
 from cmae_scale.core.batches import plan_batch
 from cmae_scale.core.config import Run
 from cmae_scale.core.precision import read_formats
-from cmae_scale.models.memory import plan_moments, predict_peak
-from cmae_scale.models.zero import Job, is_optimizer_fused, read_zero
+from cmae_scale.sizing.memory import plan_moments, predict_peak
+from cmae_scale.sizing.zero import Job, is_optimizer_fused, read_zero
 
 # wide enough that matrices dominate: DeepSpeed keeps small tensors whole under stage 3
 MODEL = {

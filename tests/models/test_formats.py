@@ -25,7 +25,7 @@ from cmae_scale.models.formats.model_file import ModelFile, check_whole, read_mo
 from cmae_scale.models.formats.names import find_layout, to_ours
 from cmae_scale.models.formats.shapes import HeadCounts, ShapeReader
 from cmae_scale.models.initial import start_from_
-from cmae_scale.models.sizes import read_size
+from cmae_scale.sizing.sizes import read_size
 
 BATCH, SIDE, PATCH, GRID = 4, 24, 4, 6
 HEADS = HeadCounts(encoder=3, pixel_decoder=4, feature_decoder=4)

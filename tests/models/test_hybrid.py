@@ -13,7 +13,7 @@ from cmae_scale.models import CMAE, build_cmae
 from cmae_scale.models.hybrid import HybridEncoder
 from cmae_scale.models.hybrid_classifier import HybridClassifier, finetuning_weights
 from cmae_scale.models.init import init_transformer_
-from cmae_scale.models.sizes import ConvStages, EncoderSize
+from cmae_scale.sizing.sizes import ConvStages, EncoderSize
 
 BATCH, SIDE, PATCH, GRID, HEADS = 3, 48, 8, 6, 3
 SIZE, STAGES = EncoderSize(24, 2, HEADS), ConvStages((8, 12), (2, 1), 3.0)

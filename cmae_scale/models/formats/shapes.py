@@ -19,7 +19,7 @@ from cmae_scale.core.settings import (
     TargetConfig,
     ViewsConfig,
 )
-from cmae_scale.models.sizes import NAMED_SIZES
+from cmae_scale.sizing.sizes import NAMED_SIZES
 
 Tensors = Mapping[str, Tensor]
 Key = TypeVar("Key", int, tuple[int, int])

@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from cmae_scale.core.settings import CmaeConfig
 from cmae_scale.layers.attention import AttentionChoice, set_attention_
 from cmae_scale.models import build_cmae
-from cmae_scale.models.flops import count_flops
+from cmae_scale.sizing.flops import count_flops
 
 BASE: dict[str, Any] = {"model": {"encoder": "vit_tiny"}, "data": {"shards": "x"}}
 

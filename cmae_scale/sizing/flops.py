@@ -3,8 +3,7 @@
 from typing import NamedTuple
 
 from cmae_scale.core.settings import CmaeConfig, DecoderConfig, ModelConfig
-from cmae_scale.models.hybrid import COARSE, FINE, KERNEL
-from cmae_scale.models.sizes import read_size, read_stages
+from cmae_scale.sizing.sizes import COARSE, FINE, KERNEL, read_size, read_stages
 
 
 class ForwardFlops(NamedTuple):

@@ -9,7 +9,7 @@ import torch
 from cmae_scale.core.config import read_run
 from cmae_scale.core.settings import CmaeConfig
 from cmae_scale.models import CMAE
-from cmae_scale.models.parameters import count_buffers, count_parameters, count_rounded
+from cmae_scale.sizing.parameters import count_buffers, count_parameters, count_rounded
 
 CONFIGS = sorted((Path(__file__).resolve().parents[2] / "ds_configs").glob("*.json"))
 TINY: dict[str, Any] = {"model": {"encoder": "vit_tiny"}, "data": {"shards": "x"}}

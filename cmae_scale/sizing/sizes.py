@@ -4,6 +4,9 @@ from typing import NamedTuple
 
 from cmae_scale.core.settings import EncoderName, ModelConfig
 
+FINE, COARSE = 4, 2  # sites along a side of a patch in the first and in the second stage. Source: ConvMAE
+KERNEL = 5  # of the depthwise convolutions. Source: Alpha-VL/ConvMAE vision_transformer.py
+
 
 class EncoderSize(NamedTuple):
     """What tells one vision transformer from another, in timm's words; of a hybrid, its last stage."""

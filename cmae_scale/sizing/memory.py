@@ -7,7 +7,7 @@ memory` with what the operating system counts.
 from typing import NamedTuple
 
 from cmae_scale.core.settings import CmaeConfig
-from cmae_scale.models.activations import (
+from cmae_scale.sizing.activations import (
     BlockShape,
     count_activations,
     count_passing,
@@ -15,9 +15,9 @@ from cmae_scale.models.activations import (
     decoder_block,
     encoder_block,
 )
-from cmae_scale.models.flops import count_kept
-from cmae_scale.models.parameters import count_parameters
-from cmae_scale.models.zero import Device, Job, Standing, count_standing
+from cmae_scale.sizing.flops import count_kept
+from cmae_scale.sizing.parameters import count_parameters
+from cmae_scale.sizing.zero import Device, Job, Standing, count_standing
 
 _FP32 = 4
 # images whose views are made together: see augment/views.py. Temporaries come to about four of their views

@@ -11,8 +11,8 @@ from typing import Any, Literal, NamedTuple
 from cmae_scale.core.batches import BatchSizes
 from cmae_scale.core.precision import NumberFormats
 from cmae_scale.core.settings import CmaeConfig
-from cmae_scale.models.activations import Kernel, Method
-from cmae_scale.models.parameters import count_buffers, count_parameters, count_rounded
+from cmae_scale.sizing.activations import Kernel, Method
+from cmae_scale.sizing.parameters import count_buffers, count_parameters, count_rounded
 
 Device = Literal["cuda", "cpu"]
 

@@ -8,8 +8,8 @@ from typing import Literal, NamedTuple
 
 from cmae_scale.core.precision import NumberFormats
 from cmae_scale.core.settings import CmaeConfig, DecoderConfig, Remat
-from cmae_scale.models.flops import count_kept
-from cmae_scale.models.sizes import read_size
+from cmae_scale.sizing.flops import count_kept
+from cmae_scale.sizing.sizes import read_size
 
 # fused: softmax never stored, its log-sum is (flash, efficient, cuDNN); explicit: matmul, softmax, matmul as
 # in timm; math: torch's own composition, which works in fp32 whatever comes in

@@ -12,7 +12,7 @@ from cmae_scale.engine.step import MicroBatch, _hidden_patches
 from cmae_scale.layers.attention import AttentionChoice, set_attention_, use_attention
 from cmae_scale.losses import infonce, pixel_loss
 from cmae_scale.models import build_cmae
-from cmae_scale.models.activations import Kernel, Method, count_activations
+from cmae_scale.sizing.activations import Kernel, Method, count_activations
 
 FORMATS = {
     "fp32": NumberFormats("float32", "float32"),

@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 from cmae_scale.core.settings import CmaeConfig, DecoderConfig
-from cmae_scale.models.sizes import read_size
+from cmae_scale.sizing.sizes import read_size
 
 
 class ParameterCounts(NamedTuple):
