@@ -145,7 +145,7 @@ def measure_memory(args: argparse.Namespace) -> None:
 
     results = {}
     device: Device = "cuda" if torch.cuda.is_available() else "cpu"
-    print(f"{'run':90} {'measured':>9} {'predicted':>9}   MiB")
+    print(f"{'run':112} {'measured':>9} {'predicted':>9}   MiB")
     for number, case in enumerate(CASES, start=1):
         if args.only and number not in args.only:
             continue
@@ -156,7 +156,7 @@ def measure_memory(args: argparse.Namespace) -> None:
         batch = plan_batch(run.deepspeed, ranks=case.ranks)
         peak = predict_peak(describe_job(run, batch=batch, ranks=case.ranks, device=device))
         print(
-            f"{case.name:90} {grown / 2**20:9.0f} {peak.total_bytes / 2**20:9.0f}  "
+            f"{case.name:112} {grown / 2**20:9.0f} {peak.total_bytes / 2**20:9.0f}  "
             f"{peak.total_bytes / grown - 1:+.1%}",
             flush=True,
         )
