@@ -186,7 +186,7 @@ def prove_kills(args: argparse.Namespace) -> None:
     whole = sum(outcome.kill.victim is None for outcome in outcomes)
     print(
         f"{len(outcomes)} kills (-9): {whole} of the whole run, {len(outcomes) - whole} of one rank, "
-        f"{saving} while a state was being written; every run ended with metrics and weights of the unharmed one"
+        f"{saving} during a save; every run ended with the metrics and weights of the one never killed"
     )
 
 

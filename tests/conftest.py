@@ -193,8 +193,10 @@ class Ended(NamedTuple):
     after_s: float
 
 
-@pytest.fixture
-def let_ranks_end(on_ranks: Callable[..., Any], tmp_path: Path) -> Callable[..., list[Ended]]:
+@pytest.fixture(scope="session")
+def let_ranks_end(
+    on_ranks: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., list[Ended]]:
     """`let_ranks_end(function, ranks=2)`: how fresh gloo processes end that run `function() -> status`.
 
     For what `on_ranks` cannot: ranks that die. `meanwhile(pids)` runs in this process beside them. What is
@@ -210,7 +212,8 @@ def let_ranks_end(on_ranks: Callable[..., Any], tmp_path: Path) -> Callable[...,
     ) -> list[Ended]:
         context = multiprocessing.get_context("fork")
         port = find_port()
-        logs = [tmp_path / f"stderr_{rank}_{port}" for rank in range(ranks)]
+        folder = tmp_path_factory.mktemp("ranks")
+        logs = [folder / f"stderr_{rank}" for rank in range(ranks)]
         processes = [
             context.Process(target=_end_as_rank, args=(function, rank, ranks, port, logs[rank]))
             for rank in range(ranks)

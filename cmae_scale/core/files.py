@@ -32,7 +32,7 @@ class LineFile:
         try:
             size = self.path.stat().st_size if self.path.exists() else 0
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(self._waiting)
+                file.write(self._waiting if _ends_whole(self.path) else "\n" + self._waiting)
         except OSError as error:
             if size is not None:
                 with suppress(OSError):  # a part of them may have been written: they come again as a whole
@@ -40,6 +40,14 @@ class LineFile:
             return str(error)
         self._waiting = ""
         return None
+
+
+def _ends_whole(path: Path) -> bool:
+    """Whether the last line has its end: that of a killed process may be torn."""
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - 1))
+        return size == 0 or file.read(1) == b"\n"
 
 
 def digest_file(path: Path) -> str:

@@ -109,7 +109,10 @@ class Course:
     def take(self, step: int, masters: Iterator[MasterBatch]) -> bool:
         """Optimizer step `step`, with its lines and its state. False when the run went back to a state."""
         parts = self._take_data(step, masters)
-        if step not in self._skipped and not self._update(step, parts):
+        set_learning_rate_(self.session.engine, self.lr.at(step))
+        if step in self._skipped:
+            self._guard.pass_over()
+        elif not self._update(step, parts):
             return False
         self.done = step + 1
         times, log_every = self.journal.times, self.session.run.cmae.monitor.log_every
@@ -139,7 +142,6 @@ class Course:
     def _update(self, step: int, parts: Sequence[MasterBatch]) -> bool:
         """The step itself; a bad one moves nothing. False when the run went back to a state."""
         session = self.session
-        set_learning_rate_(session.engine, self.lr.at(step))
         self._guard.open()
         losses = self.method.accumulate(parts, step=step)
         self._pulse.enter("updating the weights", step=step, patience=PATIENT if step == self._first else 1.0)

@@ -110,6 +110,10 @@ class Guard:
                 )
         return bad
 
+    def pass_over(self) -> None:
+        """A step that is left out from the start: what is told of it is what is told of a bad one."""
+        self.engine._global_grad_norm = math.inf
+
     @torch.no_grad()
     def _undo(self) -> None:
         if self._buffers:

@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from cmae_scale.engine.safety.pulse import Report
+from cmae_scale.engine.safety.pulse import PARTS, Report
 
 Message = dict[str, Any]
 
@@ -141,12 +141,13 @@ class Roster:
 
     def describe_stuck(self, *, for_s: float) -> str:
         """The verdict when nothing moves any more: who does what, those that others wait for first."""
-        groups: dict[str, list[int]] = {}
+        groups: dict[tuple[str, int | None], list[int]] = {}
         for rank, member in sorted(self.members.items()):
-            groups.setdefault(str(member.report), []).append(rank)
-        waiting = [where for where in groups if where.startswith("waiting")]
-        order = [where for where in groups if where not in waiting] + waiting
-        told = "; ".join(f"{self._names(groups[where])} {where}" for where in order)
+            groups.setdefault(member.report[:2], []).append(rank)
+        told = "; ".join(
+            f"{self._names(groups[place])} {Report(*place, 0.0)}"
+            for place in sorted(groups, key=lambda place: order_of(*place))
+        )
         return f"no progress for {for_s:.0f} s: {told}"
 
     def _name(self, rank: int) -> str:
@@ -154,6 +155,14 @@ class Roster:
 
     def _names(self, ranks: Iterable[int]) -> str:
         return ", ".join(self._name(rank) for rank in ranks)
+
+
+def order_of(where: str, step: int | None) -> tuple[int, int]:
+    """How far a rank is that does `where` at `step`: what others wait for comes first.
+
+    A rank that waits for the others comes after those that compute, for it has said that it is ready.
+    """
+    return (-1 if step is None else step), PARTS.index(where) if where in PARTS else len(PARTS)
 
 
 def open_desk() -> socket.socket:

@@ -6,6 +6,10 @@ from typing import NamedTuple
 PATIENT = 3.0  # times the usual time: the first step compiles, caches are cold, a state is large
 
 
+# parts of a step that the loop enters, in the order in which ranks hold up one another
+PARTS = ("starting", "reading data", "computing gradients", "updating the weights", "waiting for the others")
+
+
 class Report(NamedTuple):
     """What a rank does, at which step, and for how many seconds it has been at it."""
 

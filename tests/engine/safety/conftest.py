@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 from cmae_scale.core.batches import plan_batch
 from cmae_scale.core.config import Run
+from cmae_scale.core.settings import MonitorConfig
 
 TOTAL_STEPS = 6
 
@@ -34,7 +36,6 @@ def train_loop(
     *,
     faults: Sequence[tuple[Any, ...]] = (),
     save_every: int = 100,
-    log_every: int = 1,
     end: int = TOTAL_STEPS,
 ) -> dict[str, Any]:
     from cmae_scale.core.durations import Timetable
@@ -47,6 +48,7 @@ def train_loop(
     from cmae_scale.engine.watch.journal import Journal
     from cmae_scale.engine.weights import gather_weights
 
+    run = replace(run, cmae=run.cmae.model_copy(update={"monitor": MonitorConfig(log_every=1)}))
     place = start_processes()
     batch = plan_batch(run.deepspeed, ranks=place.world.size)
     session = start_pretraining(run, place=place, data_order="tiny")
