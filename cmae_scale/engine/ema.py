@@ -26,8 +26,8 @@ class TargetEma:
             assert _shard(online).shape == _shard(target).shape, (
                 f"{name}: online and target are split differently"
             )
-        # at the start of a run the target equals the online branch, whose fp32 values were not yet rounded
-        self.masters = [_master(parameter).clone() for parameter in self.online] if keep_master else None
+        both = zip(self.online, self.target, strict=True)
+        self.masters = [_starting_master(*pair) for pair in both] if keep_master else None
 
     @torch.no_grad()
     def update_(self, momentum: float) -> None:
@@ -68,3 +68,13 @@ def _master(parameter: nn.Parameter) -> Tensor:
     else:
         local = safe_get_full_fp32_param(parameter)
     return _shard(parameter).float() if local is None else local.reshape(_shard(parameter).shape)
+
+
+def _starting_master(online: nn.Parameter, target: nn.Parameter) -> Tensor:
+    """The fp32 values that the target starts with.
+
+    In a new run it equals the online branch, whose fp32 values were not yet rounded. In a run that starts
+    from a whole model's weights it has its own where the two differ.
+    """
+    rounded = _shard(target)
+    return torch.where(rounded == _shard(online), _master(online), rounded.float())
