@@ -27,8 +27,8 @@ class TargetEma:
             assert shard_of(online).shape == shard_of(target).shape, (
                 f"{name}: online and target are split differently"
             )
-        # at the start of a run the target equals the online branch, whose fp32 values were not yet rounded
-        self.masters = [master_of(parameter).clone() for parameter in self.online] if keep_master else None
+        both = zip(self.online, self.target, strict=True)
+        self.masters = [_starting_master(*pair) for pair in both] if keep_master else None
 
     @torch.no_grad()
     def update_(self, momentum: float) -> None:
@@ -70,3 +70,13 @@ class TargetEma:
 
     def _shards(self) -> tuple[list[Tensor], list[Tensor]]:
         return [shard_of(p) for p in self.target], [shard_of(p) for p in self.online]
+
+
+def _starting_master(online: nn.Parameter, target: nn.Parameter) -> Tensor:
+    """The fp32 values that the target starts with.
+
+    In a new run it equals the online branch, whose fp32 values were not yet rounded. In a run that starts
+    from a whole model's weights it has its own where the two differ.
+    """
+    rounded = shard_of(target)
+    return torch.where(rounded == shard_of(online), master_of(online), rounded.float())

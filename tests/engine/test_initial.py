@@ -53,6 +53,27 @@ def test_every_rank_starts_with_the_files_weights(
         )
 
 
+@pytest.mark.parametrize(
+    "precision", [{}, {"bf16": {"enabled": True}}], ids=["full precision", "bf16 with fp32 masters"]
+)
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_a_target_that_the_file_has_moves_on_from_there(
+    trained: ModelFile,
+    on_ranks: Callable[..., list[Any]],
+    tiny_run: Callable[..., Any],
+    train_tiny: Callable[..., Any],
+    stage: int,
+    precision: dict[str, Any],
+) -> None:
+    """At momentum 0.9, from the file's target and not from the online weights, which are up to 0.1 away."""
+    run = tiny_run(ranks=2, stage=stage, cmae={"model": {"init": str(trained.path)}}, **precision)
+    weights = on_ranks(lambda: train_tiny(run, steps=1), ranks=2)[0]["weights"]
+    name = "target_encoder.blocks.0.attn.qkv.weight"
+    online = weights[name.replace("target", "online")].float()
+    expected = 0.9 * trained.tensors[name] + 0.1 * online
+    torch.testing.assert_close(weights[name].float(), expected, rtol=0, atol=1e-6 if not precision else 5e-3)
+
+
 def test_a_resumed_run_keeps_its_own_weights(
     trained: ModelFile,
     on_ranks: Callable[..., list[Any]],

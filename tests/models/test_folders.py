@@ -185,6 +185,17 @@ def test_hugging_faces_own_models_are_read_without_their_ends(
     torch.testing.assert_close(read_encoder(tmp_path / "ours")(images, None), expected, **CLOSE)
 
 
+def test_other_arithmetic_is_told_or_refused(tmp_path: Path) -> None:
+    _, file = write_run(tmp_path / "ours")
+    folders.write_huggingface(file, tmp_path / "hf")
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    (tmp_path / "hf" / "config.json").write_text(json.dumps({**config, "layer_norm_eps": 1e-12}))
+    assert read_model_file(tmp_path / "hf").notices == ("its norms add 1e-12 to the variance, ours 1e-06",)
+    (tmp_path / "hf" / "config.json").write_text(json.dumps({**config, "hidden_act": "quick_gelu"}))
+    with pytest.raises(ConfigError, match='has the activation "quick_gelu"'):
+        read_model_file(tmp_path / "hf")
+
+
 @pytest.mark.parametrize("model", [MODEL, HYBRID], ids=["plain", "hybrid"])
 def test_a_whole_model_is_read_back_with_all_its_settings(tmp_path: Path, model: ModelConfig) -> None:
     built, file = write_whole(tmp_path / "whole", model)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from cmae_scale.core.errors import ConfigError
 from cmae_scale.core.settings import CmaeConfig
+from cmae_scale.layers.blocks import NORM_EPS
 from cmae_scale.models.cmae import CMAE
 from cmae_scale.models.formats.channels import MEAN, STD, swap_to_rgb
 from cmae_scale.models.formats.names import WHOSE, Layout, find_layout, to_ours
@@ -84,7 +85,11 @@ def read_model_file(path: Path, *, heads: HeadCounts | None = None) -> ModelFile
         mean=_read_moments(described, "mean", MEAN),
         std=_read_moments(described, "std", STD),
         is_bgr=layout == "cmae" or described.get("channels") == "bgr",
-        notices=(*reader.notices, *(f"left out: {name}" for name in renamed.left_out)),
+        notices=(
+            *reader.notices,
+            *(f"left out: {name}" for name in renamed.left_out),
+            *_compare_arithmetic(described, path=path),
+        ),
     )
 
 
@@ -134,6 +139,14 @@ def _fill_in(heads: HeadCounts, described: Mapping[str, Any]) -> HeadCounts:
         pixel_decoder=heads.pixel_decoder or described.get("decoder_num_attention_heads"),
         feature_decoder=heads.feature_decoder,
     )
+
+
+def _compare_arithmetic(described: Mapping[str, Any], *, path: Path) -> list[str]:
+    """What a Hugging Face model computes otherwise than ours: told, or refused where it would matter."""
+    if (act := described.get("hidden_act", "gelu")) != "gelu":
+        raise ConfigError(f'{path} has the activation "{act}", encoders here have "gelu"')
+    eps = described.get("layer_norm_eps", NORM_EPS)
+    return [] if eps == NORM_EPS else [f"its norms add {eps:g} to the variance, ours {NORM_EPS:g}"]
 
 
 def _read_moments(

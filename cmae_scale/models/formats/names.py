@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
 from typing import Literal, NamedTuple, TypeAlias
 
 import torch
@@ -155,7 +154,7 @@ class Renamed(NamedTuple):
 def rename(tensors: Mapping[str, Tensor], table: Sequence[Pair], *, reverse: bool = False) -> Renamed:
     """`tensors` under the second names of `table`, or with `reverse` from the second to the first."""
     renamed, unknown = {}, []
-    rules = _compile(tuple(table), reverse)
+    rules = _compile(table, reverse=reverse)
     for name, tensor in tensors.items():
         for pattern, template in rules:
             if match := pattern.fullmatch(name):
@@ -166,8 +165,7 @@ def rename(tensors: Mapping[str, Tensor], table: Sequence[Pair], *, reverse: boo
     return Renamed(renamed, unknown)
 
 
-@lru_cache
-def _compile(table: tuple[Pair, ...], reverse: bool) -> list[tuple[re.Pattern[str], str]]:
+def _compile(table: Sequence[Pair], *, reverse: bool) -> list[tuple[re.Pattern[str], str]]:
     rules = []
     for theirs, ours in table:
         source, template = (ours, theirs) if reverse else (theirs, ours)
@@ -215,12 +213,13 @@ def to_ours(tensors: Mapping[str, Tensor], layout: Layout) -> Renamed:
 
 
 def to_huggingface(tensors: Mapping[str, Tensor], *, prefix: str) -> dict[str, Tensor]:
-    """An encoder's and a pixel decoder's tensors under Hugging Face's names; `prefix` "vit." or ""."""
+    """An encoder's and a pixel decoder's tensors under Hugging Face's names; `prefix` is "vit." or none."""
     renamed = rename(_split_attention(tensors), HUGGINGFACE, reverse=True)
     assert not renamed.unknown, renamed.unknown
     return {
-        prefix + name.removeprefix("vit."): t for name, t in renamed.tensors.items() if "vit." in name
-    } | {name: t for name, t in renamed.tensors.items() if "vit." not in name}
+        prefix + name.removeprefix("vit.") if name.startswith("vit.") else name: tensor
+        for name, tensor in renamed.tensors.items()
+    }
 
 
 def _spell_out_huggingface(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
