@@ -72,6 +72,7 @@ def decode_master(
     Channels lie last in memory, as decoders write them. Raises DataError if any part of the image cannot be
     decoded.
     """
+
     def choose_box(width: int, height: int, numbers: Sequence[float]) -> Box:
         return random_crop_box(width, height, scale=scale, ratio=ratio, draws=numbers)
 
