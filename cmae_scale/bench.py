@@ -41,6 +41,7 @@ def bench(argv: Sequence[str] | None) -> None:
     loader.add_argument("--samples", type=int, default=1000, help="of each round (default: 1000)")
     loader.add_argument("--rounds", type=int, default=5, help="interleaved rounds (default: 5)")
     loader.add_argument("--workers", type=int, default=2, help="threads or processes (default: 2)")
+    loader.add_argument("--epochs", type=int, default=6, help="in which memory is watched (default: 6)")
     loader.add_argument("--record", type=Path, default=RECORDS / "loader.json", metavar="FILE")
     stream = commands.add_parser("stream", help="the same global batches for every world, as digests")
     stream.set_defaults(run=prove_stream)
@@ -69,15 +70,17 @@ def bench(argv: Sequence[str] | None) -> None:
 
 def measure_loader(args: argparse.Namespace) -> None:
     """Print and record what a sample costs, for us and for others, and how they compare."""
+    from cmae_scale.data.footprint import measure_footprint
     from cmae_scale.data.races import Course, race
     from cmae_scale.data.shard_set import open_shards
     from cmae_scale.report.records import summarise, write_record
 
-    shards = open_shards(args.shards, data=DataConfig(shards=tuple(args.shards)))
+    data = DataConfig(shards=tuple(args.shards), workers=args.workers)
+    shards = open_shards(data.shards, data=data)
     views = read_views(args)
     course = Course(shards, args.folder, views, workers=args.workers, batch=args.batch, samples=args.samples)
     laps = race(course, rounds=args.rounds)
-    results = {}
+    results: dict[str, dict[str, object]] = {}
     limit = min(lap.cpu_s for lap in laps["bare decode and crop"])
     ours = min(lap.cpu_s for lap in laps["ours"])
     title = f"CPU time per sample, lowest of {args.rounds}"
@@ -91,6 +94,9 @@ def measure_loader(args: argparse.Namespace) -> None:
             "times_ours": lowest / ours,
         }
     print(f"share of the limit: {limit / ours:.2f}")
+    memory = measure_footprint(data, views=views, batch=args.batch, epochs=args.epochs)
+    print(f"resident memory after each epoch, MiB: {' '.join(f'{mib:.0f}' for mib in memory)}")
+    results["ours"]["resident_mib"] = memory
     config = {
         "samples": args.samples,
         "batch": args.batch,

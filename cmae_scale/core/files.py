@@ -1,21 +1,54 @@
-"""Files that appear whole or not at all, also through a crash of the machine."""
+"""Files that appear whole or not at all, through a crash of the machine and with several writers at once."""
 
 import hashlib
 import os
-from contextlib import suppress
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 PART = ".part"  # ending of what is still being written
 
 
 def write_text(path: Path, text: str) -> None:
     """Replace `path` by `text` at once: a reader sees the old content or the new, never a part."""
-    part = path.with_name(path.name + PART)
-    with part.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
+    with write_whole(path) as file:
+        file.write(text.encode())
+
+
+@contextmanager
+def write_whole(path: Path) -> Iterator[BinaryIO]:
+    """A file that appears at `path` when the block ends well, complete and on disk, and not otherwise.
+
+    Its part has a name of its own: one that outlives its killed parent for a moment, or is written on another
+    machine, meets no other.
+    """
+    part = _name_part(path)
+    try:
+        with part.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+    sync(path.parent)
+
+
+def write_first(path: Path, content: bytes) -> bool:
+    """Write `path` if nobody has; False if it is there already. Of several at once, one succeeds."""
+    part = _name_part(path)
+    try:
+        part.write_bytes(content)
+        os.link(part, path)  # unlike a rename, it refuses to replace, over NFS too
+    except FileExistsError:
+        return False
+    finally:
+        part.unlink(missing_ok=True)
+    sync(path.parent)
+    return True
 
 
 class LineFile:
@@ -66,3 +99,7 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def _name_part(path: Path) -> Path:
+    return path.with_name(f".{path.name.removeprefix('.')}.{secrets.token_hex(4)}{PART}")

@@ -1,14 +1,18 @@
 """The loader beside others that do the same work, in one process and one run, by CPU time per sample.
 
 Every contestant turns the same images, as shards or as files, into uint8 random resized crops. Rounds are
-interleaved, so that whatever else the machine does meets all of them.
+interleaved, so that whatever else the machine does meets all of them. None begins anew with a round: what is
+measured is the middle of a long run, buffers full, not how fast it starts.
 """
 
+import multiprocessing
+import os
 import resource
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import islice
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +29,8 @@ from cmae_scale.data.shard_set import ShardSet
 from cmae_scale.data.stream import open_batches
 
 PEER_WINDOW = 1000  # samples. Source: shuffle size in webdataset's own examples
+SETTLE_S = 0.1  # in which threads and processes that fill buffers use more than
+IDLE_S = 0.005  # of CPU time
 
 
 @dataclass(frozen=True)
@@ -47,81 +53,83 @@ class Lap:
     wall_s: float
 
 
-Run = Callable[[], int]  # does its round and says how many samples it was
+Batches = Iterator[
+    int
+]  # does the work of one batch after another, without end, and says how many samples it was
 
 
 def race(course: Course, *, rounds: int) -> dict[str, list[Lap]]:
     """Every contestant once in each round, after one that warms up and does not count."""
-    contestants = {
-        "bare decode and crop": prepare_bare(course),
-        "ours": prepare_ours(course),
-        "webdataset + torchvision + DataLoader": prepare_webdataset(course),
-    }
-    if course.folder is not None:
-        contestants["ImageFolder + torchvision + DataLoader"] = prepare_image_folder(course, course.folder)
     torch.set_num_threads(1)  # as every worker of a DataLoader has it
-    laps: dict[str, list[Lap]] = {name: [] for name in contestants}
-    for number in range(rounds + 1):
-        for name, run in contestants.items():
-            cpu_s, wall_s = _cpu_seconds(), time.perf_counter()
-            samples = run()
-            lap = Lap((_cpu_seconds() - cpu_s) / samples, (time.perf_counter() - wall_s) / samples)
-            if number > 0:
-                laps[name].append(lap)
+    with ExitStack() as stack:
+        contestants = {
+            "bare decode and crop": prepare_bare(course),
+            "ours": prepare_ours(course, stack),
+            "webdataset + torchvision + DataLoader": prepare_webdataset(course),
+        }
+        if course.folder is not None:
+            contestants["ImageFolder + torchvision + DataLoader"] = prepare_image_folder(
+                course, course.folder
+            )
+        laps: dict[str, list[Lap]] = {name: [] for name in contestants}
+        for number in range(rounds + 1):
+            for name, batches in contestants.items():
+                lap = _run_lap(batches, steps=course.samples // course.batch)
+                if number > 0:
+                    laps[name].append(lap)
     return laps
 
 
-def prepare_bare(course: Course) -> Run:
+def _run_lap(batches: Batches, *, steps: int) -> Lap:
+    """From full buffers to full buffers: so much work as it took to make `steps` batches."""
+    cpu_s, wall_s = _settle(), time.perf_counter()
+    samples = sum(islice(batches, steps))
+    wall_s = time.perf_counter() - wall_s
+    return Lap((_settle() - cpu_s) / samples, wall_s / samples)
+
+
+def prepare_bare(course: Course) -> Batches:
     """The limit: our decoder alone, one thread, on bytes that lie in memory and numbers that are drawn."""
-    stored = [sample.image for shard in course.shards.shards for sample in shard.read(0, shard.info.samples)]
-    images = [stored[number % len(stored)] for number in range(course.samples)]
+    images = [sample.image for shard in course.shards.shards for sample in shard.read(0, shard.info.samples)]
     draws = [
         draw_uniforms(0, Purpose.CROP, place=(0, number, 0), count=CROP_DRAWS).tolist()
         for number in range(course.samples)
     ]
-
-    def run() -> int:
-        views = course.views
-        for image, numbers in zip(images, draws, strict=True):
+    pairs = zip(cycle(images), cycle(draws), strict=False)
+    while batch := list(islice(pairs, course.batch)):
+        for image, numbers in batch:
             decode_master(
                 image,
-                side=views.master_px,
-                scale=views.crop_scale,
-                ratio=views.crop_ratio,
+                side=course.views.master_px,
+                scale=course.views.crop_scale,
+                ratio=course.views.crop_ratio,
                 max_mpx=50.0,
                 draws=[numbers],
             )
-        return len(images)
-
-    return run
+        yield len(batch)
 
 
-def prepare_ours(course: Course) -> Run:
+def prepare_ours(course: Course, stack: ExitStack) -> Batches:
     """Shards to batches, as a run on one rank reads them."""
     data = DataConfig(shards="as given", workers=course.workers)
     plan = plan_data(course.shards, data, global_batch=course.batch, seed=0)
-
-    def run() -> int:
-        stream = open_batches(
-            course.shards,
-            plan,
-            views=course.views,
-            data=data,
-            rank=0,
-            ranks=1,
-            accumulation=1,
-            first_step=0,
-            end_step=course.samples // course.batch,
-            pin=False,
-            bad=BadSamples(1.0),
-        )
-        with stream:
-            return sum(len(batch.images) for batch in stream)
-
-    return run
+    stream = open_batches(
+        course.shards,
+        plan,
+        views=course.views,
+        data=data,
+        rank=0,
+        ranks=1,
+        accumulation=1,
+        first_step=0,
+        end_step=1 << 40,
+        pin=False,
+        bad=BadSamples(1.0),
+    )
+    return (len(batch.images) for batch in stack.enter_context(stream))
 
 
-def prepare_webdataset(course: Course) -> Run:
+def prepare_webdataset(course: Course) -> Batches:
     """The stock reader with a shuffle buffer, torchvision's decoder, worker processes."""
     import webdataset
     from torchvision.io import ImageReadMode, decode_jpeg
@@ -138,14 +146,14 @@ def prepare_webdataset(course: Course) -> Run:
     return _prepare_loader(course, stored, workers=workers)
 
 
-def prepare_image_folder(course: Course, folder: Path) -> Run:
+def prepare_image_folder(course: Course, folder: Path) -> Batches:
     """The stock data set on single files, Pillow's decoder, worker processes."""
     from torchvision.datasets import ImageFolder
     from torchvision.transforms import v2
 
     transform = v2.Compose([_build_crop(course.views), v2.PILToTensor()])
     files = ImageFolder(str(folder), transform=transform)
-    order = torch.utils.data.RandomSampler(files, replacement=True, num_samples=course.samples + course.batch)
+    order = torch.utils.data.RandomSampler(files, replacement=True, num_samples=1 << 40)
     return _prepare_loader(course, files, workers=course.workers, sampler=order)
 
 
@@ -162,22 +170,27 @@ def _build_crop(views: ViewsConfig) -> Callable[[Any], Any]:
     return crop
 
 
-def _prepare_loader(course: Course, source: Any, *, workers: int, sampler: Any = None) -> Run:
+def _prepare_loader(course: Course, source: Any, *, workers: int, sampler: Any = None) -> Batches:
     loader: Iterable[Any] = DataLoader(
         source, batch_size=course.batch, num_workers=workers, sampler=sampler, persistent_workers=False
     )
+    return (len(batch[0] if isinstance(batch, list) else batch) for batch in loader)
 
-    def run() -> int:
-        batches = iter(loader)
-        samples = 0
-        for batch in islice(batches, course.samples // course.batch):
-            samples += len(batch[0] if isinstance(batch, list) else batch)
-        del batches  # ends the workers, whose CPU time is counted when they have ended
-        return samples
 
-    return run
+def _settle() -> float:
+    """CPU time that was used when nobody works any more: seconds of this process and those it has started."""
+    before_s = -1.0
+    while (now_s := _cpu_seconds()) - before_s > IDLE_S:
+        before_s = now_s
+        time.sleep(SETTLE_S)
+    return now_s
 
 
 def _cpu_seconds() -> float:
-    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(each.ru_utime + each.ru_stime for each in used)
+    ended = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    running = [Path(f"/proc/{child.pid}/stat") for child in multiprocessing.active_children()]
+    # Source: proc_pid_stat(5); the name in brackets may hold blanks, the times are fields 14 and 15
+    ticks = [file.read_text().rpartition(")")[2].split()[11:13] for file in running]
+    return sum(each.ru_utime + each.ru_stime for each in ended) + sum(
+        int(tick) for pair in ticks for tick in pair
+    ) / os.sysconf("SC_CLK_TCK")

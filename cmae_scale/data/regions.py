@@ -31,7 +31,7 @@ class RegionDecoders:
         self._lock = threading.Lock()
 
     def decode(self, data: bytes, box: Box) -> UInt8[np.ndarray, "height width 3"] | None:
-        """The pixels in the box, in RGB; None if they cannot be had this way, or the file's end is missing."""
+        """The pixels in the box, in RGB; None if they cannot be had so, or the file's end is lost."""
         if END_OF_IMAGE not in data[-END_BYTES:]:
             return None
         if not hasattr(self._own, "decoder"):

@@ -37,7 +37,7 @@ class _Beside:
         self._calls: SimpleQueue[Callable[[], Any] | None] = SimpleQueue()
         self._results: SimpleQueue[tuple[Any, BaseException | None]] = SimpleQueue()
         arguments = (self._calls, self._results)  # not self, which would never be let go
-        threading.Thread(target=_answer, args=arguments, name="data read", daemon=True).start()
+        threading.Thread(target=_answer, args=arguments, name="timed call", daemon=True).start()
 
     def call(self, work: Callable[[], Any], limit_s: float) -> tuple[Any, BaseException | None]:
         self._calls.put(work)

@@ -3,6 +3,7 @@
 import glob
 import io
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
@@ -41,9 +42,9 @@ class Storage(Protocol):
 
 
 class LocalStorage:
-    """Files of this machine, or of a file system that is mounted on it. DataError after `timeout_s` of silence.
+    """Files of this machine, or of a file system that is mounted on it.
 
-    A mount whose server is gone makes whoever reads it wait for ever.
+    DataError when nothing comes for `timeout_s`: who reads a mount whose server is gone waits for ever.
     """
 
     def __init__(self, *, timeout_s: float = STALL_S) -> None:
@@ -55,7 +56,7 @@ class LocalStorage:
 
     def measure(self, places: Sequence[str]) -> list[int | None]:
         """From the file system's tables."""
-        return [self._wait(place, lambda place=place: measure_shard(place)) for place in places]
+        return [self._wait(place, partial(measure_shard, place)) for place in places]
 
     def find(self, pattern: str) -> list[str]:
         """As a shell would."""

@@ -12,7 +12,10 @@ from typing import Any
 
 from cmae_scale.core.files import write_text
 
-PACKAGES = ("torch", "torchvision", "deepspeed", "webdataset", "pillow", "numpy", "simplejpeg")
+PACKAGES = (
+    *("torch", "torchvision", "deepspeed", "webdataset"),
+    *("pillow", "numpy", "simplejpeg", "nvidia-nvimgcodec-cu12"),
+)
 
 
 def summarise(values: Sequence[float]) -> dict[str, float | int]:

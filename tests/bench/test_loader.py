@@ -9,6 +9,8 @@ import pytest
 from PIL import Image
 
 from cmae_scale.bench import main
+from cmae_scale.core.settings import DataConfig, ViewsConfig
+from cmae_scale.data.footprint import measure_footprint
 from data_prep.make_shards import main as make_shards
 
 
@@ -56,7 +58,8 @@ def test_the_race_reports_all_contestants_and_writes_a_record(
 ) -> None:
     record = tmp_path / "records" / "loader.json"
     argv = ["loader", "--shards", shards, "--folder", str(images), "--samples", "16", "--rounds", "2"]
-    assert main([*argv, "--batch", "8", "--workers", "1", "--master_px", "32", "--record", str(record)]) == 0
+    argv += ["--master_px", "32"]
+    assert main([*argv, "--batch", "8", "--workers", "1", "--epochs", "3", "--record", str(record)]) == 0
     content = json.loads(record.read_text())
     assert set(content) == {"commit", "hardware", "versions", "config", "results"}
     assert len(content["results"]) == 4
@@ -65,3 +68,12 @@ def test_the_race_reports_all_contestants_and_writes_a_record(
         assert spread["n"] == 2
         assert 0 < spread["min"] <= spread["median"] <= spread["max"]
     assert content["results"]["ours"]["times_ours"] == 1
+    assert len(content["results"]["ours"]["resident_mib"]) == 3
+
+
+def test_memory_does_not_grow_with_the_epochs(shards: str) -> None:
+    data = DataConfig(shards=shards, workers=2)
+    views = ViewsConfig(img_px=32, master_px=32, shift_px=0)
+    resident = measure_footprint(data, views=views, batch=8, epochs=60)
+    assert len(resident) == 60
+    assert max(resident[30:]) < max(resident[5:30]) * 1.01
