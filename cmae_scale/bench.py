@@ -2,9 +2,9 @@
 
 import argparse
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 if __package__ in (None, ""):  # started by path: this folder is first on sys.path, the repository should be
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
@@ -12,6 +12,9 @@ if __package__ in (None, ""):  # started by path: this folder is first on sys.pa
 from cmae_scale.core.cli import run_command
 from cmae_scale.core.errors import ConfigError, DataError
 from cmae_scale.core.settings import DataConfig, ViewsConfig
+
+if TYPE_CHECKING:
+    from cmae_scale.sizing.zero import Device
 
 EXAMPLES = """\
   python -m cmae_scale.bench loader --shards shards/train --folder images/train
@@ -70,30 +73,18 @@ def bench(argv: Sequence[str] | None) -> None:
 
 def measure_loader(args: argparse.Namespace) -> None:
     """Print and record what a sample costs, for us and for others, and how they compare."""
-    from cmae_scale.data.footprint import measure_footprint
-    from cmae_scale.data.races import Course, race
     from cmae_scale.data.shard_set import open_shards
-    from cmae_scale.report.records import summarise, write_record
+    from cmae_scale.report.records import write_record
+    from cmae_scale.trials.loader_memory import measure_footprint
+    from cmae_scale.trials.races import Course, describe_race, race, record_race
 
     data = DataConfig(shards=tuple(args.shards), workers=args.workers)
     shards = open_shards(data.shards, data=data)
     views = read_views(args)
     course = Course(shards, args.folder, views, workers=args.workers, batch=args.batch, samples=args.samples)
     laps = race(course, rounds=args.rounds)
-    results: dict[str, dict[str, object]] = {}
-    limit = min(lap.cpu_s for lap in laps["bare decode and crop"])
-    ours = min(lap.cpu_s for lap in laps["ours"])
-    title = f"CPU time per sample, lowest of {args.rounds}"
-    print(f"{title:40} {'ms':>7} {'per core':>9} {'/ ours':>8}")
-    for name, runs in laps.items():
-        lowest = min(lap.cpu_s for lap in runs)
-        print(f"{name:40} {1e3 * lowest:7.3f} {1 / lowest:7.0f}/s {lowest / ours:7.2f}x")
-        results[name] = {
-            "cpu_s_per_sample": summarise([lap.cpu_s for lap in runs]),
-            "wall_s_per_sample": summarise([lap.wall_s for lap in runs]),
-            "times_ours": lowest / ours,
-        }
-    print(f"share of the limit: {limit / ours:.2f}")
+    print(describe_race(laps))
+    results: dict[str, dict[str, object]] = record_race(laps)
     memory = measure_footprint(data, views=views, batch=args.batch, epochs=args.epochs)
     print(f"resident memory after each epoch, MiB: {' '.join(f'{mib:.0f}' for mib in memory)}")
     results["ours"]["resident_mib"] = memory
@@ -111,8 +102,8 @@ def measure_loader(args: argparse.Namespace) -> None:
 def prove_stream(args: argparse.Namespace) -> None:
     """Print a digest of every epoch's global batches for each world. DataError unless all are equal."""
     from cmae_scale.data.mix import plan_data
-    from cmae_scale.data.proof import digest_epochs
     from cmae_scale.data.shard_set import open_shards
+    from cmae_scale.trials.proof import digest_epochs
 
     data = DataConfig(shards=tuple(args.shards))
     if args.batch % 4:
@@ -141,45 +132,24 @@ def measure_memory(args: argparse.Namespace) -> None:
     """Print and record what real steps take here, on the CPU if there is no GPU, and what was predicted."""
     import torch
 
-    from cmae_scale.core.batches import plan_batch
-    from cmae_scale.core.config import read_run
-    from cmae_scale.engine.footprint import CASES, STEPS, measure_footprint
-    from cmae_scale.planning.forecast import describe_job
     from cmae_scale.report.records import write_record
-    from cmae_scale.sizing.memory import predict_peak
-    from cmae_scale.sizing.zero import Device
+    from cmae_scale.trials.footprint import CASES, STEPS, compare_footprints
 
+    device: "Device" = "cuda" if torch.cuda.is_available() else "cpu"
+    cases = [case for number, case in enumerate(CASES, start=1) if not args.only or number in args.only]
     results = {}
-    device: Device = "cuda" if torch.cuda.is_available() else "cpu"
     print(f"{'run':112} {'measured':>9} {'predicted':>9}   MiB")
-    for number, case in enumerate(CASES, start=1):
-        if args.only and number not in args.only:
-            continue
-        with tempfile.TemporaryDirectory() as folder:
-            run = read_run(case.run_file, [*case.overrides, f"cmae.out={folder}/run"])
-            prints = measure_footprint(run, ranks=case.ranks)
-        grown = max(one.grown_bytes for one in prints)
-        batch = plan_batch(run.deepspeed, ranks=case.ranks)
-        peak = predict_peak(describe_job(run, batch=batch, ranks=case.ranks, device=device))
-        print(
-            f"{case.name:112} {grown / 2**20:9.0f} {peak.total_bytes / 2**20:9.0f}  "
-            f"{peak.total_bytes / grown - 1:+.1%}",
-            flush=True,
-        )
-        results[case.name] = {
-            "baseline_bytes": max(one.baseline_bytes for one in prints),
-            "measured_bytes": grown,
-            "predicted_bytes": peak.total_bytes,
-            "predicted_by_measured": peak.total_bytes / grown,
-            "predicted_parts": peak._asdict(),
-        }
+    for found in compare_footprints(cases, device=device):
+        measured, predicted = found.measured_bytes / 2**20, found.predicted.total_bytes / 2**20
+        print(f"{found.case.name:112} {measured:9.0f} {predicted:9.0f}  {found.deviation:+.1%}", flush=True)
+        results[found.case.name] = found.record()
     write_record(args.record, config={"steps": STEPS, "device": device}, results=results)
     print(f"record {args.record}")
 
 
 def prove_kills(args: argparse.Namespace) -> None:
     """Print what each kill -9 did. DataError unless every run ends as the one that was never killed."""
-    from cmae_scale.engine.safety.kills import Job, prove_survival
+    from cmae_scale.trials.kills import Job, prove_survival
 
     overrides = ("--set", *args.set) if args.set else ()
     arguments = ("--deepspeed_config", args.deepspeed_config, *overrides)

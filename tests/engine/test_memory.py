@@ -32,9 +32,9 @@ BF16 = {"bf16": {"enabled": True}}
 
 def measure(run: Run, live: Any, *, steps: int = 3) -> dict[str, int]:
     """Peak of the tensors alive over all steps and what stays between two, on this rank."""
-    from cmae_scale.engine.footprint import train_on_noise
     from cmae_scale.engine.session import start_session
     from cmae_scale.engine.start import start_processes
+    from cmae_scale.trials.footprint import train_on_noise
 
     place = start_processes()
     with live:

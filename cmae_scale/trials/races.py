@@ -27,7 +27,9 @@ from cmae_scale.data.masters import decode_master
 from cmae_scale.data.mix import plan_data
 from cmae_scale.data.shard_set import ShardSet
 from cmae_scale.data.stream import open_batches
+from cmae_scale.report.records import summarise
 
+LIMIT, OURS = "bare decode and crop", "ours"
 PEER_WINDOW = 1000  # samples. Source: shuffle size in webdataset's own examples
 SETTLE_S = 0.1  # in which threads and processes that fill buffers use more than
 IDLE_S = 0.005  # of CPU time
@@ -63,8 +65,8 @@ def race(course: Course, *, rounds: int) -> dict[str, list[Lap]]:
     torch.set_num_threads(1)  # as every worker of a DataLoader has it
     with ExitStack() as stack:
         contestants = {
-            "bare decode and crop": prepare_bare(course),
-            "ours": prepare_ours(course, stack),
+            LIMIT: prepare_bare(course),
+            OURS: prepare_ours(course, stack),
             "webdataset + torchvision + DataLoader": prepare_webdataset(course),
         }
         if course.folder is not None:
@@ -78,6 +80,29 @@ def race(course: Course, *, rounds: int) -> dict[str, list[Lap]]:
                 if number > 0:
                     laps[name].append(lap)
     return laps
+
+
+def describe_race(laps: dict[str, list[Lap]]) -> str:
+    """Each contestant's lowest CPU time in lines for people, and our share of what the decoder alone takes."""
+    lowest = {name: min(lap.cpu_s for lap in runs) for name, runs in laps.items()}
+    title = f"CPU time per sample, lowest of {len(laps[OURS])}"
+    lines = [f"{title:40} {'ms':>7} {'per core':>9} {'/ ours':>8}"]
+    for name, cpu_s in lowest.items():
+        lines.append(f"{name:40} {1e3 * cpu_s:7.3f} {1 / cpu_s:7.0f}/s {cpu_s / lowest[OURS]:7.2f}x")
+    return "\n".join([*lines, f"share of the limit: {lowest[LIMIT] / lowest[OURS]:.2f}"])
+
+
+def record_race(laps: dict[str, list[Lap]]) -> dict[str, dict[str, object]]:
+    """The same as figures."""
+    ours = min(lap.cpu_s for lap in laps[OURS])
+    return {
+        name: {
+            "cpu_s_per_sample": summarise([lap.cpu_s for lap in runs]),
+            "wall_s_per_sample": summarise([lap.wall_s for lap in runs]),
+            "times_ours": min(lap.cpu_s for lap in runs) / ours,
+        }
+        for name, runs in laps.items()
+    }
 
 
 def _run_lap(batches: Batches, *, steps: int) -> Lap:

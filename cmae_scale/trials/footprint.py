@@ -12,7 +12,8 @@ import gc
 import multiprocessing
 import os
 import socket
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -21,12 +22,15 @@ from typing import Any, NamedTuple
 import torch
 
 from cmae_scale.core.batches import BatchSizes, plan_batch
-from cmae_scale.core.config import Run, resolve_run
+from cmae_scale.core.config import Run, read_run, resolve_run
 from cmae_scale.core.schedules import TargetMomentum
 from cmae_scale.core.settings import CmaeConfig
 from cmae_scale.data.stream import MasterBatch
 from cmae_scale.engine.pretraining import Pretraining, start_pretraining, watch_health
 from cmae_scale.engine.start import Place, start_processes, stop_processes
+from cmae_scale.planning.forecast import describe_job
+from cmae_scale.sizing.memory import Moment, predict_peak
+from cmae_scale.sizing.zero import Device
 
 _MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
 _SMALL = {"encoder": None, "embed_dim": 16, "depth": 1, "num_heads": 1}
@@ -92,6 +96,45 @@ class Footprint(NamedTuple):
     def grown_bytes(self) -> int:
         """What training added."""
         return self.peak_bytes - self.baseline_bytes
+
+
+class Comparison(NamedTuple):
+    """What a case took and what was predicted, in bytes of the rank that took most."""
+
+    case: Case
+    baseline_bytes: int
+    measured_bytes: int
+    predicted: Moment
+
+    @property
+    def deviation(self) -> float:
+        """Of the prediction, as a share of what was measured."""
+        return self.predicted.total_bytes / self.measured_bytes - 1
+
+    def record(self) -> dict[str, Any]:
+        """For a JSON record."""
+        return {
+            "baseline_bytes": self.baseline_bytes,
+            "measured_bytes": self.measured_bytes,
+            "predicted_bytes": self.predicted.total_bytes,
+            "predicted_by_measured": self.predicted.total_bytes / self.measured_bytes,
+            "predicted_parts": self.predicted._asdict(),
+        }
+
+
+def compare_footprints(cases: Sequence[Case], *, device: Device) -> Iterator[Comparison]:
+    """Measure one case after the other, in fresh processes, and predict it."""
+    for case in cases:
+        with tempfile.TemporaryDirectory() as folder:
+            run = read_run(case.run_file, [*case.overrides, f"cmae.out={folder}/run"])
+            prints = measure_footprint(run, ranks=case.ranks)
+        batch = plan_batch(run.deepspeed, ranks=case.ranks)
+        yield Comparison(
+            case,
+            baseline_bytes=max(one.baseline_bytes for one in prints),
+            measured_bytes=max(one.grown_bytes for one in prints),
+            predicted=predict_peak(describe_job(run, batch=batch, ranks=case.ranks, device=device)),
+        )
 
 
 def measure_footprint(
