@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,7 +23,6 @@ EXAMPLES = """\
   python -m cmae_scale.bench memory
   python -m cmae_scale.bench kill --deepspeed_config ds_configs/quickstart.json --kills 30"""
 RECORDS = Path("tests/bench/records")
-WORLDS = [(ranks, workers) for ranks in (1, 2, 4) for workers in (1, 2, 3)]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -60,9 +60,7 @@ def bench(argv: Sequence[str] | None) -> None:
     kill = commands.add_parser("kill", help="a run killed at random moments ends as one never killed")
     kill.set_defaults(run=prove_kills)
     kill.add_argument("--deepspeed_config", required=True, metavar="FILE", help="the run file")
-    kill.add_argument(
-        "--set", nargs="+", default=[], metavar="PLACE=VALUE", help="as for cmae_scale.pretrain"
-    )
+    kill.add_argument("--set", nargs="+", default=[], metavar="PLACE=VALUE", help="as for a run")
     kill.add_argument("--kills", type=int, default=30, help="default: 30")
     kill.add_argument("--ranks", type=int, default=2, help="processes on this machine (default: 2)")
     kill.add_argument("--seed", type=int, default=0, help="of victims and moments (default: 0)")
@@ -103,7 +101,7 @@ def prove_stream(args: argparse.Namespace) -> None:
     """Print a digest of every epoch's global batches for each world. DataError unless all are equal."""
     from cmae_scale.data.mix import plan_data
     from cmae_scale.data.shard_set import open_shards
-    from cmae_scale.trials.proof import digest_epochs
+    from cmae_scale.trials.proof import WORLDS, digest_worlds
 
     data = DataConfig(shards=tuple(args.shards))
     if args.batch % 4:
@@ -115,14 +113,14 @@ def prove_stream(args: argparse.Namespace) -> None:
         f"{plan.streams} streams"
     )
     found = set()
-    for ranks, workers in WORLDS:
-        data = DataConfig(shards=data.shards, workers=workers)
-        epochs = list(
-            digest_epochs(shards, plan, views=read_views(args), data=data, ranks=ranks, epochs=args.epochs)
+    for world, epochs in digest_worlds(
+        shards, plan, views=read_views(args), data=data, worlds=WORLDS, epochs=args.epochs
+    ):
+        print(
+            f"{world}  {'  '.join(f'{digest} ({samples:,} samples)' for digest, samples in epochs)}",
+            flush=True,
         )
-        digests = "  ".join(f"{digest} ({samples:,} samples)" for digest, samples in epochs)
-        print(f"{ranks} ranks x {workers} workers  {digests}", flush=True)
-        found.add(tuple(epochs))
+        found.add(epochs)
     if len(found) > 1:
         raise DataError("the global batches differ between these worlds")
     print(f"identical in all {len(WORLDS)} worlds")
@@ -155,9 +153,7 @@ def prove_kills(args: argparse.Namespace) -> None:
     arguments = ("--deepspeed_config", args.deepspeed_config, *overrides)
     args.out.mkdir(parents=True, exist_ok=True)
     job = Job("cmae_scale.pretrain", arguments, args.ranks, args.out / "kill")
-    outcomes = prove_survival(
-        job, kills=args.kills, seed=args.seed, tell=lambda text: print(text, flush=True)
-    )
+    outcomes = prove_survival(job, kills=args.kills, seed=args.seed, tell=partial(print, flush=True))
     saving = sum(outcome.was_saving for outcome in outcomes)
     whole = sum(outcome.kill.victim is None for outcome in outcomes)
     print(

@@ -9,6 +9,8 @@ from cmae_scale.data.mix import MixPlan
 from cmae_scale.data.shard_set import ShardSet
 from cmae_scale.data.stream import MasterBatch, open_batches
 
+WORLDS = [(ranks, workers) for ranks in (1, 2, 4) for workers in (1, 2, 3)]
+
 
 def digest_epochs(
     shards: ShardSet, plan: MixPlan, *, views: ViewsConfig, data: DataConfig, ranks: int, epochs: int
@@ -53,3 +55,18 @@ def digest_epochs(
 def _read_rows(batch: MasterBatch) -> Iterator[bytes]:
     for image, label, key in zip(batch.images.numpy(), batch.labels.tolist(), batch.keys, strict=True):
         yield image.tobytes() + f"{label} {key}\n".encode()
+
+
+def digest_worlds(
+    shards: ShardSet,
+    plan: MixPlan,
+    *,
+    views: ViewsConfig,
+    data: DataConfig,
+    epochs: int,
+) -> Iterator[tuple[str, tuple[tuple[str, int], ...]]]:
+    """The name of each of WORLDS, ranks and loader threads, and what `digest_epochs` gives there."""
+    for ranks, workers in WORLDS:
+        threads = data.model_copy(update={"workers": workers})
+        digests = digest_epochs(shards, plan, views=views, data=threads, ranks=ranks, epochs=epochs)
+        yield f"{ranks} ranks x {workers} workers", tuple(digests)

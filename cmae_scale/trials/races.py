@@ -83,7 +83,7 @@ def race(course: Course, *, rounds: int) -> dict[str, list[Lap]]:
 
 
 def describe_race(laps: dict[str, list[Lap]]) -> str:
-    """Each contestant's lowest CPU time in lines for people, and our share of what the decoder alone takes."""
+    """Each contestant's lowest CPU time, in lines for people, and our share of the decoder's own."""
     lowest = {name: min(lap.cpu_s for lap in runs) for name, runs in laps.items()}
     title = f"CPU time per sample, lowest of {len(laps[OURS])}"
     lines = [f"{title:40} {'ms':>7} {'per core':>9} {'/ ours':>8}"]
