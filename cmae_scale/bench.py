@@ -113,13 +113,9 @@ def prove_stream(args: argparse.Namespace) -> None:
         f"{plan.streams} streams"
     )
     found = set()
-    for world, epochs in digest_worlds(
-        shards, plan, views=read_views(args), data=data, worlds=WORLDS, epochs=args.epochs
-    ):
-        print(
-            f"{world}  {'  '.join(f'{digest} ({samples:,} samples)' for digest, samples in epochs)}",
-            flush=True,
-        )
+    for world, epochs in digest_worlds(shards, plan, views=read_views(args), data=data, epochs=args.epochs):
+        told = "  ".join(f"{digest} ({samples:,} samples)" for digest, samples in epochs)
+        print(f"{world}  {told}", flush=True)
         found.add(epochs)
     if len(found) > 1:
         raise DataError("the global batches differ between these worlds")

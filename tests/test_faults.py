@@ -223,6 +223,38 @@ def test_a_signal_while_saving_waits_for_the_save(
 
 
 @pytest.mark.dist
+def test_a_signal_to_one_rank_ends_the_wait_of_another_for_data(
+    pretrain: Callable[..., Any], arguments: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    """The store of rank 1 no longer answers; rank 0 waits for it in a collective and gets the signal."""
+
+    def patch() -> None:
+        from cmae_scale.data import stream
+
+        original = stream.read_raw_batches
+
+        def read(*args: Any, **options: Any) -> Iterator[Any]:
+            for raw in original(*args, **options):
+                if raw.step == 4 and os.environ["RANK"] == "1":
+                    time.sleep(1000)
+                yield raw
+
+        stream.read_raw_batches = read
+
+    def ask(pids: list[int]) -> None:
+        await_line(tmp_path / "run" / "checkpoints" / "latest")
+        time.sleep(2)
+        os.kill(pids[0], signal.SIGTERM)
+        asked.append(time.monotonic())
+
+    asked: list[float] = []
+    ended = pretrain(arguments(), before=patch, meanwhile=ask)
+    assert [end.status for end in ended] == [75, 75]
+    assert time.monotonic() - asked[0] < 25
+    assert (tmp_path / "run" / "checkpoints" / "latest").read_text() == "step_00000004"
+
+
+@pytest.mark.dist
 def test_a_signal_while_the_engine_is_being_built_is_not_lost(
     pretrain: Callable[..., Any], arguments: Callable[..., list[str]], tmp_path: Path
 ) -> None:
@@ -300,7 +332,6 @@ def test_a_second_run_in_the_same_folder_is_refused(
     from cmae_scale.core.locks import hold
 
     monkeypatch.setattr("cmae_scale.engine.safety.folder.WAIT_FOR_LOCK_S", 0.5)
-    monkeypatch.setattr("cmae_scale.engine.safety.folder.hold_folder.__kwdefaults__", {"wait_s": 0.5})
     (tmp_path / "run").mkdir()
     with hold(tmp_path / "run" / ".lock", wait=False) as is_held:
         assert is_held
@@ -527,3 +558,52 @@ def test_of_two_nodes_one_is_lost_and_the_same_command_goes_on(
     assert [node.wait(300) for node in again] == [0, 0], again[0].log.read_text()
     assert "resumed at step" in again[0].log.read_text()
     assert read_exit(run)["status"] == 0
+
+
+FAKE_SRUN = """#!/bin/bash
+shift  # --kill-on-bad-exit=1
+SLURM_NODEID=0 "$@"
+"""
+FAKE_SCONTROL = """#!/bin/bash
+echo "$@" >> "$CALLS"
+if [ "$1" = show ]; then echo 127.0.0.1; fi
+"""
+
+
+@pytest.mark.slow
+def test_the_readmes_batch_script_saves_and_queues_itself_again(
+    arguments: Callable[..., list[str]], repository_path: Path, tmp_path: Path
+) -> None:
+    """Slurm is played by two scripts; the batch shell gets its warning as Slurm sends it."""
+    readme = (repository_path / "README.md").read_text()
+    script = "#!/bin/bash\n" + readme.split("```bash\n#!/bin/bash\n")[1].split("```")[0]
+    command, run = arguments(*LONG), tmp_path / "run"
+    for old, new in (
+        ("RUN=runs/vitl", f"RUN={run}"),
+        ("--nproc_per_node gpu", "--nproc_per_node 2"),
+        ("29500", free_port()),
+        ("--deepspeed_config ds_configs/vitl.json --out $RUN", " ".join(command)),
+    ):
+        assert old in script
+        script = script.replace(old, new)
+    (tmp_path / "job.sh").write_text(script)
+    for name, text in (("srun", FAKE_SRUN), ("scontrol", FAKE_SCONTROL)):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    environment = {
+        "PATH": f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "CALLS": str(tmp_path / "calls"),
+        "SLURM_NNODES": "1",
+        "SLURM_JOB_NODELIST": "node",
+        "SLURM_JOB_ID": "17",
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        job = Launched(["bash", str(tmp_path / "job.sh")], folder=repository_path, log=tmp_path / "log")
+    await_line(run / "metrics.jsonl")
+    job.process.send_signal(signal.SIGUSR1)
+    assert job.wait() == 0, job.log.read_text()
+    assert (tmp_path / "calls").read_text().splitlines() == ["show hostnames node", "requeue 17"]
+    note = read_exit(run)
+    assert (note["status"], note["state"]) == (75, f"step_{note['step']:08d}")

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from torch import nn
 
 from cmae_scale.core.config import Run
-from cmae_scale.core.errors import ConfigError
+from cmae_scale.core.errors import ConfigError, UserError
 from cmae_scale.core.precision import read_formats
 from cmae_scale.core.world import World, read_world
 from cmae_scale.engine.compiled import compile_blocks_
@@ -40,6 +40,12 @@ _SECTIONS = {
     "WandbConfig": "wandb",
     "CSVConfig": "csv_monitor",
 }
+
+
+class PeerMissingError(UserError):
+    """Not all ranks came together."""
+
+    exit_status = 1
 
 
 @dataclass(frozen=True)
@@ -80,13 +86,19 @@ def start_processes(*, timeout_s: float = 600.0, stop: StopRequest | None = None
     else:
         accelerator.set_device(world.local_rank)
     deepspeed.ops.__compatible_ops__[_UNUSED_OP] = False
-    deepspeed.init_distributed(
-        dist_backend=accelerator.communication_backend_name()
-        if accelerator.device_name() != "cpu"
-        else "gloo",
-        timeout=timedelta(seconds=timeout_s),
-        verbose=False,
-    )
+    on_cpu = accelerator.device_name() == "cpu"
+    try:
+        deepspeed.init_distributed(
+            dist_backend="gloo" if on_cpu else accelerator.communication_backend_name(),
+            timeout=timedelta(seconds=timeout_s),
+            verbose=False,
+        )
+    except torch.distributed.DistError as error:
+        raise PeerMissingError(
+            f"rank {world.rank} waited {timeout_s:.0f} s for all {world.size} ranks to come to "
+            f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')} ({_first_line(error)}): look "
+            "for one that did not start, or for a firewall"
+        ) from None
     device = torch.device(accelerator.device_name(world.local_rank))
     return Place(world=world, device=device, stop=stop or StopRequest())
 

@@ -25,6 +25,7 @@ from cmae_scale.core.files import PART
 Moment = Literal["starting", "training", "saving"]
 
 END_S = 60.0  # that the other ranks of a killed one have to end; they need the watch's few seconds
+MEET_S = 20.0  # while ranks are still starting they do not know each other: then a launcher ends them
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ class Outcome:
     is_late: bool
     was_saving: bool
     newest: str  # state on disk afterwards
-    others_s: float | None  # until the other ranks had ended
+    others_s: float | None  # until the other ranks had ended by themselves
     statuses: tuple[int, ...]
 
 
@@ -171,13 +172,16 @@ def _run_once(job: Job, kill: Kill | None) -> Outcome | None:
     if kill.victim is not None:
         for rank, process in enumerate(processes):
             try:
-                process.wait(END_S)
+                process.wait(MEET_S if kill.moment == "starting" else END_S)
             except subprocess.TimeoutExpired:
                 _end_all(processes)
+                if kill.moment == "starting":
+                    break
                 raise DataError(
                     f"rank {rank} hung after rank {kill.victim} was killed: {_tail(job)}"
                 ) from None
-        others_s = time.monotonic() - killed_s
+        else:
+            others_s = time.monotonic() - killed_s
     statuses = tuple(process.wait() for process in processes)
     is_late = is_late or not any(statuses)
     if not is_late and kill.victim is not None and 0 in statuses and not _has_ended(job.out):

@@ -26,32 +26,32 @@ def attend(run: Run, stop: StopRequest) -> Iterator[Place]:
     """
     place = start_processes(stop=stop)
     stop.hold()
-    open_folder(run.out, world=place.world)
-    with hold_folder(run.out, world=place.world):
-        note = ExitNote(run.out, place)
-        note.clear()
-        with Watch(
-            world=place.world,
-            pulse=place.pulse,
-            stop=stop,
-            faults=run.cmae.faults,
-            out=run.out,
-            on_end=lambda cause: note.write(FAILED, cause),
-        ) as watch:
-            try:
+    note = ExitNote(run.out, place)
+    with Watch(
+        world=place.world,
+        pulse=place.pulse,
+        stop=stop,
+        faults=run.cmae.faults,
+        out=run.out,
+        on_end=lambda cause: note.write(FAILED, cause),
+    ) as watch:
+        try:
+            open_folder(run.out, world=place.world)
+            with hold_folder(run.out, world=place.world):
+                note.begin()
                 yield place
-            except UserError as error:
-                watch.report(str(error), is_shared=True)
-                note.write_first(error.exit_status, str(error), done=getattr(error, "step", None))
-                raise
-            except Exception as error:
-                if is_about_peers(error):
-                    watch.await_verdict()
-                text = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
-                watch.report(text, is_shared=False)
-                note.write_first(FAILED, text)
-                raise
-            note.write_first(0, "done")
+                note.write_first(0, "done")
+        except UserError as error:
+            watch.report(str(error), is_shared=True)
+            note.write_first(error.exit_status, str(error), done=getattr(error, "step", None))
+            raise
+        except Exception as error:
+            if is_about_peers(error):
+                watch.await_verdict()
+            text = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+            watch.report(text, is_shared=False)
+            note.write_first(FAILED, text)
+            raise
     stop_processes()
 
 
@@ -69,9 +69,11 @@ class ExitNote:
     def __init__(self, out: Path, place: Place) -> None:
         self._out = out
         self._place = place
+        self._is_ours = False  # the folder; another run's note stays
 
-    def clear(self) -> None:
+    def begin(self) -> None:
         """A run that is at work, or was killed, has none."""
+        self._is_ours = True
         if self._place.world.is_first:
             with suppress(OSError):
                 (self._out / "exit.json").unlink(missing_ok=True)
@@ -83,6 +85,8 @@ class ExitNote:
 
     def write(self, status: int, cause: str, *, done: int | None = None) -> None:
         """Write it on this rank. A disk that does not take it is no error on top of the other."""
+        if not self._is_ours:
+            return
         states = sorted(path.name for path in (self._out / "checkpoints").glob("step_*") if not path.suffix)
         note = {
             "status": status,

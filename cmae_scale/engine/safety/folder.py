@@ -49,14 +49,14 @@ def open_folder(folder: Path, *, world: World) -> None:
 
 
 @contextmanager
-def hold_folder(folder: Path, *, world: World, wait_s: float = WAIT_FOR_LOCK_S) -> Iterator[None]:
+def hold_folder(folder: Path, *, world: World) -> Iterator[None]:
     """The right to be the only run in `folder`. All ranks call it; the first one holds the lock.
 
     Raises ConfigError on all ranks while another run has it. Nothing stale can stand in the way: see
     core/locks.py. Where the file system has no locks nothing is checked.
     """
     path = folder / LOCK
-    with _wait_for(path, wait_s=wait_s if world.is_first else 0.0, is_first=world.is_first) as is_held:
+    with _wait_for(path, is_first=world.is_first) as is_held:
         if not gather_objects(is_held)[0]:
             raise ConfigError(
                 f"another run is at work in {folder} ({_holder(path)}): wait for it, stop it, or choose "
@@ -66,11 +66,11 @@ def hold_folder(folder: Path, *, world: World, wait_s: float = WAIT_FOR_LOCK_S) 
 
 
 @contextmanager
-def _wait_for(path: Path, *, wait_s: float, is_first: bool) -> Iterator[bool]:
+def _wait_for(path: Path, *, is_first: bool) -> Iterator[bool]:
     if not is_first:
         yield True
         return
-    deadline_s = time.monotonic() + wait_s
+    deadline_s = time.monotonic() + WAIT_FOR_LOCK_S
     while True:
         with hold(path, wait=False) as is_held:
             if is_held or time.monotonic() > deadline_s:

@@ -71,6 +71,11 @@ class Guard:
         self._step_loss: Tensor | None = None
         self._overflows = 0
         self._norm_is_ours = not hasattr(engine.optimizer, "overflow")  # plain torch optimizer: stage 0, fp32
+        self._scales_loss = bool(
+            engine.fp16_enabled()
+            or engine.torch_autocast_z0_gradscaler
+            or getattr(engine.optimizer, "torch_autocast_gradscaler", None)
+        )
         self._insist_on_checks()
         self._watch_backward()
 
@@ -150,7 +155,7 @@ class Guard:
             ranks = [rank for rank, count in enumerate(bad_parts) if count == max(bad_parts)]
         elif any(spiked for _, _, spiked in everywhere):
             cause = "loss jumped"
-        elif self.engine.fp16_enabled() or self.engine.torch_autocast_z0_gradscaler:
+        elif self._scales_loss:
             return None
         else:
             cause = "gradient is not finite"

@@ -11,7 +11,7 @@ import torch
 
 from cmae_scale.core.errors import DivergedError
 from cmae_scale.core.settings import FaultsConfig
-from cmae_scale.engine.safety.guard import BadStep
+from cmae_scale.engine.safety.guard import MAX_OVERFLOWS, BadStep, Guard
 from cmae_scale.engine.safety.skipped import SkippedSteps
 from cmae_scale.engine.safety.trend import Trend, TrendFile
 
@@ -202,6 +202,71 @@ def test_a_spike_is_left_out_as_a_nan_is(
     resumed = on_ranks(lambda: run_loop(run("resumed"), faults=jump), ranks=2)
     assert "the loss jumped at step 3" in resumed[0]["said"][0]  # the trend came with the state
     assert_same(resumed, answers)
+
+
+@pytest.mark.dist
+def test_an_fp16_overflow_is_no_bad_step(
+    on_ranks: Callable[..., list[Any]],
+    tiny_run: Callable[..., Any],
+    run_loop: Callable[..., Any],
+    tmp_path: Path,
+) -> None:
+    half = {"torch_autocast": {"enabled": True, "dtype": "float16"}}
+
+    def run(name: str) -> Any:
+        return tiny_run(ranks=2, stage=0, cmae={"out": str(tmp_path / name)}, **half)
+
+    answers = on_ranks(lambda: run_loop(run("overflow"), faults=((2, 1, "gradient"),)), ranks=2)
+    assert answers[0]["said"] == []
+    assert not (tmp_path / "overflow" / "skipped_steps.jsonl").exists()
+    leave_out(tmp_path / "without", 2)
+    assert_same(
+        answers, on_ranks(lambda: run_loop(run("without")), ranks=2)
+    )  # the target did not move either
+
+
+class EngineThatOverflows:
+    """What the guard asks of an engine whose every step overflows in fp16."""
+
+    global_rank = 0
+    torch_autocast_z0_gradscaler = None
+    optimizer = type("Optimizer", (), {"overflow": True, "persistent_parameters": []})()
+
+    def __init__(self, error: str | None = None) -> None:
+        self.module, self.error = torch.nn.Linear(1, 1), error
+
+    def fp16_enabled(self) -> bool:
+        return True
+
+    def bfloat16_enabled(self) -> bool:
+        return False
+
+    def was_step_applied(self) -> bool:
+        return False
+
+    def backward(self, loss: torch.Tensor) -> None:
+        pass
+
+    def step(self) -> None:
+        if self.error:
+            raise Exception(self.error)
+
+
+def test_endless_fp16_overflow_stops_the_run() -> None:
+    guard = Guard(EngineThatOverflows(), metric_names=["loss"], device=torch.device("cpu"))
+    for step in range(MAX_OVERFLOWS):
+        guard.open()
+        assert guard.apply(step, torch.ones(1), keys=["a"]) is None
+    with pytest.raises(DivergedError, match=f"overflowed {MAX_OVERFLOWS + 1} steps in a row"):
+        guard.apply(MAX_OVERFLOWS, torch.ones(1), keys=["a"])
+
+
+def test_a_loss_scale_that_cannot_fall_further_stops_the_run() -> None:
+    # DeepSpeed's words
+    error = "Current loss scale already at minimum - cannot decrease scale anymore. Exiting run."
+    guard = Guard(EngineThatOverflows(error), metric_names=["loss"], device=torch.device("cpu"))
+    with pytest.raises(DivergedError, match="fp16 overflows at step 7 at any loss scale"):
+        guard.apply(7, torch.ones(1), keys=["a"])
 
 
 def test_a_trend_is_the_mean_and_deviation_of_the_last_losses(rng: torch.Generator) -> None:

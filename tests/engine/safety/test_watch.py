@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -194,6 +195,24 @@ def test_a_stuck_step_leaves_everyones_stacks(
     assert "wait_for_a_store" in stacks[f"rank_{ranks - 1}.txt"]
     if ranks > 1:
         assert "in meet" in stacks["rank_0.txt"]
+
+
+def test_a_rank_that_never_comes_is_waited_for_and_told(let_ranks_end: Callable[..., Any]) -> None:
+    def be() -> int:
+        from cmae_scale.engine.start import PeerMissingError, start_processes
+
+        if os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGKILL)
+        try:
+            start_processes(timeout_s=3)
+        except PeerMissingError as error:
+            print(error, file=sys.stderr)
+            return 1
+        return 0
+
+    waiting, _ = let_ranks_end(be, ranks=2)
+    assert waiting.status == 1
+    assert "rank 0 waited 3 s for all 2 ranks to come to 127.0.0.1:" in waiting.stderr
 
 
 def wait_for_a_store() -> None:
