@@ -18,7 +18,7 @@ if __package__ in (None, ""):  # started by path: this folder is first on sys.pa
 from cmae_scale.core.batches import plan_batch
 from cmae_scale.core.cli import build_parser, read_overrides, run_command
 from cmae_scale.core.config import Run, read_run, resolve_run
-from cmae_scale.core.durations import plan_timetable
+from cmae_scale.core.durations import Clock, plan_timetable
 from cmae_scale.core.schedules import plan_schedules
 from cmae_scale.core.world import wait_without_spinning
 from cmae_scale.engine.safety.signals import StopRequest
@@ -66,7 +66,9 @@ def train(run: Run, place: "Place", *, stop_at: int | None = None) -> None:
     from cmae_scale.data.stream import open_batches
     from cmae_scale.engine.loop import take_steps
     from cmae_scale.engine.pretraining import Pretraining, describe, start_pretraining, watch_health
+    from cmae_scale.engine.start import read_precision
     from cmae_scale.engine.watch.journal import Journal
+    from cmae_scale.tasks.knn_monitor import open_knn_monitor
 
     rank, ranks = place.world.rank, place.world.size
     data = run.cmae.data
@@ -89,6 +91,14 @@ def train(run: Run, place: "Place", *, stop_at: int | None = None) -> None:
     )
     journal.say(describe(session, images=shards.total, times=times))
     steps = range(session.first_step, min(times.total_steps, stop_at or times.total_steps))
+    knn = open_knn_monitor(
+        run.cmae,
+        gather=method.gather_encoder,
+        world=place.world,
+        device=place.device,
+        compute=read_precision(run.deepspeed).compute,
+        clock=Clock(plan.steps_per_epoch, batch.total, times.total_steps),
+    )
     bad = BadSamples(data.max_bad_fraction)
 
     @contextmanager
@@ -109,7 +119,7 @@ def train(run: Run, place: "Place", *, stop_at: int | None = None) -> None:
         with loader:
             yield copy_ahead(loader, place.device)
 
-    take_steps(method, journal, feed, steps=steps, lr=schedules.lr, bad=bad)
+    take_steps(method, journal, feed, steps=steps, lr=schedules.lr, bad=bad, evaluation=knn)
     if steps.stop == times.total_steps:
         finish(method, journal, held_out=held_out)
     journal.close()

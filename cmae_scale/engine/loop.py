@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from itertools import islice
-from typing import Protocol
+from typing import Any, Protocol
 
 from jaxtyping import Float
 from torch import Tensor
@@ -63,15 +63,32 @@ class Method(Protocol):
         """What changes from step to step by a schedule, besides the learning rate."""
 
 
+class Evaluation(Protocol):
+    """What is found out now and then between steps, by all ranks together."""
+
+    def is_due(self, done: int) -> bool:
+        """Whether after `done` steps it is time."""
+
+    def evaluate(self, done: int) -> dict[str, Any]:
+        """What was found, by name: numbers, or numbers by class. Leaves the training as it is."""
+
+
 def take_steps(
-    method: Method, journal: Journal, feed: Feed, *, steps: range, lr: WarmupCosine, bad: BadSamples
+    method: Method,
+    journal: Journal,
+    feed: Feed,
+    *,
+    steps: range,
+    lr: WarmupCosine,
+    bad: BadSamples,
+    evaluation: Evaluation | None = None,
 ) -> None:
-    """The optimizer steps `steps`.
+    """The optimizer steps `steps`, with an evaluation whenever it is due.
 
     Raises, on all ranks, InterruptedRunError when one of them was asked to leave and DivergedError when the
     run must stop at a bad step; the state is saved then.
     """
-    course = Course(method, journal, lr=lr, bad=bad, end=steps.stop)
+    course = Course(method, journal, lr=lr, bad=bad, end=steps.stop, evaluation=evaluation)
     while course.done < steps.stop:
         ahead = range(course.done, steps.stop)
         with feed(ahead) as masters, journal.session.use_attention():
@@ -84,14 +101,22 @@ class Course:
     """A run on its way: `done` steps are done, the state after `saved` is on disk."""
 
     def __init__(
-        self, method: Method, journal: Journal, *, lr: WarmupCosine, bad: BadSamples, end: int
+        self,
+        method: Method,
+        journal: Journal,
+        *,
+        lr: WarmupCosine,
+        bad: BadSamples,
+        end: int,
+        evaluation: Evaluation | None,
     ) -> None:
         self.method, self.journal, self.lr, self.bad, self.end = method, journal, lr, bad, end
+        self.evaluation = evaluation
         self.session = session = journal.session
         self.done = self.saved = session.first_step
         self._first = session.first_step
         self._pulse = session.place.pulse
-        faults, world = session.run.cmae.faults, session.place.world
+        faults, world = session.run.settings.faults, session.place.world
         self._roll_call = RollCall(session.place.stop)
         self._skipped = SkippedSteps(
             session.run.out / "skipped_steps.jsonl", faults=faults, is_first=world.is_first
@@ -109,17 +134,22 @@ class Course:
     def take(self, step: int, masters: Iterator[MasterBatch]) -> bool:
         """Optimizer step `step`, with its lines and its state. False when the run went back to a state."""
         parts = self._take_data(step, masters)
-        set_learning_rate_(self.session.engine, self.lr.at(step))
+        set_learning_rate_(self.session.engine, self.lr, step=step)
         if step in self._skipped:
             self._guard.pass_over()
         elif not self._update(step, parts):
             return False
         self.done = step + 1
-        times, log_every = self.journal.times, self.session.run.cmae.monitor.log_every
-        is_due = self.done % times.save_every_steps == 0 or self.done == self.end
-        if is_due or self.done % log_every == 0:
+        times, log_every = self.journal.times, self.session.run.settings.monitor.log_every
+        saves = self.done % times.save_every_steps == 0 or self.done == self.end
+        evaluation = self.evaluation
+        is_due = evaluation is not None and evaluation.is_due(self.done)
+        if saves or is_due or self.done % log_every == 0:
             self._write()
-        if is_due:
+        if evaluation is not None and is_due:
+            self._pulse.enter("evaluating", step=self.done, patience=PATIENT)
+            self.journal.note(self.done, evaluation.evaluate(self.done))
+        if saves:
             self._save()
         return True
 

@@ -78,11 +78,15 @@ class Pretraining:
         """What changes from step to step, besides the learning rate."""
         return {"momentum": self.momentum.at(step)}
 
+    def gather_encoder(self) -> dict[str, Tensor]:
+        """The online encoder's weights in fp32, on the CPU of every rank; all ranks call it together."""
+        return gather_weights(self.session.engine.module.online_encoder)
+
     def export(self, metrics: Mapping[str, Any]) -> Path:
         """Write the online encoder to RUN/encoder: see `export_encoder`. Its card tells the `metrics`."""
         run = self.session.run
         folder = run.out / "encoder"
-        weights = gather_weights(self.session.engine.module.online_encoder)
+        weights = self.gather_encoder()
         if self.session.place.world.is_first:
             model = run.cmae.model
             export_encoder(weights, folder, model=model, views=run.cmae.views)

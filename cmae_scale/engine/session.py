@@ -48,7 +48,7 @@ class Session:
             stamp=self.stamp,
             masters=self.ema.named_masters(),
             extra=self.extra,
-            keeping=Keeping(self.run.cmae.checkpoint.keep, keep_every_steps),
+            keeping=Keeping(self.run.settings.checkpoint.keep, keep_every_steps),
             world=self.place.world,
         )
 
@@ -59,7 +59,7 @@ class Session:
             self.run.out / "checkpoints",
             stamp=self.stamp,
             masters=self.ema.named_masters(),
-            changes_allowed=self.run.cmae.checkpoint.resume == "anyway",
+            changes_allowed=self.run.settings.checkpoint.resume == "anyway",
             world=self.place.world,
         )
         if loaded is None:
@@ -78,33 +78,36 @@ def start_session(
     pairs: Sequence[Pair],
     attention: AttentionChoice,
     stamp: Stamp,
+    groups: list[dict[str, Any]] | None = None,
     notices: Sequence[str] = (),
 ) -> Session:
     """Everything of the run on this rank, at the newest state in the run folder or at step 0.
 
     `run` is resolved; `pairs` are the parameters that follow others as a moving average; `stamp` says which
-    states continue this run. Raises ConfigError when the run folder cannot be written, or holds states of
+    states continue this run; `groups` are the optimizer's, where pre-training's are not meant.
+    Raises ConfigError when the run folder cannot be written, or holds states of
     another kind of run.
     """
     _open_folder(run, place)
     check_memory_plan(run.deepspeed, device=place.device.type, has_target=bool(pairs))
-    engine = start_engine(model, run)
+    engine = start_engine(model, run, groups=groups)
     session = Session(
         run=run,
         place=place,
         engine=engine,
-        ema=TargetEma(pairs, keep_master=read_precision(run.deepspeed).needs_master),
+        # an average outside of the model is in no state but as these masters
+        ema=TargetEma(pairs, keep_master=groups is not None or read_precision(run.deepspeed).needs_master),
         attention=attention,
         stamp=stamp,
         first_step=0,
-        spans=Spans(place.device, is_on=run.cmae.monitor.breakdown),
+        spans=Spans(place.device, is_on=run.settings.monitor.breakdown),
         notices=list(notices),
     )
-    resume = run.cmae.checkpoint.resume
+    resume = run.settings.checkpoint.resume
     if resume != "never" and not session.restore() and resume == "required":
         raise ConfigError(
             f"{run.out / 'checkpoints'} holds no state to go on from: name the run's folder with --out, or "
-            "start anew with --set cmae.checkpoint.resume=auto"
+            f"start anew with --set {run.kind}.checkpoint.resume=auto"
         )
     return session
 

@@ -199,7 +199,7 @@ def _measure(run: Run, *, ranks: int, steps: int) -> Footprint:
     place = start_processes()
     batch = plan_batch(run.deepspeed, ranks=ranks)
     resolved = resolve_run(run, batch=batch, total_steps=steps, warmup_steps=0)
-    small = replace(resolved, cmae=_shrink(resolved.cmae))
+    small = replace(resolved, settings=_shrink(resolved.cmae))
     micro = 2
     total = micro * batch.accumulation * ranks
     warm = BatchSizes(total=total, micro=micro, accumulation=batch.accumulation)

@@ -31,7 +31,7 @@ def attend(run: Run, stop: StopRequest) -> Iterator[Place]:
         world=place.world,
         pulse=place.pulse,
         stop=stop,
-        faults=run.cmae.faults,
+        faults=run.settings.faults,
         out=run.out,
         on_end=lambda cause: note.write(FAILED, cause),
     ) as watch:
