@@ -8,7 +8,7 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from cmae_scale.core.files import write_text
 
@@ -22,6 +22,26 @@ def summarise(values: Sequence[float]) -> dict[str, float | int]:
         "median": statistics.median(values),
         "min": min(values),
         "max": max(values),
+    }
+
+
+class Lap(Protocol):
+    """Seconds that something took."""
+
+    @property
+    def cpu_s(self) -> float:
+        """Of processors."""
+
+    @property
+    def wall_s(self) -> float:
+        """Of the clock."""
+
+
+def summarise_laps(laps: Sequence[Lap], *, per: str) -> dict[str, dict[str, float | int]]:
+    """How the seconds of some laps spread, CPU time and the clock's."""
+    return {
+        f"cpu_s_per_{per}": summarise([lap.cpu_s for lap in laps]),
+        f"wall_s_per_{per}": summarise([lap.wall_s for lap in laps]),
     }
 
 
