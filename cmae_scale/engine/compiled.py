@@ -13,17 +13,14 @@ def compile_blocks_(model: nn.Module, *, remat: Remat, settings: dict[str, Any])
     """Have torch compile every block of `model` at its first call; before `deepspeed.initialize`.
 
     Block by block, because whole models break at DeepSpeed's hooks; all blocks of a width share what was
-    compiled. Raises ConfigError for what does not go together with it.
+    compiled. Losses are those of uncompiled blocks (CPU, ZeRO 0 to 2, every checkpointing but "selective").
+    Raises ConfigError where compiling makes no sense: at stage 3 the losses are right too, but every Linear
+    has a hook that breaks its block's graph, one piece per hook, until torch gives up compiling.
     """
     if settings.get("zero_optimization", {}).get("stage", 0) == 3:
         raise ConfigError(
-            'cmae.compile "blocks" and ZeRO stage 3 do not go together: DeepSpeed gathers weights in hooks '
-            'that torch cannot compile: write zero_optimization.stage=2 or cmae.compile="none"'
-        )
-    if "activation_checkpointing" in settings:
-        raise ConfigError(
-            'cmae.compile "blocks" has no effect inside of "activation_checkpointing", which DeepSpeed runs '
-            "uncompiled: write cmae.model.remat=full in its place"
+            'cmae.compile "blocks" gains nothing at ZeRO stage 3: hooks that gather weights cut each block '
+            "into pieces: write zero_optimization.stage=2 or cmae.compile=none"
         )
     if remat == "selective":
         raise ConfigError(

@@ -1,8 +1,10 @@
 """The same run, however it is spread over ranks, ZeRO stages, micro-batches and memory plans.
 
-Where it is not: the heads' BatchNorm. Its statistics are those of one micro-batch of all ranks, so of
-train_batch_size / gradient_accumulation_steps images, in the projector, the predictor and the target's
-projector. Runs with equal accumulation agree; with cmae.heads.norm "layer" all do.
+Where it is not: the heads' BatchNorm, in the projector, the predictor and the target's projector. Its
+statistics are those of one micro-batch of all ranks together. Without accumulation that is the whole batch on
+any number of ranks, and the runs agree. With accumulation it is a part of the batch, and another part where
+the ranks are others, so that only runs with equal ranks and accumulation agree. With cmae.heads.norm "layer"
+all do.
 """
 
 import json
@@ -83,11 +85,14 @@ def test_with_batch_norm_ranks_and_stages_change_nothing(
     same_as_plain(ranks=ranks, stage=stage)
 
 
-@pytest.mark.parametrize(("ranks", "stage"), [(1, 2), (2, 0), (2, 1), (2, 3), (4, 2)])
-def test_with_batch_norm_runs_of_equal_accumulation_are_the_same(
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_with_batch_norm_and_accumulation_stages_change_nothing(
     same_as_plain: Callable[..., None], ranks: int, stage: int
 ) -> None:
-    same_as_plain(ranks=ranks, stage=stage, accumulation=2, plain={"accumulation": 2})
+    same_as_plain(
+        ranks=ranks, stage=stage, accumulation=2, plain={"ranks": ranks, "stage": 0, "accumulation": 2}
+    )
 
 
 def test_of_batch_norm_under_accumulation_only_the_contrast_loss_notices_at_first(
