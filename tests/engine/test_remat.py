@@ -1,4 +1,4 @@
-"""What is computed twice: with "selective" no matrix product, with "full" all but the last, which nobody needs."""
+"""What is computed twice: with "selective" no matrix product, with "full" all but the last (nobody needs it)."""
 
 from collections import Counter
 from typing import Any
