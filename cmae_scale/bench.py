@@ -1,8 +1,10 @@
 """Measure what the project claims, beside the alternatives, and keep the figures as a record."""
 
 import argparse
+import io
 import sys
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +15,7 @@ if __package__ in (None, ""):  # started by path: this folder is first on sys.pa
 from cmae_scale.core.cli import run_command
 from cmae_scale.core.errors import ConfigError, DataError
 from cmae_scale.core.settings import DataConfig, ViewsConfig
+from cmae_scale.trials.arguments import build_bench_parser
 
 if TYPE_CHECKING:
     from cmae_scale.sizing.zero import Device
@@ -20,9 +23,9 @@ if TYPE_CHECKING:
 EXAMPLES = """\
   python -m cmae_scale.bench loader --shards shards/train --folder images/train
   python -m cmae_scale.bench stream --shards shards/train
+  python -m cmae_scale.bench shards --folder images/train
   python -m cmae_scale.bench memory
   python -m cmae_scale.bench kill --deepspeed_config ds_configs/quickstart.json --kills 30"""
-RECORDS = Path("tests/bench/records")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,41 +35,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def bench(argv: Sequence[str] | None) -> None:
     """Read the arguments and do what the first of them says."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0],
-        epilog=f"examples:\n{EXAMPLES}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    commands = parser.add_subparsers(required=True, metavar="loader | stream | memory | kill")
-    loader = commands.add_parser("loader", help="CPU seconds per sample beside other loaders")
-    loader.set_defaults(run=measure_loader)
-    loader.add_argument("--folder", type=Path, metavar="DIR", help="the same images as class folders")
-    loader.add_argument("--samples", type=int, default=1000, help="of each round (default: 1000)")
-    loader.add_argument("--rounds", type=int, default=5, help="interleaved rounds (default: 5)")
-    loader.add_argument("--workers", type=int, default=2, help="threads or processes (default: 2)")
-    loader.add_argument("--epochs", type=int, default=6, help="in which memory is watched (default: 6)")
-    loader.add_argument("--record", type=Path, default=RECORDS / "loader.json", metavar="FILE")
-    stream = commands.add_parser("stream", help="the same global batches for every world, as digests")
-    stream.set_defaults(run=prove_stream)
-    stream.add_argument("--epochs", type=int, default=2, help="default: 2")
-    for command in (loader, stream):
-        command.add_argument("--shards", nargs="+", required=True, metavar="DIR", help="as cmae.data.shards")
-        command.add_argument("--batch", type=int, default=64, help="global batch (default: 64)")
-        command.add_argument("--master_px", type=int, default=256, help="side of the crops (default: 256)")
-    memory = commands.add_parser("memory", help="memory of real training beside what plan predicts")
-    memory.set_defaults(run=measure_memory)
-    memory.add_argument("--only", type=int, nargs="+", metavar="N", help="these of the cases, from 1")
-    memory.add_argument("--record", type=Path, default=RECORDS / "memory.json", metavar="FILE")
-    kill = commands.add_parser("kill", help="a run killed at random moments ends as one never killed")
-    kill.set_defaults(run=prove_kills)
-    kill.add_argument("--deepspeed_config", required=True, metavar="FILE", help="the run file")
-    kill.add_argument("--set", nargs="+", default=[], metavar="PLACE=VALUE", help="as for a run")
-    kill.add_argument("--kills", type=int, default=30, help="default: 30")
-    kill.add_argument("--ranks", type=int, default=2, help="processes on this machine (default: 2)")
-    kill.add_argument("--seed", type=int, default=0, help="of victims and moments (default: 0)")
-    kill.add_argument("--out", type=Path, default=Path("runs"), metavar="DIR", help="for the runs' folders")
-    args = parser.parse_args(argv)
-    args.run(args)
+    args = build_bench_parser(__doc__.splitlines()[0], examples=EXAMPLES).parse_args(argv)
+    trials = {"loader": measure_loader, "stream": prove_stream, "shards": measure_shards}
+    trials |= {"memory": measure_memory, "kill": prove_kills}
+    trials[args.trial](args)
 
 
 def measure_loader(args: argparse.Namespace) -> None:
@@ -120,6 +92,34 @@ def prove_stream(args: argparse.Namespace) -> None:
     if len(found) > 1:
         raise DataError("the global batches differ between these worlds")
     print(f"identical in all {len(WORLDS)} worlds")
+
+
+def measure_shards(args: argparse.Namespace) -> None:
+    """Print and record what it costs to put an image into a shard."""
+    from cmae_scale.report.records import summarise_laps, write_record
+    from cmae_scale.trials.shard_races import DECODE, MAKE, race_shards
+    from data_prep.make_shards import main as make_shards
+
+    def make(out: Path) -> None:
+        options = ["--root", str(args.folder), "--out", str(out), "--processes", "1"]
+        with redirect_stdout(io.StringIO()):
+            make_shards(["--source", "imagefolder", *options])
+
+    files = sorted(path for path in args.folder.glob("*/*") if path.is_file())
+    if not files:
+        raise ConfigError(f"--folder {args.folder} holds no class folders with files")
+    mb = sum(path.stat().st_size for path in files) / 1e6 / len(files)
+    laps = race_shards(files, make=make, scratch=args.scratch, rounds=args.rounds)
+    title = f"lowest of {args.rounds}"
+    print(f"{title:14} {'CPU ms':>8} {'ms':>8} {'MB/s':>8}   for each of {len(files):,} images")
+    for name, runs in laps.items():
+        cpu_s, wall_s = (min(getattr(lap, kind) for lap in runs) for kind in ("cpu_s", "wall_s"))
+        print(f"{name:14} {1e3 * cpu_s:8.3f} {1e3 * wall_s:8.3f} {mb / wall_s:8.1f}")
+    lowest = {name: min(lap.wall_s for lap in runs) for name, runs in laps.items()}
+    print(f"make_shards is {lowest[DECODE] / lowest[MAKE]:.1f} times as fast as decoding")
+    results = {name: summarise_laps(runs, per="image") for name, runs in laps.items()}
+    write_record(args.record, config={"images": len(files), "mb_per_image": mb}, results=results)
+    print(f"record {args.record}")
 
 
 def measure_memory(args: argparse.Namespace) -> None:

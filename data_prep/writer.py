@@ -16,6 +16,7 @@ from cmae_scale.core.files import write_whole
 from cmae_scale.data.decode import decode_image, image_extension, open_image
 from cmae_scale.data.index import ShardInfo
 from cmae_scale.data.offsets import write_offsets
+from cmae_scale.data.tar import sum_bytes
 from data_prep.layout import Options, ShardTask, Skipped
 from data_prep.ledger import WrittenShard, record_shard
 from data_prep.listing import Item
@@ -106,7 +107,7 @@ def build_header(name: str, size: int) -> bytes:
     header[: len(raw)] = raw
     header[124:135] = b"%011o" % size
     header[148:156] = b" " * 8  # the checksum counts itself as blanks
-    header[148:156] = b"%06o\0 " % sum(header)
+    header[148:156] = b"%06o\0 " % sum_bytes(header)
     return bytes(header)
 
 

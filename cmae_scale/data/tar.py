@@ -200,7 +200,7 @@ def _walk(file: File, position: int, *, end: int | None = None) -> Iterator[Memb
                 raise _Damage(f"it holds a link or a device (type {other!r}), only plain files are read")
 
 
-def sum_bytes(block: bytes) -> int:
+def sum_bytes(block: bytes | bytearray) -> int:
     """The sum of up to 512 bytes, in a seventh of the time that `sum` takes.
 
     Begun at 0, the low half of an Adler-32 is the sum modulo 65521, which 257 bytes can reach (RFC 1950).

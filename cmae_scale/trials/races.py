@@ -27,7 +27,7 @@ from cmae_scale.data.masters import decode_master
 from cmae_scale.data.mix import plan_data
 from cmae_scale.data.shard_set import ShardSet
 from cmae_scale.data.stream import open_batches
-from cmae_scale.report.records import summarise
+from cmae_scale.report.records import Lap, summarise_laps
 
 LIMIT, OURS = "bare decode and crop", "ours"
 PEER_WINDOW = 1000  # samples. Source: shuffle size in webdataset's own examples
@@ -45,14 +45,6 @@ class Course:
     workers: int
     batch: int
     samples: int
-
-
-@dataclass(frozen=True)
-class Lap:
-    """One round of one contestant, seconds per sample. CPU time includes worker processes."""
-
-    cpu_s: float
-    wall_s: float
 
 
 Batches = Iterator[
@@ -97,8 +89,7 @@ def record_race(laps: dict[str, list[Lap]]) -> dict[str, dict[str, object]]:
     ours = min(lap.cpu_s for lap in laps[OURS])
     return {
         name: {
-            "cpu_s_per_sample": summarise([lap.cpu_s for lap in runs]),
-            "wall_s_per_sample": summarise([lap.wall_s for lap in runs]),
+            **summarise_laps(runs, per="sample"),
             "times_ours": min(lap.cpu_s for lap in runs) / ours,
         }
         for name, runs in laps.items()

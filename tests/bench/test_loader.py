@@ -77,3 +77,18 @@ def test_memory_does_not_grow_with_the_epochs(shards: str) -> None:
     resident = measure_footprint(data, views=views, batch=8, epochs=60)
     assert len(resident) == 60
     assert max(resident[30:]) < max(resident[5:30]) * 1.01
+
+
+def test_making_shards_is_measured_beside_decoding(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = tmp_path / "shards.json"
+    argv = ["shards", "--folder", str(images), "--rounds", "2", "--record", str(record)]
+    assert main([*argv, "--scratch", str(tmp_path)]) == 0
+    results = json.loads(record.read_text())["results"]
+    assert results.keys() == {"copy and hash", "make_shards", "decode"}
+    assert all(result["wall_s_per_image"]["min"] > 0 for result in results.values())
+    assert "times as fast as decoding" in capsys.readouterr().out
+    assert {path.name for path in tmp_path.iterdir()} == {"images", "shards.json"}, "nothing is left behind"
+    assert main(["shards", "--folder", str(tmp_path / "nothing")]) == 2
+    assert "holds no class folders" in capsys.readouterr().err

@@ -1,6 +1,7 @@
 """Offload, partitioned construction, ZeRO++, 16-bit engines: other places for the same numbers."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -61,6 +62,30 @@ def test_elsewhere_the_numbers_are_the_same(
     for name, value in answers[0]["weights"].items():  # the target's too
         if "running_" not in name:
             torch.testing.assert_close(value, plain["weights"][name], **WEIGHT, check_dtype=False)
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+@pytest.mark.parametrize("name", ["offload_optimizer", "offload_param"])
+def test_on_nvme_the_numbers_are_the_same(
+    on_ranks: Callable[..., list[Any]],
+    tiny_run: Callable[..., Any],
+    train_tiny: Callable[..., Any],
+    plain: dict[str, Any],
+    tmp_path: Path,
+    name: str,
+) -> None:
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    if not AsyncIOBuilder().is_compatible(verbose=False):
+        pytest.skip("libaio is not installed")
+    AsyncIOBuilder().load(verbose=False)  # compiles once, for minutes
+    zero = {"stage": 3, name: {"device": "nvme", "nvme_path": str(tmp_path)}, "sub_group_size": 5000}
+    run = tiny_run(ranks=2, zero_optimization=zero)
+    answers = on_ranks(lambda: train_tiny(run, steps=STEPS), ranks=2)
+    for step, expected in plain["losses"].items():
+        got = torch.stack([answer["losses"][step] for answer in answers]).mean(0)
+        torch.testing.assert_close(got, expected, **LOSS)
 
 
 @pytest.mark.dist
