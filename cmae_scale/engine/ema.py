@@ -45,6 +45,16 @@ class TargetEma:
         """The fp32 masters of this rank by parameter name; none where the target itself is fp32."""
         return {} if self.masters is None else dict(zip(self.names, self.masters, strict=True))
 
+    def named_averages(self, module: nn.Module) -> dict[str, Tensor]:
+        """The averages that are no parameters of `module`, by the name of what they follow; in fp32."""
+        inside = {id(parameter) for parameter in module.parameters()}
+        masters = self.named_masters()
+        return {
+            name: masters.get(name, target.data)
+            for name, target in zip(self.names, self.target, strict=True)
+            if id(target) not in inside
+        }
+
     @torch.no_grad()
     def renew_(self) -> None:
         """Have the target's other copies agree with what was written to its masters, or to itself."""

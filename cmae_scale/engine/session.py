@@ -47,6 +47,7 @@ class Session:
             step=step,
             stamp=self.stamp,
             masters=self.ema.named_masters(),
+            averages=self.ema.named_averages(self.engine.module),
             extra=self.extra,
             keeping=Keeping(self.run.settings.checkpoint.keep, keep_every_steps),
             world=self.place.world,
@@ -59,6 +60,7 @@ class Session:
             self.run.out / "checkpoints",
             stamp=self.stamp,
             masters=self.ema.named_masters(),
+            averages=self.ema.named_averages(self.engine.module),
             changes_allowed=self.run.settings.checkpoint.resume == "anyway",
             world=self.place.world,
         )

@@ -106,6 +106,7 @@ def run_steps(
                 step=step,
                 stamp=session.stamp,
                 masters=session.ema.named_masters(),
+                averages={},
                 extra={},
                 keeping=Keeping(1),
                 world=place.world,

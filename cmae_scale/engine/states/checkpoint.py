@@ -51,20 +51,20 @@ def save_state(
     step: int,
     stamp: Stamp,
     masters: Mapping[str, Tensor],
+    averages: Mapping[str, Tensor],
     extra: Mapping[str, Any],
     keeping: Keeping,
     world: World,
 ) -> str | None:
     """Write the state after `step` optimizer steps and drop older ones. None, or what failed.
 
-    `masters` are the fp32 values behind frozen parameters of lower precision, `extra` is JSON that
-    `load_newest` gives back. A full or lost disk on any rank leaves the previous states as they are.
+    `masters` and `averages` are those of `list_pieces`, `extra` is JSON that `load_newest` gives back. A full or lost disk on any rank leaves the previous states as they are.
     """
     part = commit.name_part(folder, step=step)
     failed = _on_first(world, lambda: _open_part(part))
     if failed:
         return failed
-    pieces = list_pieces(engine, masters=masters)
+    pieces = list_pieces(engine, masters=masters, averages=averages)
     failure, entry = _try(lambda: _write_share(engine, pieces, part, world=world))
     shares = gather_objects((failure, entry))
     failed = _join(failure for failure, _ in shares)
@@ -87,6 +87,7 @@ def load_newest(
     *,
     stamp: Stamp,
     masters: Mapping[str, Tensor],
+    averages: Mapping[str, Tensor],
     changes_allowed: bool,
     world: World,
 ) -> Loaded | None:
@@ -102,7 +103,7 @@ def load_newest(
         if damage is None and description is not None:
             notices = [f"warning: {damage}, so an older state was taken" for damage in passed_over]
             notices += stamp.compare(description["stamp"], path=path, changes_allowed=changes_allowed)
-            _take_up(engine, path, description, masters=masters)
+            _take_up(engine, path, description, masters=masters, averages=averages)
             return Loaded(description["step"], description["extra"], tuple(notices))
         passed_over.append(damage or str(path))
     if passed_over:
@@ -124,7 +125,14 @@ def check_state(path: Path, *, world: World) -> tuple[str | None, dict[str, Any]
     return next((found for found in gather_objects(damage) if found), None), description
 
 
-def _take_up(engine: Any, path: Path, description: dict[str, Any], *, masters: Mapping[str, Tensor]) -> None:
+def _take_up(
+    engine: Any,
+    path: Path,
+    description: dict[str, Any],
+    *,
+    masters: Mapping[str, Tensor],
+    averages: Mapping[str, Tensor],
+) -> None:
     state = ShardReader([path / name for name in sorted(description["files"])])
     parameters = {name: count_elements(parameter) for name, parameter in engine.module.named_parameters()}
     if state.parameters != parameters:
@@ -133,7 +141,7 @@ def _take_up(engine: Any, path: Path, description: dict[str, Any], *, masters: M
             f"{path} is of another model (it differs in {', '.join(dict.fromkeys(different[:6]))}): "
             "go on with the old settings, or start anew with --out or --set cmae.checkpoint.resume=never"
         )
-    write_content(engine, list_pieces(engine, masters=masters), state=state)
+    write_content(engine, list_pieces(engine, masters=masters, averages=averages), state=state)
     write_counters(engine, description["counters"])
 
 

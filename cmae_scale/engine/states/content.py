@@ -1,7 +1,8 @@
 """What a training state holds, taken from a running engine and put back into one of another topology.
 
-Tensors are named "KIND/PARAMETER@START": the elements of a parameter from START on, of its weight or of one
-of the optimizer's states ("exp_avg", "step", ...), or "buffer/NAME". All else is a few numbers: `Counters`.
+Tensors are named "KIND/PARAMETER@START": the elements of a parameter from START on, of its weight, of one of
+the optimizer's states ("exp_avg", "step", ...), or of its moving "average"; buffers are "buffer/NAME". All
+else is a few numbers: `Counters`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,7 +18,7 @@ from cmae_scale.engine.states.shards import ShardReader
 
 Counters = dict[str, Any]  # JSON values
 
-WEIGHT, BUFFER = "weight", "buffer"
+BUFFER = "buffer"
 # of DeepSpeed's loss scalers, which differ by stage but share these. Source: runtime/fp16/loss_scaler.py
 _SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
@@ -28,7 +29,7 @@ def read_content(engine: Any, pieces: Sequence[Piece], *, rank: int, ranks: int)
     content: dict[str, Tensor] = {}
     for piece in _deal(pieces, rank=rank, ranks=ranks):
         suffix = f"{piece.name}@{piece.start}"
-        content[f"{WEIGHT}/{suffix}"] = piece.of(piece.holder).cpu()
+        content[f"{piece.kind}/{suffix}"] = piece.of(piece.holder).cpu()
         for kind, value in states.get(piece.holder, {}).items():
             if value is not None:
                 content[f"{kind}/{suffix}"] = _read_state(value, piece, kind=kind).cpu()
@@ -42,7 +43,7 @@ def read_content(engine: Any, pieces: Sequence[Piece], *, rank: int, ranks: int)
 def write_content(engine: Any, pieces: Sequence[Piece], *, state: ShardReader) -> None:
     """Put `state` into the engine, in place. All ranks together."""
     for piece in pieces:
-        piece.of(piece.holder).copy_(state.read(WEIGHT, piece.name, piece.start, piece.stop))
+        piece.of(piece.holder).copy_(state.read(piece.kind, piece.name, piece.start, piece.stop))
     trainable = [piece for piece in pieces if id(piece.holder) in _optimized(engine)]
     for _, shared in groupby(sorted(trainable, key=_holder), key=_holder):
         _write_states(engine.basic_optimizer, list(shared), state=state)

@@ -8,7 +8,7 @@ Source: DeepSpeed 0.19.8, runtime/zero/{stage_1_and_2,stage3}.py, runtime/bf16_o
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ class Piece:
     """Elements `start` to `stop` of the parameter `name`, flattened: in `holder` they begin at `offset`.
 
     `holder` is what the optimizer updates (or the moving average, or nobody). `is_replicated`: every rank
-    holds the same.
+    holds the same. `kind` tells a parameter's own values from a moving average of them beside the model.
     """
 
     name: str
@@ -28,6 +28,7 @@ class Piece:
     holder: Tensor
     offset: int
     is_replicated: bool
+    kind: Literal["weight", "average"] = "weight"
 
     def of(self, tensor: Tensor) -> Tensor:
         """The piece's elements in `tensor`, which is the holder or a state of the same shape; a view."""
@@ -44,9 +45,10 @@ class _Home(NamedTuple):
     is_replicated: bool
 
 
-def list_pieces(engine: Any, *, masters: Mapping[str, Tensor]) -> list[Piece]:
+def list_pieces(engine: Any, *, masters: Mapping[str, Tensor], averages: Mapping[str, Tensor]) -> list[Piece]:
     """The pieces of all parameters on this rank; `masters` are fp32 values of frozen ones, by name.
 
+    `averages` are moving averages beside the model, by the name of what they follow, whole on every rank.
     A rank that holds nothing of a parameter has no piece of it. Trainable ones come first.
     """
     optimizer = engine.optimizer
@@ -67,7 +69,10 @@ def list_pieces(engine: Any, *, masters: Mapping[str, Tensor]) -> list[Piece]:
         stop = min(home.start + home.length, count_elements(parameter)) if home else 0
         if home and stop > home.start:
             pieces.append(Piece(name, home.start, stop, home.holder, home.offset, home.is_replicated))
-    return pieces
+    return pieces + [
+        Piece(name, 0, average.numel(), average, 0, is_replicated=True, kind="average")
+        for name, average in averages.items()
+    ]
 
 
 def count_elements(parameter: nn.Parameter) -> int:

@@ -16,7 +16,7 @@ from torch import Tensor
 from cmae_scale.core.errors import ConfigError
 from cmae_scale.core.files import sync
 
-_NOT_OF_THE_OPTIMIZER = ("weight", "buffer")
+_NOT_OF_THE_OPTIMIZER = ("weight", "average", "buffer")
 
 
 class _Part(NamedTuple):
