@@ -27,6 +27,7 @@ from cmae_scale.data.shard_set import ShardSet
 
 NO_LABEL = -1
 CLOSE_S = 3.0  # how long to wait for a thread that should end: a preempted run has 30 s in all
+PIECES = 4  # that a batch is dealt to each decoder in: few hand-overs, and no long wait for the last one
 
 
 @dataclass(frozen=True)
@@ -167,7 +168,7 @@ class BatchStream:
         self._stop = stop
         self._room = threading.Semaphore(ahead)
         self._begun: SimpleQueue[_Filling | BaseException | None] = SimpleQueue()  # None: no more will come
-        self._jobs: SimpleQueue[tuple[_Filling, int] | None] = SimpleQueue()  # None: a decoder may go home
+        self._jobs: SimpleQueue[tuple[_Filling, range] | None] = SimpleQueue()  # None: a decoder may go home
         self._reader = threading.Thread(target=self._read, name="data reader", daemon=True)
         self._decoders = [
             threading.Thread(target=self._work, name=f"data decoder {number}", daemon=True)
@@ -225,19 +226,21 @@ class BatchStream:
                     return
                 filling = _Filling(raw, self._allocate(len(raw.rows)))
                 self._begun.put(filling)
-                for row in range(len(raw.rows)):
-                    self._jobs.put((filling, row))
+                size = max(1, len(raw.rows) // (PIECES * len(self._decoders)))
+                for first in range(0, len(raw.rows), size):
+                    self._jobs.put((filling, range(first, min(first + size, len(raw.rows)))))
             self._begun.put(None)
         except BaseException as error:
             self._begun.put(error)
 
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:
-            filling, row = job
-            if self._stop.is_set():
-                continue
+            filling, rows = job
             try:
-                filling.put(row, self._decode(filling.raw.rows[row]))
+                for row in rows:
+                    if self._stop.is_set():
+                        break
+                    filling.put(row, self._decode(filling.raw.rows[row]))
             except BaseException as error:
                 filling.fail(error)
 
