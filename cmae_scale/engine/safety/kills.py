@@ -88,6 +88,16 @@ class Outcome:
     others_s: float | None  # until the other ranks had ended by themselves
     statuses: tuple[int, ...]
 
+    def __str__(self) -> str:
+        """One line of a table."""
+        if self.kill.victim is None:
+            others = ""
+        elif self.others_s is None:
+            others = "others were starting, ended as by a launcher"
+        else:
+            others = f"others ended after {self.others_s:4.1f} s"
+        return f"{self.kill!s:20} newest state {self.newest:15} {others}".rstrip()
+
 
 def draw_kills(seed: int, *, ranks: int, start_s: float, save_s: float) -> Iterator[Kill]:
     """Kills without end, of which a third come while a state is being written."""
@@ -121,8 +131,7 @@ def prove_survival(job: Job, *, kills: int, seed: int, tell: Callable[[str], Non
                 if outcome is None or outcome.is_late:
                     break
                 outcomes.append(outcome)
-                others = "" if outcome.others_s is None else f"others ended after {outcome.others_s:4.1f} s"
-                tell(f"kill {len(outcomes):3}  {outcome.kill!s:20} newest state {outcome.newest:15} {others}")
+                tell(f"kill {len(outcomes):3}  {outcome}")
             _compare(victim, expected)
             tell(f"run {runs} ended as the one that was never killed")
         return outcomes

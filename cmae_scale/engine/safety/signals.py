@@ -4,9 +4,7 @@ Nothing here needs torch, so that a signal counts while that is still being impo
 """
 
 import signal
-import sys
 import threading
-import time
 from types import FrameType
 from typing import Any
 
@@ -15,9 +13,8 @@ from cmae_scale.core.errors import UserError
 # Slurm warns with SIGUSR1 (--signal) or SIGTERM; Ctrl-C reaches every process of a terminal
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 STOP_FILE = "the file stop"  # for schedulers that cannot signal: `touch RUN/stop`
-# One request may arrive as several signals: the deepspeed launcher passes a Ctrl-C on as SIGTERM, twice, and
-# torchrun as a second SIGINT. So a rank leaves at once only when asked again after a while.
-PATIENCE_S = 5.0
+# from this process's own watch to its main thread. Its default is to be ignored, so it may come late
+_WAKE = signal.SIGURG
 
 
 class InterruptedRunError(UserError):
@@ -42,19 +39,19 @@ class DataWaitError(Exception):
 class StopRequest:
     """Whether this rank was asked to leave, by a signal or by word from another rank.
 
-    Before `hold()` there is nothing to save and nobody to agree with: the process leaves at once.
+    Before `hold()` there is nothing to save and nobody to agree with: the process leaves at once. What asking
+    again means is up to the watch, which hears signals also while the main thread cannot.
     """
 
     def __init__(self) -> None:
         self.name: str | None = None
         self.is_waiting_for_data = False
         self._is_held = False
-        self._asked_s = 0.0
-        self._told: str | None = None  # by another rank, not yet taken note of
+        self._told: str | None = None  # by another rank
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopRequest":
-        self._before = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        self._before = {number: signal.signal(number, self._handle) for number in (*SIGNALS, _WAKE)}
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -68,23 +65,17 @@ class StopRequest:
             raise InterruptedRunError(self.name, step=None)
 
     def tell(self, name: str) -> None:
-        """Word from another rank's signal `name`. Called by a thread; the main thread hears of it at once."""
-        if self.name is None:
-            self._told = name
-            # so that it wakes from a wait: Python's handlers run there whichever thread is meant
-            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
+        """Word from another rank: signal `name`. Called by a thread; the main thread wakes from its wait."""
+        self._told = name
+        # so that it wakes from a wait: Python's handlers run there whichever thread is meant
+        signal.pthread_kill(threading.main_thread().ident or 0, _WAKE)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        told, self._told = self._told, None
-        if self.name is None:
-            self.name = told or signal.Signals(number).name
-            self._asked_s = time.monotonic()
+        name = self._told if number == _WAKE else signal.Signals(number).name
+        if self.name is None and name is not None:
+            self.name = name
             if not self._is_held:
-                raise InterruptedRunError(self.name, step=None)
-        elif told is None and time.monotonic() - self._asked_s > PATIENCE_S:
-            print(f"asked to leave again ({signal.Signals(number).name}): leaving at once", file=sys.stderr)
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
+                raise InterruptedRunError(name, step=None)
         if self.is_waiting_for_data:
             self.is_waiting_for_data = False
             raise DataWaitError

@@ -27,6 +27,9 @@ from cmae_scale.engine.safety.pulse import Pulse
 from cmae_scale.engine.safety.signals import SIGNALS, STOP_FILE, StopRequest
 
 FAILED = 1  # exit status of a run that the watch ends
+# One request may arrive as several signals: the deepspeed launcher passes a Ctrl-C on as SIGTERM, twice, and
+# torchrun as a second SIGINT. So a rank leaves at once only when asked again after a while.
+PATIENCE_S = 5.0
 
 
 class Verdict(NamedTuple):
@@ -62,6 +65,7 @@ class Watch:
         self._token = ""
         self._heard_s = time.monotonic()
         self._request: str | None = None  # seen by this thread, maybe before the main thread could
+        self._asked_s: float | None = None  # when this process itself was
         self._has_passed_on = False
         self._is_ending = False
         self._closing = threading.Event()
@@ -203,8 +207,15 @@ class Watch:
 
     def _notice(self, numbers: bytes) -> None:
         """Signals of this process, as the C handler wrote them down."""
-        names = {int(number): number.name for number in SIGNALS}
-        self._request = self._request or next((names[n] for n in numbers if n in names), None)
+        now_s = time.monotonic()
+        for number in SIGNALS:
+            if number not in numbers:
+                continue
+            if self._asked_s is None:
+                self._request, self._asked_s = self._request or number.name, now_s
+            elif now_s - self._asked_s > PATIENCE_S:
+                print(f"asked to leave again ({number.name}): leaving at once", file=sys.stderr, flush=True)
+                os._exit(128 + number)
 
     def _pass_on(self) -> None:
         """A request to leave, to all ranks at once: main threads may be waiting for one another."""

@@ -103,20 +103,6 @@ def test_the_same_request_may_come_as_several_signals() -> None:
         assert stop.name == "SIGINT"
 
 
-def test_asked_again_after_a_while_a_process_leaves_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cmae_scale.engine.safety.signals.PATIENCE_S", 0.05)
-    child = os.fork()
-    if child == 0:
-        with StopRequest() as stop:
-            stop.hold()
-            os.kill(os.getpid(), signal.SIGTERM)
-            time.sleep(0.1)
-            os.kill(os.getpid(), signal.SIGTERM)
-            os._exit(3)
-    _, status = os.waitpid(child, 0)
-    assert os.WTERMSIG(status) == signal.SIGTERM
-
-
 def test_handlers_of_the_caller_come_back() -> None:
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)]
     with StopRequest():

@@ -231,6 +231,48 @@ def test_slow_is_not_stuck(watched: Callable[..., Any]) -> None:
     assert [end.status for end in ended] == [0, 0]
 
 
+def test_asked_again_after_a_while_a_process_leaves_at_once(
+    let_ranks_end: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cmae_scale.engine.safety.watch.PATIENCE_S", 1.0)
+
+    def be() -> int:
+        from cmae_scale.engine.start import start_processes
+
+        with StopRequest() as stop:
+            place = start_processes(stop=stop)
+            stop.hold()
+            with Watch(
+                world=place.world,
+                pulse=place.pulse,
+                stop=stop,
+                faults=FaultsConfig(),
+                out=tmp_path,
+                on_end=lambda cause: None,
+            ):
+                (tmp_path / "here").touch()
+                threading.Event().wait()
+        return 0
+
+    def ask(pids: list[int]) -> None:
+        while not (tmp_path / "here").exists():
+            time.sleep(0.05)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGTERM):  # one request, as launchers pass it on
+            os.kill(pids[0], number)
+            time.sleep(0.1)
+        time.sleep(2)
+        assert is_running(pids[0])
+        os.kill(pids[0], signal.SIGTERM)
+
+    [end] = let_ranks_end(be, ranks=1, meanwhile=ask)
+    assert end.status == 128 + signal.SIGTERM
+    assert "asked to leave again (SIGTERM): leaving at once" in end.stderr
+
+
+def is_running(pid: int) -> bool:
+    return "zombie" not in Path(f"/proc/{pid}/status").read_text()
+
+
 @pytest.mark.parametrize("way", ["rank 0, in a collective", "rank 1, waiting for data", "the file"])
 def test_a_request_reaches_ranks_that_wait_for_one_another(
     let_ranks_end: Callable[..., Any], tmp_path: Path, way: str
