@@ -39,8 +39,8 @@ class DataWaitError(Exception):
 class StopRequest:
     """Whether this rank was asked to leave, by a signal or by word from another rank.
 
-    Before `hold()` there is nothing to save and nobody to agree with: the process leaves at once. Asking again
-    is the watch's business, which hears signals also while the main thread cannot.
+    Before `hold()` there is nothing to save and nobody to agree with: the process leaves at once. What asking
+    again means is up to the watch, which hears signals also while the main thread cannot.
     """
 
     def __init__(self) -> None:
