@@ -1,4 +1,4 @@
-"""What is computed twice: with "selective" no matrix product, with "full" all but the last (nobody needs it)."""
+"""What is computed twice: with "selective" no matrix product, with "full" all but the last, unused one."""
 
 from collections import Counter
 from typing import Any
