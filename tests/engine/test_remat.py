@@ -1,4 +1,4 @@
-"""What is computed twice: with "selective" no matrix product, with "full" all but the last."""
+"""What is computed twice: with "selective" no matrix product, with "full" all but the last, unused one."""
 
 from collections import Counter
 from typing import Any
