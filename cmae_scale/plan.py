@@ -45,8 +45,8 @@ def plan(argv: Sequence[str] | None) -> None:
     run = read_run(args.deepspeed_config, read_overrides(args))
     if run.cmae.model.is_hybrid:
         raise ConfigError(
-            f"{run.path}: memory and parameters are counted for plain vision transformers only, not for a hybrid "
-            "encoder: plan a ViT of its width and depth instead, such as ds_configs/vitb.json"
+            f"{run.path}: memory and parameters are counted for plain vision transformers only, not for a "
+            "hybrid encoder: plan a ViT of its width and depth instead, such as ds_configs/vitb.json"
         )
     machine = choose_machine(args.gpu, count=args.gpus)
     batch = plan_batch(run.deepspeed, ranks=machine.ranks)

@@ -85,7 +85,7 @@ def test_the_table_names_every_run_file() -> None:
 
 
 @pytest.mark.parametrize("path", TRANSFERS, ids=lambda path: path.stem)
-@pytest.mark.parametrize("ranks", [1, 8, 32])
+@pytest.mark.parametrize("ranks", [1, 8])  # as many as the official batch of 1024 is spread over
 def test_a_transfer_file_resolves_and_deepspeed_accepts_its_part(path: Path, ranks: int) -> None:
     from deepspeed.runtime.config import DeepSpeedConfig
 

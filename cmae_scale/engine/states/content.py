@@ -6,7 +6,6 @@ else is a few numbers: `Counters`.
 """
 
 from collections.abc import Iterator, Sequence
-from itertools import groupby
 from typing import Any
 
 import torch
@@ -44,9 +43,13 @@ def write_content(engine: Any, pieces: Sequence[Piece], *, state: ShardReader) -
     """Put `state` into the engine, in place. All ranks together."""
     for piece in pieces:
         piece.of(piece.holder).copy_(state.read(piece.kind, piece.name, piece.start, piece.stop))
-    trainable = [piece for piece in pieces if id(piece.holder) in _optimized(engine)]
-    for _, shared in groupby(sorted(trainable, key=_holder), key=_holder):
-        _write_states(engine.basic_optimizer, list(shared), state=state)
+    optimized = _optimized(engine)
+    by_holder: dict[int, list[Piece]] = {}
+    for piece in pieces:
+        if id(piece.holder) in optimized:
+            by_holder.setdefault(id(piece.holder), []).append(piece)
+    for shared in by_holder.values():
+        _write_states(engine.basic_optimizer, shared, state=state)
     for name, buffer in engine.module.named_buffers():
         buffer.copy_(state.read_buffer(name).view_as(buffer))
     spread_weights(engine)
@@ -146,7 +149,3 @@ def _optimized(engine: Any) -> set[int]:
 def _find_scaler(engine: Any) -> Any:
     optimizer = engine.optimizer
     return getattr(optimizer, "loss_scaler", None) or getattr(optimizer, "loss_scale_config", None)
-
-
-def _holder(piece: Piece) -> int:
-    return id(piece.holder)

@@ -48,7 +48,7 @@ def train_loop(
     from cmae_scale.engine.watch.journal import Journal
     from cmae_scale.engine.weights import gather_weights
 
-    run = replace(run, cmae=run.cmae.model_copy(update={"monitor": MonitorConfig(log_every=1)}))
+    run = replace(run, settings=run.cmae.model_copy(update={"monitor": MonitorConfig(log_every=1)}))
     place = start_processes()
     batch = plan_batch(run.deepspeed, ranks=place.world.size)
     session = start_pretraining(run, place=place, data_order="tiny")
@@ -128,11 +128,12 @@ def inject(module: torch.nn.Module, faults: Sequence[tuple[Any, ...]], *, rank: 
 
 
 def moments(engine: Any) -> list[torch.Tensor]:
-    """Adam's state on this rank, in the order of its parameters."""
+    """Adam's state on this rank in an order of its own: that of the optimizer's table may be any."""
     inner = getattr(engine.optimizer, "optimizer", engine.optimizer)
-    return [
-        value.clone()
+    tensors = [
+        value.detach().flatten().clone()
         for state in inner.state.values()
         for value in state.values()
         if isinstance(value, torch.Tensor)
     ]
+    return sorted(tensors, key=lambda tensor: tensor.tolist())
