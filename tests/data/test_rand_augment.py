@@ -81,7 +81,7 @@ def test_a_plain_crop_is_torchvisions_resize_of_its_box_mirrored_half_the_time()
     whole = CropConfig(img_px=32, scale=(1.0, 1.0), ratio=(1.0, 1.0))
     crops = TrainingCrops(whole, 50.0)
     pixels = np.asarray(picture(32)).transpose(2, 0, 1)
-    seen = [crops.decode(file.getvalue(), SamplePlace(0, 0, number))[0] for number in range(200)]
+    seen = [crops.decode(file.getvalue(), SamplePlace(0, 0, number))[0].numpy() for number in range(200)]
     mirrored = sum(bool((one == pixels[:, :, ::-1]).all()) for one in seen)
     straight = sum(bool((one == pixels).all()) for one in seen)
     assert mirrored + straight == 200

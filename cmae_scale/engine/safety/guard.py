@@ -70,7 +70,10 @@ class Guard:
         self._losses: list[Tensor] = []
         self._step_loss: Tensor | None = None
         self._overflows = 0
-        self._norm_is_ours = not hasattr(engine.optimizer, "overflow")  # plain torch optimizer: stage 0, fp32
+        # a plain torch optimizer, at stage 0 in fp32; under fp16 autocast torch's own scaler looks for overflows
+        self._norm_is_ours = (
+            not hasattr(engine.optimizer, "overflow") and engine.torch_autocast_z0_gradscaler is None
+        )
         self._scales_loss = bool(
             engine.fp16_enabled()
             or engine.torch_autocast_z0_gradscaler
@@ -131,12 +134,7 @@ class Guard:
         if not self._norm_is_ours:
             self.engine.step()
             return
-        optimizer, scaler = self.engine.optimizer, self.engine.torch_autocast_z0_gradscaler
-        if scaler:  # autocast in fp16: it finds overflows itself, and lowers its scale after one
-            before = scaler.get_scale()
-            self.engine.step()
-            self.engine._step_applied = scaler.get_scale() >= before
-            return
+        optimizer = self.engine.optimizer
         gradients = [p.grad for p in self.engine.module.parameters() if p.grad is not None]
         norm = float(nn.utils.get_total_norm(gradients))
         optimizer.overflow = not math.isfinite(norm)  # DeepSpeed asks every optimizer that has it
