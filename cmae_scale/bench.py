@@ -63,7 +63,7 @@ def bench(argv: Sequence[str] | None) -> None:
 def measure_loader(args: argparse.Namespace) -> None:
     """Print and record what a sample costs, for us and for others, and how they compare."""
     from cmae_scale.data.footprint import measure_footprint
-    from cmae_scale.data.races import Course, race
+    from cmae_scale.data.races import BARE, BARE_THREADS, OURS, Course, race
     from cmae_scale.data.shard_set import open_shards
     from cmae_scale.report.records import summarise_laps, write_record
 
@@ -73,18 +73,19 @@ def measure_loader(args: argparse.Namespace) -> None:
     course = Course(shards, args.folder, views, workers=args.workers, batch=args.batch, samples=args.samples)
     laps = race(course, rounds=args.rounds)
     results: dict[str, dict[str, object]] = {}
-    limit = min(lap.cpu_s for lap in laps["bare decode and crop"])
-    ours = min(lap.cpu_s for lap in laps["ours"])
+    limits = {name: min(lap.cpu_s for lap in laps[name]) for name in (BARE, BARE_THREADS) if name in laps}
+    ours = min(lap.cpu_s for lap in laps[OURS])
     title = f"CPU time per sample, lowest of {args.rounds}"
     print(f"{title:40} {'ms':>7} {'per core':>9} {'/ ours':>8}")
     for name, runs in laps.items():
         lowest = min(lap.cpu_s for lap in runs)
         print(f"{name:40} {1e3 * lowest:7.3f} {1 / lowest:7.0f}/s {lowest / ours:7.2f}x")
         results[name] = {**summarise_laps(runs, per="sample"), "times_ours": lowest / ours}
-    print(f"share of the limit: {limit / ours:.2f}")
+    for name, limit in limits.items():
+        print(f"share of {name}: {limit / ours:.2f}")
     memory = measure_footprint(data, views=views, batch=args.batch, epochs=args.epochs)
     print(f"resident memory after each epoch, MiB: {' '.join(f'{mib:.0f}' for mib in memory)}")
-    results["ours"]["resident_mib"] = memory
+    results[OURS]["resident_mib"] = memory
     config = {
         "samples": args.samples,
         "batch": args.batch,

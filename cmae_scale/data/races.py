@@ -10,6 +10,7 @@ import os
 import resource
 import time
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import cycle, islice
@@ -28,6 +29,9 @@ from cmae_scale.data.mix import plan_data
 from cmae_scale.data.shard_set import ShardSet
 from cmae_scale.data.stream import open_batches
 
+BARE = "bare decode and crop, one thread"
+BARE_THREADS = "bare decode and crop, in as many"
+OURS = "ours"
 PEER_WINDOW = 1000  # samples. Source: shuffle size in webdataset's own examples
 SETTLE_S = 0.1  # in which threads and processes that fill buffers use more than
 IDLE_S = 0.005  # of CPU time
@@ -63,8 +67,9 @@ def race(course: Course, *, rounds: int) -> dict[str, list[Lap]]:
     torch.set_num_threads(1)  # as every worker of a DataLoader has it
     with ExitStack() as stack:
         contestants = {
-            "bare decode and crop": prepare_bare(course),
-            "ours": prepare_ours(course, stack),
+            BARE: prepare_bare(course, threads=1),
+            **({BARE_THREADS: prepare_bare(course, threads=course.workers)} if course.workers > 1 else {}),
+            OURS: prepare_ours(course, stack),
             "webdataset + torchvision + DataLoader": prepare_webdataset(course),
         }
         if course.folder is not None:
@@ -88,16 +93,20 @@ def _run_lap(batches: Batches, *, steps: int) -> Lap:
     return Lap((_settle() - cpu_s) / samples, wall_s / samples)
 
 
-def prepare_bare(course: Course) -> Batches:
-    """The limit: our decoder alone, one thread, on bytes that lie in memory and numbers that are drawn."""
+def prepare_bare(course: Course, *, threads: int) -> Batches:
+    """The limit: our decoder alone, on bytes that lie in memory and numbers that are drawn.
+
+    Several threads at once slow each other down, whatever they do: a processor's caches and often its cores
+    are shared. So the limit of a loader with so many workers is the decoder in so many threads.
+    """
     images = [sample.image for shard in course.shards.shards for sample in shard.read(0, shard.info.samples)]
     draws = [
         draw_uniforms(0, Purpose.CROP, place=(0, number, 0), count=CROP_DRAWS).tolist()
         for number in range(course.samples)
     ]
-    pairs = zip(cycle(images), cycle(draws), strict=False)
-    while batch := list(islice(pairs, course.batch)):
-        for image, numbers in batch:
+
+    def decode(part: list[tuple[bytes, list[float]]]) -> None:
+        for image, numbers in part:
             decode_master(
                 image,
                 side=course.views.master_px,
@@ -106,7 +115,14 @@ def prepare_bare(course: Course) -> Batches:
                 max_mpx=50.0,
                 draws=[numbers],
             )
-        yield len(batch)
+
+    pairs = zip(cycle(images), cycle(draws), strict=False)
+    with ThreadPoolExecutor(threads) as pool:
+        while batch := list(islice(pairs, course.batch)):
+            parts = [batch[first::threads] for first in range(threads)]
+            for done in [pool.submit(decode, part) for part in parts]:
+                done.result()
+            yield len(batch)
 
 
 def prepare_ours(course: Course, stack: ExitStack) -> Batches:

@@ -48,9 +48,8 @@ class MasterBatch:
 
 
 class DecodedRow(NamedTuple):
-    """What one row of a batch is filled with."""
+    """What one row of a batch holds beside its crops."""
 
-    crops: UInt8[Tensor, "crops 3 side side"]
     label: int
     key: str
 
@@ -93,8 +92,8 @@ def open_batches(
         shape = (rows, num_crops(views), views.master_px, views.master_px, 3)
         return memory.take(shape).permute(0, 1, 4, 2, 3)
 
-    def decode(row: RawRow) -> DecodedRow:
-        return decode_row(row, plan, views=views, max_mpx=data.max_image_mpx, bad=bad)
+    def decode(row: RawRow, out: Tensor) -> DecodedRow:
+        return decode_row(row, plan, views=views, max_mpx=data.max_image_mpx, bad=bad, out=out)
 
     return BatchStream(
         raw_batches, decode, allocate=allocate, workers=data.workers, ahead=data.prefetch, stop=stop
@@ -107,9 +106,15 @@ def num_crops(views: ViewsConfig) -> int:
 
 
 def decode_row(
-    row: RawRow, plan: MixPlan, *, views: ViewsConfig, max_mpx: float, bad: BadSamples
+    row: RawRow,
+    plan: MixPlan,
+    *,
+    views: ViewsConfig,
+    max_mpx: float,
+    bad: BadSamples,
+    out: UInt8[Tensor, "crops 3 side side"],
 ) -> DecodedRow:
-    """The master crops of the row's sample, or of the first of its block that can be decoded.
+    """Write the master crops of the row's sample, or of the first of its block that can be decoded, to `out`.
 
     Crops are drawn per epoch and sample, so they do not depend on the row either. DataError if no sample of
     the block is readable.
@@ -122,19 +127,20 @@ def decode_row(
             for crop in range(num_crops(views))
         ]
         try:
-            crops = decode_master(
+            decode_master(
                 sample.image,
                 side=views.master_px,
                 scale=views.crop_scale,
                 ratio=views.crop_ratio,
                 max_mpx=max_mpx,
                 draws=draws,
+                out=out,
             )
         except DataError as error:
             if attempt == 0:  # a stand-in that is bad too is counted where it is due itself
                 bad.add(sample.key, str(error))
             continue
-        return DecodedRow(crops, NO_LABEL if sample.label is None else sample.label, sample.key)
+        return DecodedRow(NO_LABEL if sample.label is None else sample.label, sample.key)
     raise DataError(
         f"no image of a whole shuffle block can be decoded, {row.block.samples[0].key} to "
         f"{row.block.samples[-1].key}: run data_prep/check_shards.py"
@@ -147,7 +153,7 @@ class BatchStream:
     def __init__(
         self,
         raw_batches: Iterator[RawBatch],
-        decode: Callable[[RawRow], DecodedRow],
+        decode: Callable[[RawRow, Tensor], DecodedRow],
         *,
         allocate: Callable[[int], Tensor],
         workers: int,
@@ -229,7 +235,7 @@ class BatchStream:
                 for row in rows:
                     if self._stop.is_set():
                         break
-                    filling.put(row, self._decode(filling.raw.rows[row]))
+                    filling.put(row, self._decode(filling.raw.rows[row], filling.images[row]))
             except BaseException as error:
                 filling.fail(error)
 
@@ -239,7 +245,7 @@ class _Filling:
 
     def __init__(self, raw: RawBatch, images: Tensor) -> None:
         self.raw = raw
-        self._images = images
+        self.images = images
         self._labels = np.full(len(raw.rows), NO_LABEL, dtype=np.int64)
         self._keys = [""] * len(raw.rows)
         self._missing = len(raw.rows)
@@ -248,7 +254,6 @@ class _Filling:
         self._done = threading.Event()
 
     def put(self, row: int, decoded: DecodedRow) -> None:
-        self._images[row].copy_(decoded.crops)
         self._labels[row] = decoded.label
         self._keys[row] = decoded.key
         with self._lock:
@@ -265,5 +270,5 @@ class _Filling:
         if self._error is not None:
             raise self._error
         return MasterBatch(
-            self._images, torch.from_numpy(self._labels), tuple(self._keys), self.raw.step, self.raw.micro
+            self.images, torch.from_numpy(self._labels), tuple(self._keys), self.raw.step, self.raw.micro
         )
