@@ -1,10 +1,10 @@
 """Master images: random resized crops of the stored images, by the fastest decoder that is installed.
 
-All decoders give the same pixels (libjpeg-turbo with its accurate transform), so which of them is there changes
-no result. Where nvImageCodec is installed, only the part of a JPEG that becomes the crop is decoded (see
-regions): 1.0 ms of CPU time for an ImageNet file instead of simplejpeg's 1.2, and the resize takes 0.2. Pillow
-alone takes 2.9. Torch's antialiased bicubic differs from Pillow's by 1 of 255 in 3 % of the values and by more
-in 0.02 %.
+All decoders give the same pixels (libjpeg-turbo with its accurate transform), so which of them is there
+changes no result. Where nvImageCodec is installed, only the part of a JPEG that becomes the crop is decoded
+(see regions): 1.0 ms of CPU time for an ImageNet file instead of simplejpeg's 1.2; the resize takes 0.2.
+Pillow alone takes 2.9. Torch's antialiased bicubic differs from Pillow's by 1 of 255 in 3 % of the values and
+by more in 0.02 %.
 """
 
 import importlib
