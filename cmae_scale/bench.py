@@ -46,7 +46,7 @@ def measure_loader(args: argparse.Namespace) -> None:
     from cmae_scale.data.shard_set import open_shards
     from cmae_scale.report.records import write_record
     from cmae_scale.trials.loader_memory import measure_footprint
-    from cmae_scale.trials.races import Course, describe_race, race, record_race
+    from cmae_scale.trials.races import OURS, Course, describe_race, race, record_race
 
     data = DataConfig(shards=tuple(args.shards), workers=args.workers)
     shards = open_shards(data.shards, data=data)
@@ -57,7 +57,7 @@ def measure_loader(args: argparse.Namespace) -> None:
     results: dict[str, dict[str, object]] = record_race(laps)
     memory = measure_footprint(data, views=views, batch=args.batch, epochs=args.epochs)
     print(f"resident memory after each epoch, MiB: {' '.join(f'{mib:.0f}' for mib in memory)}")
-    results["ours"]["resident_mib"] = memory
+    results[OURS]["resident_mib"] = memory
     config = {
         "samples": args.samples,
         "batch": args.batch,

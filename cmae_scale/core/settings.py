@@ -234,7 +234,9 @@ class DataConfig(Section):
     prefetch: int = Field(2, ge=1)  # batches ready ahead of the model. Does not change results
     cache: str | None = None  # folder on a local disk that keeps what was read from remote shards
     cache_gib: float = Field(100.0, gt=0)  # its size; the least recently used goes first
-    read_timeout_s: float = Field(60.0, gt=0)  # a request of remote data that takes longer is made again
+    read_timeout_s: float = Field(
+        60.0, gt=0
+    )  # a request of remote data that takes longer is made again; a disk that takes longer ends the run
     read_retries: int = Field(8, ge=0)  # repetitions of a failed request: about half a minute of pauses
     allow_commands: bool = False  # shards may be "pipe:COMMAND {name}", which runs that command
 

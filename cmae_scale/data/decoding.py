@@ -48,8 +48,8 @@ class Decoding(Protocol):
     def side(self) -> int:
         """Their side, px."""
 
-    def decode(self, data: bytes, place: SamplePlace) -> Pixels:
-        """The pictures, RGB."""
+    def decode(self, data: bytes, place: SamplePlace, *, out: Pixels) -> None:
+        """Write the pictures, RGB, to `out`, whose channels lie last in memory."""
 
 
 @dataclass(frozen=True)
@@ -69,15 +69,16 @@ class MasterCrops:
         """Side of a master, px."""
         return self.views.master_px
 
-    def decode(self, data: bytes, place: SamplePlace) -> Pixels:
+    def decode(self, data: bytes, place: SamplePlace, *, out: Pixels) -> None:
         """Random resized crops."""
-        return decode_master(
+        decode_master(
             data,
             side=self.side,
             scale=self.views.crop_scale,
             ratio=self.views.crop_ratio,
             max_mpx=self.max_mpx,
             draws=[place.draw(Purpose.CROP, count=CROP_DRAWS, crop=crop) for crop in range(self.crops)],
+            out=out,
         )
 
 
@@ -98,7 +99,7 @@ class TrainingCrops:
         """Side of a crop, px."""
         return self.crop.img_px
 
-    def decode(self, data: bytes, place: SamplePlace) -> Pixels:
+    def decode(self, data: bytes, place: SamplePlace, *, out: Pixels) -> None:
         """One crop."""
         pixels = decode_pixels(data, max_mpx=self.max_mpx)
         height, width, _ = pixels.shape
@@ -111,10 +112,11 @@ class TrainingCrops:
         if flip < self.crop.flip_p:
             picture = picture.flip(-1)
         if self.augmentation is None:
-            return picture[None]
+            out.copy_(picture[None])
+            return
         image = Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy())
         augmented = np.array(self.augmentation.apply(image, numbers))
-        return torch.from_numpy(augmented).permute(2, 0, 1)[None]
+        out.copy_(torch.from_numpy(augmented).permute(2, 0, 1)[None])
 
     def _count_numbers(self) -> int:
         return 0 if self.augmentation is None else self.augmentation.num_draws
@@ -133,10 +135,10 @@ class CentreCrops:
         """Side of the centre, px."""
         return self.crop.img_px
 
-    def decode(self, data: bytes, place: SamplePlace) -> Pixels:
+    def decode(self, data: bytes, place: SamplePlace, *, out: Pixels) -> None:
         """One centre; nothing is random."""
         centre = decode_centre(data, side=self.side, short=self.crop.short_px, max_mpx=self.max_mpx)
-        return torch.from_numpy(centre.copy())[None]
+        out.copy_(torch.from_numpy(centre.copy())[None])
 
 
 Allocate = Callable[[int], torch.Tensor]

@@ -35,17 +35,17 @@ class MixPlan:
         """Streams of all parts."""
         return len(self.owners)
 
-    @property
+    @cached_property
     def global_batch(self) -> int:
         """Rows of a step."""
         return sum(part.global_batch for part in self.parts)
 
-    @property
+    @cached_property
     def stream_rows(self) -> int:
         """Rows of every global batch that one stream fills."""
         return self.global_batch // self.streams
 
-    @property
+    @cached_property
     def total(self) -> int:
         """Samples of all parts."""
         return sum(part.total for part in self.parts)

@@ -46,9 +46,8 @@ class MasterBatch:
 
 
 class DecodedRow(NamedTuple):
-    """What one row of a batch is filled with."""
+    """What one row of a batch holds beside its crops."""
 
-    crops: UInt8[Tensor, "crops 3 side side"]
     label: int
     key: str
 
@@ -116,8 +115,8 @@ def open_stream(
         stop=stop,
     )
 
-    def decode(row: RawRow) -> DecodedRow:
-        return decode_row(row, plan, decoding=decoding, bad=bad)
+    def decode(row: RawRow, out: Tensor) -> DecodedRow:
+        return decode_row(row, plan, decoding=decoding, bad=bad, out=out)
 
     return BatchStream(
         raw_batches,
@@ -129,20 +128,27 @@ def open_stream(
     )
 
 
-def decode_row(row: RawRow, plan: MixPlan, *, decoding: Decoding, bad: BadSamples) -> DecodedRow:
-    """The pictures of the row's sample, or of the first of its block that can be decoded.
+def decode_row(
+    row: RawRow,
+    plan: MixPlan,
+    *,
+    decoding: Decoding,
+    bad: BadSamples,
+    out: UInt8[Tensor, "crops 3 side side"],
+) -> DecodedRow:
+    """Write the pictures of the row's sample, or of the first of its block that can be decoded, to `out`.
 
     Random numbers are drawn per epoch and sample, so they do not depend on the row either. DataError if no
     sample of the block is readable.
     """
     for attempt, sample in enumerate(row.block.candidates(row.place, distance=plan.stream_rows)):
         try:
-            crops = decoding.decode(sample.image, SamplePlace(plan.seed, row.block.epoch, sample.number))
+            decoding.decode(sample.image, SamplePlace(plan.seed, row.block.epoch, sample.number), out=out)
         except DataError as error:
             if attempt == 0:  # a stand-in that is bad too is counted where it is due itself
                 bad.add(sample.key, str(error))
             continue
-        return DecodedRow(crops, NO_LABEL if sample.label is None else sample.label, sample.key)
+        return DecodedRow(NO_LABEL if sample.label is None else sample.label, sample.key)
     raise DataError(
         f"no image of a whole shuffle block can be decoded, {row.block.samples[0].key} to "
         f"{row.block.samples[-1].key}: run data_prep/check_shards.py"
@@ -155,7 +161,7 @@ class BatchStream:
     def __init__(
         self,
         raw_batches: Iterator[RawBatch],
-        decode: Callable[[RawRow], DecodedRow],
+        decode: Callable[[RawRow, Tensor], DecodedRow],
         *,
         allocate: Callable[[int], Tensor],
         workers: int,
@@ -240,7 +246,7 @@ class BatchStream:
                 for row in rows:
                     if self._stop.is_set():
                         break
-                    filling.put(row, self._decode(filling.raw.rows[row]))
+                    filling.put(row, self._decode(filling.raw.rows[row], filling.images[row]))
             except BaseException as error:
                 filling.fail(error)
 
@@ -250,7 +256,7 @@ class _Filling:
 
     def __init__(self, raw: RawBatch, images: Tensor) -> None:
         self.raw = raw
-        self._images = images
+        self.images = images
         self._labels = np.full(len(raw.rows), NO_LABEL, dtype=np.int64)
         self._keys = [""] * len(raw.rows)
         self._missing = len(raw.rows)
@@ -259,7 +265,6 @@ class _Filling:
         self._done = threading.Event()
 
     def put(self, row: int, decoded: DecodedRow) -> None:
-        self._images[row].copy_(decoded.crops)
         self._labels[row] = decoded.label
         self._keys[row] = decoded.key
         with self._lock:
@@ -276,5 +281,5 @@ class _Filling:
         if self._error is not None:
             raise self._error
         return MasterBatch(
-            self._images, torch.from_numpy(self._labels), tuple(self._keys), self.raw.step, self.raw.micro
+            self.images, torch.from_numpy(self._labels), tuple(self._keys), self.raw.step, self.raw.micro
         )

@@ -212,8 +212,9 @@ def _check_header(header: bytes, position: int) -> int:
     """The size of the member's data, once the header's own checksum is right."""
     if len(header) < BLOCK:
         raise _Damage(f"it ends at byte {position + len(header)} without an end-of-archive mark")
-    checksum = sum_bytes(header) - sum(header[CHECKSUM]) + 8 * ord(" ")
-    if header[CHECKSUM] != b"%06o\0 " % checksum:  # compared as it is written, so no flipped bit can pass
+    written = header[CHECKSUM]
+    checksum = sum_bytes(header) - sum(written) + 8 * ord(" ")
+    if written != b"%06o\0 " % checksum:  # compared as it is written, so no flipped bit can pass
         raise _Damage(f"the header at byte {position} fails its checksum")
     try:
         return int(header[124:136].rstrip(b"\0 "), 8)

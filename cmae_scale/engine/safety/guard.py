@@ -70,7 +70,7 @@ class Guard:
         self._losses: list[Tensor] = []
         self._step_loss: Tensor | None = None
         self._overflows = 0
-        # a plain torch optimizer, at stage 0 in fp32; under fp16 autocast torch's own scaler looks for overflows
+        # a plain torch optimizer, at stage 0 in fp32; under fp16 autocast torch's own scaler looks
         self._norm_is_ours = (
             not hasattr(engine.optimizer, "overflow") and engine.torch_autocast_z0_gradscaler is None
         )
