@@ -210,10 +210,10 @@ def test_a_signal_while_saving_waits_for_the_save(
 
         original = Session.save
 
-        def save(self: Any, step: int) -> Any:
+        def save(self: Any, step: int, **options: Any) -> Any:
             if step == 3:
                 os.kill(os.getpid(), signal.SIGTERM)
-            return original(self, step)
+            return original(self, step, **options)
 
         Session.save = save  # type: ignore[method-assign]
 

@@ -166,8 +166,8 @@ def measure_footprint(
     return [found[rank] for rank in range(ranks)]
 
 
-def train_on_noise(run: Run, *, place: Place, batch: BatchSizes, steps: int) -> None:
-    """Steps on random images that hold what the training loop holds, as long as it does."""
+def train_on_noise(run: Run, *, place: Place, batch: BatchSizes, steps: int) -> Pretraining:
+    """Steps on random images that hold what the training loop holds, as long as it does; and what is left."""
     cfg = run.cmae
     session = start_pretraining(run, place=place, data_order="noise")
     momentum = TargetMomentum(cfg.target.momentum, total_steps=steps)
@@ -184,6 +184,7 @@ def train_on_noise(run: Run, *, place: Place, batch: BatchSizes, steps: int) -> 
             method.accumulate(parts, step=step)
             session.engine.step()
             method.follow_(step=step)
+    return method
 
 
 def _be_rank(run: Run, ranks: int, steps: int, answers: Any) -> None:

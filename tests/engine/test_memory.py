@@ -32,14 +32,14 @@ BF16 = {"bf16": {"enabled": True}}
 
 def measure(run: Run, live: Any, *, steps: int = 3) -> dict[str, int]:
     """Peak of the tensors alive over all steps and what stays between two, on this rank."""
-    from cmae_scale.engine.session import start_session
     from cmae_scale.engine.start import start_processes
     from cmae_scale.trials.footprint import train_on_noise
 
     place = start_processes()
     with live:
-        session = start_session(run, place=place, data_order="memory")
-        train_on_noise(session, batch=plan_batch(run.deepspeed, ranks=place.world.size), steps=steps)
+        batch = plan_batch(run.deepspeed, ranks=place.world.size)
+        left = train_on_noise(run, place=place, batch=batch, steps=steps)
+        del left.session.notices[:]  # it lives until here
         return {"peak": live.peak, "idle": live.now}
 
 

@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -176,7 +177,7 @@ def run_loop(run: Any, *, steps: int) -> Path:
     )
     lr = WarmupCosine(peak=1e-3, total_steps=steps, warmup_steps=1)
     bad = BadSamples(0.1)
-    take_steps(method, journal, masters, steps=range(steps), lr=lr, bad=bad)
+    take_steps(method, journal, lambda _: nullcontext(masters), steps=range(steps), lr=lr, bad=bad)
     journal.close()
     return journal.path
 
