@@ -263,10 +263,10 @@ def test_a_signal_while_the_engine_is_being_built_is_not_lost(
 
         original = session.start_engine
 
-        def start_engine(*args: Any) -> Any:
+        def start_engine(*args: Any, **options: Any) -> Any:
             if os.environ["RANK"] == "1":
                 os.kill(os.getpid(), signal.SIGTERM)
-            return original(*args)
+            return original(*args, **options)
 
         session.start_engine = start_engine
 
