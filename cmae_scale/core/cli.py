@@ -38,9 +38,9 @@ def build_parser(description: str, *, examples: str) -> argparse.ArgumentParser:
     return parser
 
 
-def read_overrides(args: argparse.Namespace) -> list[str]:
-    """The `--set` overrides, with `--out` as the last of them."""
-    return [*args.set, *([f"cmae.out={json.dumps(args.out)}"] if args.out else [])]
+def read_overrides(args: argparse.Namespace, *, kind: str = "cmae") -> list[str]:
+    """The `--set` overrides, with `--out` as the last of them; `kind` is the name of our object."""
+    return [*args.set, *([f"{kind}.out={json.dumps(args.out)}"] if args.out else [])]
 
 
 def run_command(command: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None = None) -> int:

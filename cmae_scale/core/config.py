@@ -1,10 +1,10 @@
-"""Reading a run file strictly: DeepSpeed's own keys plus one "cmae" object, and overrides on top."""
+"""Reading a run file strictly: DeepSpeed's own keys plus one object of ours, and overrides on top."""
 
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ValidationError
 
@@ -12,24 +12,50 @@ from cmae_scale.core.batches import MICRO, STEPS, TOTAL, BatchSizes
 from cmae_scale.core.deepspeed_keys import ADAM_PARAMS, NESTED, TOP_LEVEL
 from cmae_scale.core.errors import ConfigError, nearest
 from cmae_scale.core.settings import CmaeConfig
+from cmae_scale.core.transfer_settings import TransferConfig
 
 Json = dict[str, Any]
+Settings = CmaeConfig | TransferConfig
+RunKind = Literal["cmae", "transfer"]  # the name of our object in a run file
 
-_DURATIONS = frozenset({"duration", "warmup", "every"})  # settings in core/durations' grammar
+_KINDS: dict[RunKind, type[CmaeConfig] | type[TransferConfig]] = {
+    "cmae": CmaeConfig,
+    "transfer": TransferConfig,
+}
+_COMMANDS = {"cmae": "pretrain", "transfer": "transfer"}
+_LEAST = {"cmae": '"model" and "data"', "transfer": '"encoder", "task" and "data"'}
+_DURATIONS = frozenset({"duration", "warmup", "every", "evaluate_every"})  # in core/durations' grammar
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run: `cmae` is our settings, `deepspeed` what deepspeed.initialize gets, `path` the file."""
+    """One run: `settings` are ours, `deepspeed` what deepspeed.initialize gets, `path` is the file."""
 
     path: Path
-    cmae: CmaeConfig
+    settings: Settings
     deepspeed: Json
 
     @property
+    def cmae(self) -> CmaeConfig:
+        """The settings of a pre-training run."""
+        assert isinstance(self.settings, CmaeConfig)
+        return self.settings
+
+    @property
+    def transfer(self) -> TransferConfig:
+        """The settings of a run that starts from an encoder."""
+        assert isinstance(self.settings, TransferConfig)
+        return self.settings
+
+    @property
+    def kind(self) -> RunKind:
+        """The name of our object in the file."""
+        return "cmae" if isinstance(self.settings, CmaeConfig) else "transfer"
+
+    @property
     def out(self) -> Path:
-        """The run folder: cmae.out, or runs/<name of the run file>."""
-        return Path(self.cmae.out or f"runs/{self.path.stem}")
+        """The run folder: the setting out, or runs/<name of the run file>."""
+        return Path(self.settings.out or f"runs/{self.path.stem}")
 
     @property
     def peak_lr(self) -> float:
@@ -37,21 +63,22 @@ class Run:
         return float(self.deepspeed["optimizer"]["params"]["lr"])
 
 
-def read_run(path: str | Path, overrides: Sequence[str] = ()) -> Run:
+def read_run(path: str | Path, overrides: Sequence[str] = (), *, kind: RunKind = "cmae") -> Run:
     """The run that a file describes, after `overrides` such as "cmae.mask.ratio=0.65" (place=JSON value).
 
+    `kind` is the object that the file must have beside DeepSpeed's keys.
     Raises ConfigError with the place and the remedy: missing file, broken JSON, duplicate or unknown keys,
     values outside of their range. "auto" values stay until `resolve_run`.
     """
     path = Path(path)
     tree = _parse(_read_text(path), path)
     for override in overrides:
-        _apply_override(tree, override)
-    ours = tree.pop("cmae", None)
+        _apply_override(tree, override, kind=kind)
+    ours = tree.pop(kind, None)
     if not isinstance(ours, dict):
-        raise ConfigError(f'{path}: the object "cmae" is missing: write at least its "model" and "data"')
-    check_deepspeed_keys(tree, place=str(path))
-    return Run(path=path, cmae=_read_cmae(ours, path), deepspeed=tree)
+        raise ConfigError(f'{path}: the object "{kind}" is missing: {_explain_missing(tree, kind)}')
+    check_deepspeed_keys(tree, place=str(path), kind=kind)
+    return Run(path=path, settings=_read_settings(ours, path, kind=kind), deepspeed=tree)
 
 
 def resolve_run(run: Run, *, batch: BatchSizes, total_steps: int, warmup_steps: int) -> Run:
@@ -65,11 +92,11 @@ def resolve_run(run: Run, *, batch: BatchSizes, total_steps: int, warmup_steps: 
     if "optimizer" not in tree:
         raise ConfigError(f'{run.path}: "optimizer" is missing: write {{"type": "AdamW", "params": {{...}}}}')
     tree["optimizer"].setdefault("params", {}).setdefault("lr", "auto")
-    peak = run.cmae.schedule.base_lr * batch.total / 256
+    peak = run.settings.schedule.base_lr * batch.total / 256
     known = {
         ("optimizer", "lr"): peak,
         ("scheduler", "warmup_max_lr"): peak,
-        ("scheduler", "warmup_min_lr"): peak * run.cmae.schedule.warmup_start,
+        ("scheduler", "warmup_min_lr"): peak * run.settings.schedule.warmup_start,
         ("scheduler", "warmup_num_steps"): warmup_steps,
         ("scheduler", "total_num_steps"): total_steps,
     }
@@ -84,19 +111,19 @@ def resolve_run(run: Run, *, batch: BatchSizes, total_steps: int, warmup_steps: 
         raise ConfigError(
             f'{run.path}: "{left}" cannot be "auto": nothing else in the run says what it should be'
         )
-    settled = run.cmae.model_copy(update={"out": str(run.out)})
-    return replace(run, cmae=settled, deepspeed=tree)
+    settled = run.settings.model_copy(update={"out": str(run.out)})
+    return replace(run, settings=settled, deepspeed=tree)
 
 
 def dump_run(run: Run) -> str:
     """The run file's text, every default written out."""
-    ours = json.loads(run.cmae.model_dump_json())
-    return json.dumps({**run.deepspeed, "cmae": ours}, indent=2) + "\n"
+    ours = json.loads(run.settings.model_dump_json())
+    return json.dumps({**run.deepspeed, run.kind: ours}, indent=2) + "\n"
 
 
-def check_deepspeed_keys(tree: Mapping[str, Any], *, place: str) -> None:
+def check_deepspeed_keys(tree: Mapping[str, Any], *, place: str, kind: RunKind = "cmae") -> None:
     """Raise ConfigError for a name DeepSpeed does not know, with the nearest one it does."""
-    _check_names(tree, frozenset(TOP_LEVEL) | {"cmae"}, place=place, prefix="")
+    _check_names(tree, frozenset(TOP_LEVEL) | {kind}, place=place, prefix="", kind=kind)
     for name, allowed in TOP_LEVEL.items():
         if allowed is not None and name in tree:
             _check_names(_object(tree, name, place=place), allowed, place=place, prefix=f"{name}.")
@@ -144,9 +171,18 @@ def _parse(text: str, path: Path) -> Json:
     return tree
 
 
-def _apply_override(tree: Json, override: str) -> None:
+def _explain_missing(tree: Mapping[str, Any], kind: RunKind) -> str:
+    other = next((name for name in _KINDS if name in tree), None)
+    if other is not None:
+        return f'it has "{other}", so start it with cmae_scale/{_COMMANDS[other]}.py'
+    return f"write at least its {_LEAST[kind]}"
+
+
+def _apply_override(tree: Json, override: str, *, kind: RunKind) -> None:
     place, equals, text = override.partition("=")
     names = place.split(".")
+    if names[0] in _KINDS and names[0] != kind:
+        raise ConfigError(f'--set "{override}": the settings of this run are "{kind}", as {kind}.data')
     if not equals or not all(names):
         raise ConfigError(f'--set "{override}": write PLACE=VALUE, for instance cmae.mask.ratio=0.65')
     try:
@@ -169,36 +205,43 @@ def _object(tree: Mapping[str, Any], name: str, *, place: str) -> Json:
     return value
 
 
-def _check_names(tree: Mapping[str, Any], allowed: frozenset[str], *, place: str, prefix: str) -> None:
+def _check_names(
+    tree: Mapping[str, Any],
+    allowed: frozenset[str],
+    *,
+    place: str,
+    prefix: str,
+    kind: RunKind = "cmae",
+) -> None:
     for name in tree:
         if name not in allowed:
             known = f"{prefix}{name}" if not prefix else name
             raise ConfigError(
                 f'{place}: "{prefix}{name}" is not a DeepSpeed setting{nearest(known, allowed)}'
-                f"{_elsewhere(name) if not prefix else ''}"
+                f"{_elsewhere(name, kind) if not prefix else ''}"
             )
 
 
-def _elsewhere(name: str) -> str:
-    place = next((place for place in _places(CmaeConfig) if place.rsplit(".", 1)[-1] == name), None)
-    return f'; "cmae.{place}" is one of ours' if place else ""
+def _elsewhere(name: str, kind: RunKind) -> str:
+    place = next((place for place in _places(_KINDS[kind]) if place.rsplit(".", 1)[-1] == name), None)
+    return f'; "{kind}.{place}" is one of ours' if place else ""
 
 
-def _read_cmae(tree: Json, path: Path) -> CmaeConfig:
+def _read_settings(tree: Json, path: Path, *, kind: RunKind) -> Settings:
     try:
-        return CmaeConfig.model_validate_json(json.dumps(tree))
+        return _KINDS[kind].model_validate_json(json.dumps(tree))
     except ValidationError as error:
         first, *others = error.errors(include_url=False)
         more = f" (and {len(others)} more)" if others else ""
-        raise ConfigError(f"{path}: {_describe(first, tree)}{more}") from None
+        raise ConfigError(f"{path}: {_describe(first, kind)}{more}") from None
 
 
-def _describe(error: Mapping[str, Any], tree: Json) -> str:
+def _describe(error: Mapping[str, Any], kind: RunKind) -> str:
     location = [str(part) for part in error["loc"]]
-    place = ".".join(["cmae", *location])
+    place = ".".join([kind, *location])
     match error["type"]:
         case "extra_forbidden":
-            return f'"{place}" is not a setting{_suggest(location)}'
+            return f'"{place}" is not a setting{_suggest(location, kind)}'
         case "missing":
             return f'"{place}" is missing: write it'
         case "value_error":
@@ -211,15 +254,15 @@ def _describe(error: Mapping[str, Any], tree: Json) -> str:
             return f"{place}: {error['msg'][0].lower()}{error['msg'][1:]}, not {error['input']!r}"
 
 
-def _suggest(location: list[str]) -> str:
-    places = _places(CmaeConfig)
+def _suggest(location: list[str], kind: RunKind) -> str:
+    places = _places(_KINDS[kind])
     section, name = ".".join(location[:-1]), location[-1]
     siblings = [place for place in places if place.rpartition(".")[0] == section]
     sibling = nearest(name, [place.rpartition(".")[2] for place in siblings])
     if sibling:
         return sibling
     namesake = next((place for place in places if place.rpartition(".")[2] == name), None)
-    return f"; did you mean 'cmae.{namesake}'?" if namesake else ""
+    return f"; did you mean '{kind}.{namesake}'?" if namesake else ""
 
 
 def _places(section: type[BaseModel], prefix: str = "") -> list[str]:

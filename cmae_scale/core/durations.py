@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 from cmae_scale.core.errors import ConfigError
 from cmae_scale.core.settings import CmaeConfig
+from cmae_scale.core.transfer_settings import TransferConfig
 
 _FORM = re.compile(r"(\d+(?:\.\d+)?)(ep|st|samples|ksamples|Msamples|Gsamples|%)")
 _SAMPLES = {"samples": 1, "ksamples": 10**3, "Msamples": 10**6, "Gsamples": 10**9}
@@ -50,18 +51,23 @@ class Timetable:
     save_every_steps: int
 
 
-def plan_timetable(cfg: CmaeConfig, *, steps_per_epoch: int, batch_samples: int) -> Timetable:
+def plan_timetable(
+    cfg: CmaeConfig | TransferConfig, *, steps_per_epoch: int, batch_samples: int
+) -> Timetable:
     """When the run and its warm-up end, how often it saves. Raises ConfigError for less than one step."""
+    kind = "cmae" if isinstance(cfg, CmaeConfig) else "transfer"
     clock = Clock(steps_per_epoch=steps_per_epoch, batch_samples=batch_samples)
-    total = read_steps(cfg.schedule.duration, clock=clock, place="cmae.schedule.duration")
+    total = read_steps(cfg.schedule.duration, clock=clock, place=f"{kind}.schedule.duration")
     if total < 1:
         raise ConfigError(
-            f'cmae.schedule.duration "{cfg.schedule.duration}" is less than a step of {batch_samples} images'
+            f'{kind}.schedule.duration "{cfg.schedule.duration}" is less than a step of '
+            f"{batch_samples} images"
         )
     clock = replace(clock, total_steps=total)
+    saves = read_steps(cfg.checkpoint.every, clock=clock, place=f"{kind}.checkpoint.every")
     return Timetable(
         steps_per_epoch=steps_per_epoch,
         total_steps=total,
-        warmup_steps=read_steps(cfg.schedule.warmup, clock=clock, place="cmae.schedule.warmup"),
-        save_every_steps=max(1, read_steps(cfg.checkpoint.every, clock=clock, place="cmae.checkpoint.every")),
+        warmup_steps=read_steps(cfg.schedule.warmup, clock=clock, place=f"{kind}.schedule.warmup"),
+        save_every_steps=max(1, saves),
     )

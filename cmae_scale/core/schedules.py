@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from cmae_scale.core.durations import Timetable
 from cmae_scale.core.settings import CmaeConfig
+from cmae_scale.core.transfer_settings import TransferScheduleConfig
 
 
 @dataclass(frozen=True)
@@ -20,14 +21,16 @@ class WarmupCosine:
     warmup_steps: int
     warmup_start: float = 1e-4
     min_lr: float = 0.0
+    scales_min_lr: bool = False  # whether a group's scale is of its end too (MAE), or of its peak alone
 
-    def at(self, step: int) -> float:
-        """Learning rate of the update that step `step` (from 0) makes."""
+    def at(self, step: int, *, scale: float = 1.0) -> float:
+        """Learning rate of the update that step `step` (from 0) makes, for a group with this scale."""
+        peak, low = self.peak * scale, self.min_lr * (scale if self.scales_min_lr else 1.0)
         if step < self.warmup_steps:
             share = self.warmup_start + (1 - self.warmup_start) * step / self.warmup_steps
-            return self.peak * share
+            return peak * share
         done = (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)
-        return self.min_lr + (self.peak - self.min_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+        return low + (peak - low) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
 
 @dataclass(frozen=True)
@@ -70,4 +73,16 @@ def plan_schedules(cfg: CmaeConfig, *, peak_lr: float, times: Timetable) -> Sche
             total_steps=times.total_steps,
             is_cosine=cfg.target.momentum_schedule == "cosine",
         ),
+    )
+
+
+def plan_transfer_lr(cfg: TransferScheduleConfig, *, peak_lr: float, times: Timetable) -> WarmupCosine:
+    """The learning rate of a run that starts from an encoder."""
+    return WarmupCosine(
+        peak=peak_lr,
+        total_steps=times.total_steps,
+        warmup_steps=times.warmup_steps,
+        warmup_start=cfg.warmup_start,
+        min_lr=cfg.min_lr,
+        scales_min_lr=cfg.min_lr_rule == "scaled",
     )

@@ -15,6 +15,7 @@ Duration = Annotated[str, Field(pattern=r"^\d+(\.\d+)?(ep|st|[kMG]?samples|%)$")
 EncoderName = Literal["vit_tiny", "vit_small", "vit_base", "vit_large", "vit_huge"]
 Attention = Literal["auto", "flash", "efficient", "cudnn", "math"]
 Remat = Literal["none", "selective", "full"]
+Pool = Literal["mean", "cls"]  # of an image's tokens: the patches' mean, or the class token
 
 
 class Section(BaseModel):
@@ -233,11 +234,33 @@ class CheckpointConfig(Section):
     resume: Literal["auto", "never"] = "auto"  # auto: go on from the newest state in the run folder, if any
 
 
+class KnnConfig(Section):
+    """Weighted nearest neighbours of frozen features: what an encoder knows without any training.
+
+    Source: Wu et al. (arXiv:1805.01978) section 3.4; DINO eval_knn.py.
+    """
+
+    k: int = Field(20, ge=1)  # Source: DINO, best of 10, 20, 100, 200
+    temperature: float = Field(0.07, gt=0)  # a neighbour's vote is exp(cosine / temperature)
+    pool: Pool = "mean"
+
+
+class KnnMonitorConfig(KnnConfig):
+    """Nearest neighbours while pre-training goes on."""
+
+    every: Duration = "10%"
+    shards: str | tuple[str, ...] | None = None  # labelled, to vote; null = data.shards
+    val_shards: str | tuple[str, ...] | None = None  # labelled, to be classified; null = data.val_shards
+    train_fraction: float = Field(1.0, gt=0, le=1)  # only the first part of every voting shard
+    batch: int = Field(256, ge=1)  # images of a forward pass on a rank. Does not change results
+
+
 class MonitorConfig(Section):
     """What is written while training."""
 
     log_every: int = Field(20, ge=1)  # optimizer steps per line of metrics.jsonl
     pictures: int = Field(8, ge=0)  # held-out images in the reconstruction sheet; 0 = none
+    knn: KnnMonitorConfig | None = None  # null = no nearest neighbours
 
 
 class CmaeConfig(Section):

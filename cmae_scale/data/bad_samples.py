@@ -13,8 +13,11 @@ SHOWN = 5
 class BadSamples:
     """How often a bad image came up, and which ones they are. Threads may add at the same time."""
 
-    def __init__(self, max_fraction: float) -> None:
+    def __init__(
+        self, max_fraction: float, *, consequence: str = "another of its shard takes its place"
+    ) -> None:
         self.max_fraction = max_fraction
+        self.consequence = consequence
         self.count = 0
         self.reasons: dict[str, str] = {}  # by sample, in the order first seen
         self._new: list[tuple[str, str]] = []
@@ -29,7 +32,7 @@ class BadSamples:
                 self.reasons[key] = reason
                 self._new.append((key, reason))
         if is_new:
-            LOG.warning("bad sample %s: %s (another of its shard takes its place)", key, reason)
+            LOG.warning("bad sample %s: %s (%s)", key, reason, self.consequence)
 
     def take_new(self) -> list[tuple[str, str]]:
         """Samples and reasons that were not taken before."""

@@ -22,6 +22,8 @@ class Purpose(IntEnum):
     EPOCH_START = 2
     BLOCK_ORDER = 3
     CROP = 4
+    AUGMENT = 5
+    FEATURE_ORDER = 6
 
 
 def draw_words(

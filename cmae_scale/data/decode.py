@@ -124,12 +124,15 @@ def random_crop_box(
     return Box(left, top, left + wide, top + tall)
 
 
-def decode_centre(data: bytes, *, side: int, max_mpx: float) -> UInt8[np.ndarray, "3 side side"]:
-    """The centre of the image: short side resized to `side`, the rest of the long side cut off."""
+def decode_centre(
+    data: bytes, *, side: int, max_mpx: float, short: int | None = None
+) -> UInt8[np.ndarray, "3 side side"]:
+    """The centre of the image: short side resized to `short` px (default: `side`), the rest cut off."""
     image = decode_image(data, max_mpx=max_mpx)
     width, height = image.size
+    short = side if short is None else short
     # the long side is truncated and the offset rounded, as torchvision's resize and center_crop do
-    size = (side, side * height // width) if width <= height else (side * width // height, side)
+    size = (short, short * height // width) if width <= height else (short * width // height, short)
     resized = image.resize(size, Image.Resampling.BICUBIC)
     left, top = round((size[0] - side) / 2), round((size[1] - side) / 2)
     return np.asarray(resized.crop((left, top, left + side, top + side))).transpose(2, 0, 1)

@@ -85,15 +85,17 @@ class MixPlan:
         return range(first, first + size)
 
 
-def plan_data(shards: ShardSet, data: DataConfig, *, global_batch: int, seed: int) -> MixPlan:
-    """The plan for the shards with the run file's settings."""
+def plan_data(
+    shards: ShardSet, data: DataConfig, *, global_batch: int, seed: int, samples: Sequence[int] | None = None
+) -> MixPlan:
+    """The plan for the shards with the run file's settings; `samples` are used of each shard, else all."""
     streams = plan_streams(global_batch, data.streams)
     if global_batch % streams:
         raise ConfigError(
             f"cmae.data.streams {streams} does not divide train_batch_size {global_batch}: "
             f"write {plan_streams(global_batch, None)}, or leave it out"
         )
-    sizes = [shard.info.samples for shard in shards.shards]
+    sizes = [shard.info.samples for shard in shards.shards] if samples is None else list(samples)
     shard_counts: tuple[int, ...]
     if data.mix is None:
         owners, shard_counts = (0,) * streams, (len(sizes),)

@@ -21,9 +21,7 @@ from cmae_scale.core.errors import DataError
 from cmae_scale.core.settings import DataConfig, ViewsConfig
 from cmae_scale.data.bad_samples import BadSamples
 from cmae_scale.data.blocks import RawBatch, RawRow, read_raw_batches
-from cmae_scale.data.counter_rng import Purpose, draw_uniforms
-from cmae_scale.data.decode import CROP_DRAWS
-from cmae_scale.data.masters import decode_master
+from cmae_scale.data.decoding import Decoding, MasterCrops, SamplePlace, allocate_for
 from cmae_scale.data.mix import MixPlan
 from cmae_scale.data.shard_set import ShardSet
 
@@ -74,6 +72,37 @@ def open_batches(
     decoded is noted in `bad`, and another of its shuffle block stands in for it. `pin` allocates page-locked
     memory, for copies to a GPU.
     """
+    decoding = MasterCrops(views, data.max_image_mpx)
+    return open_stream(
+        shards,
+        plan,
+        decoding=decoding,
+        data=data,
+        rank=rank,
+        ranks=ranks,
+        accumulation=accumulation,
+        first_step=first_step,
+        end_step=end_step,
+        pin=pin,
+        bad=bad,
+    )
+
+
+def open_stream(
+    shards: ShardSet,
+    plan: MixPlan,
+    *,
+    decoding: Decoding,
+    data: DataConfig,
+    rank: int,
+    ranks: int,
+    accumulation: int,
+    first_step: int,
+    end_step: int,
+    pin: bool,
+    bad: BadSamples,
+) -> "BatchStream":
+    """As `open_batches`, with whatever `decoding` makes of an image."""
     stop = threading.Event()
     raw_batches = read_raw_batches(
         shards,
@@ -85,47 +114,28 @@ def open_batches(
         stop=stop,
     )
 
-    def allocate(rows: int) -> Tensor:
-        shape = (rows, num_crops(views), 3, views.master_px, views.master_px)
-        return torch.empty(shape, dtype=torch.uint8, pin_memory=pin)
-
     def decode(row: RawRow) -> DecodedRow:
-        return decode_row(row, plan, views=views, max_mpx=data.max_image_mpx, bad=bad)
+        return decode_row(row, plan, decoding=decoding, bad=bad)
 
     return BatchStream(
-        raw_batches, decode, allocate=allocate, workers=data.workers, ahead=data.prefetch, stop=stop
+        raw_batches,
+        decode,
+        allocate=allocate_for(decoding, pin=pin),
+        workers=data.workers,
+        ahead=data.prefetch,
+        stop=stop,
     )
 
 
-def num_crops(views: ViewsConfig) -> int:
-    """Master images per sample: a target view that is an independent crop needs its own."""
-    return 2 if views.target_crop == "random" else 1
+def decode_row(row: RawRow, plan: MixPlan, *, decoding: Decoding, bad: BadSamples) -> DecodedRow:
+    """The pictures of the row's sample, or of the first of its block that can be decoded.
 
-
-def decode_row(
-    row: RawRow, plan: MixPlan, *, views: ViewsConfig, max_mpx: float, bad: BadSamples
-) -> DecodedRow:
-    """The master crops of the row's sample, or of the first of its block that can be decoded.
-
-    Crops are drawn per epoch and sample, so they do not depend on the row either. DataError if no sample of
-    the block is readable.
+    Random numbers are drawn per epoch and sample, so they do not depend on the row either. DataError if no
+    sample of the block is readable.
     """
     for attempt, sample in enumerate(row.block.candidates(row.place, distance=plan.stream_rows)):
-        draws = [
-            draw_uniforms(
-                plan.seed, Purpose.CROP, place=(row.block.epoch, sample.number, crop), count=CROP_DRAWS
-            ).tolist()
-            for crop in range(num_crops(views))
-        ]
         try:
-            crops = decode_master(
-                sample.image,
-                side=views.master_px,
-                scale=views.crop_scale,
-                ratio=views.crop_ratio,
-                max_mpx=max_mpx,
-                draws=draws,
-            )
+            crops = decoding.decode(sample.image, SamplePlace(plan.seed, row.block.epoch, sample.number))
         except DataError as error:
             if attempt == 0:  # a stand-in that is bad too is counted where it is due itself
                 bad.add(sample.key, str(error))

@@ -6,7 +6,7 @@ processes (data that ends, a signal, a state to save) is decided here, by all ra
 
 from collections.abc import Iterator, Sequence
 from itertools import islice
-from typing import Protocol
+from typing import Any, Protocol
 
 from jaxtyping import Float
 from torch import Tensor
@@ -49,6 +49,16 @@ class Method(Protocol):
         """What changes from step to step by a schedule, besides the learning rate."""
 
 
+class Evaluation(Protocol):
+    """What is found out now and then between steps, by all ranks together."""
+
+    def is_due(self, done: int) -> bool:
+        """Whether after `done` steps it is time."""
+
+    def evaluate(self, done: int) -> dict[str, Any]:
+        """What was found, by name: numbers, or numbers by class. Leaves the training as it is."""
+
+
 def take_steps(
     method: Method,
     journal: Journal,
@@ -57,16 +67,17 @@ def take_steps(
     steps: range,
     lr: WarmupCosine,
     bad: BadSamples,
+    evaluation: Evaluation | None = None,
 ) -> None:
     """The optimizer steps `steps`. Raises InterruptedRunError when a rank was asked to leave, state saved."""
     session, times = journal.session, journal.times
-    log_every = session.run.cmae.monitor.log_every
+    log_every = session.run.settings.monitor.log_every
     agreement = Agreement()
     with session.use_attention(), StopRequest() as stop:
         for step in steps:
             with journal.waiting_for_data():
                 parts = agreement.do(lambda: list(islice(masters, method.batch.accumulation)))
-            set_learning_rate_(session.engine, lr.at(step))
+            set_learning_rate_(session.engine, lr, step=step)
             losses = method.accumulate(parts, step=step)
             session.engine.step()
             if session.engine.was_step_applied():  # fp16 skips a step that overflows
@@ -74,8 +85,11 @@ def take_steps(
             journal.add(step, losses, keys=[key for part in parts for key in part.keys])
             done, asked = step + 1, stop.is_agreed()
             saves = asked or done % times.save_every_steps == 0 or done == steps.stop
-            if saves or done % log_every == 0:
+            is_due = evaluation is not None and not asked and evaluation.is_due(done)
+            if saves or is_due or done % log_every == 0:
                 journal.write(done, scheduled=method.scheduled(step), bad=bad)
+            if evaluation is not None and is_due:
+                journal.note(done, evaluation.evaluate(done))
             if saves and (failed := session.save(done)):
                 journal.say(f"warning: step {done} is not saved ({failed}); older states are as they were")
             if asked and done < steps.stop:

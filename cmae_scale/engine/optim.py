@@ -4,6 +4,9 @@ from typing import Any
 
 from torch import nn
 
+from cmae_scale.core.errors import ConfigError
+from cmae_scale.core.schedules import WarmupCosine
+
 _NO_DECAY_LEAVES = frozenset({"bias", "cls_token", "mask_token", "pos_embed"})
 
 
@@ -28,13 +31,37 @@ def weight_decay_groups(model: nn.Module, *, weight_decay: float) -> list[dict[s
     return [group for group in groups if group["params"]]
 
 
-def set_learning_rate_(engine: Any, lr: float) -> None:
-    """Make the engine's next update use `lr`, unless the run file names a DeepSpeed scheduler of its own."""
+def build_lars(groups: list[dict[str, Any]], *, settings: dict[str, Any]) -> Any:
+    """timm's LARS for a run file whose optimizer has that type; DeepSpeed has none of its own.
+
+    Its step depends on the norm of each whole parameter, so ConfigError where DeepSpeed cuts them into flat
+    pieces: above ZeRO stage 0, and in a bf16 or fp16 engine.
+    """
+    from timm.optim import Lars
+
+    stage = settings.get("zero_optimization", {}).get("stage", 0)
+    if stage or any(settings.get(name, {}).get("enabled", False) for name in ("bf16", "fp16")):
+        raise ConfigError(
+            'optimizer.type "LARS" needs whole fp32 parameters: write zero_optimization.stage=0 (heads are '
+            'small) and torch_autocast, or "SGD"'
+        )
+    params = dict(settings["optimizer"].get("params", {}))
+    try:
+        return Lars(groups, **params)
+    except TypeError as error:
+        raise ConfigError(f"optimizer.params: timm's LARS refuses them: {error}") from None
+
+
+def set_learning_rate_(engine: Any, lr: WarmupCosine, *, step: int) -> None:
+    """Have the engine's update number `step` use `lr`, unless the run file names a DeepSpeed scheduler.
+
+    A group's "lr_scale" is what its peak is multiplied by (layer-wise decay, a sweep).
+    """
     if engine.lr_scheduler is None:
         for group in engine.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr.at(step, scale=group.get("lr_scale", 1.0))
 
 
 def read_learning_rate(engine: Any) -> float:
-    """The learning rate in force."""
-    return float(engine.optimizer.param_groups[0]["lr"])
+    """The learning rate in force: the highest of all groups."""
+    return max(float(group["lr"]) for group in engine.optimizer.param_groups)

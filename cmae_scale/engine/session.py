@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 
@@ -42,7 +43,7 @@ class Session:
             step=step,
             stamp=self.stamp,
             target_masters=self.ema.state(),
-            keep=self.run.cmae.checkpoint.keep,
+            keep=self.run.settings.checkpoint.keep,
             world=self.place.world,
         )
 
@@ -66,27 +67,30 @@ def start_session(
     pairs: Sequence[Pair],
     attention: AttentionChoice,
     stamp: Stamp,
+    groups: list[dict[str, Any]] | None = None,
 ) -> Session:
     """Everything of the run on this rank, at the newest state in the run folder or at step 0.
 
     `run` is resolved; `pairs` are the parameters that follow others as a moving average; `stamp` says which
-    states continue this run. Raises ConfigError when the run folder cannot be written, or holds states of
+    states continue this run; `groups` are the optimizer's, where pre-training's are not meant.
+    Raises ConfigError when the run folder cannot be written, or holds states of
     another kind of run.
     """
     _open_folder(run, place)
     notices = settle_monitors(run.deepspeed)
-    engine = start_engine(model, run)
+    engine = start_engine(model, run, groups=groups)
     session = Session(
         run=run,
         place=place,
         engine=engine,
-        ema=TargetEma(pairs, keep_master=read_precision(run.deepspeed).needs_master),
+        # an average outside of the model is in no state but as these masters
+        ema=TargetEma(pairs, keep_master=groups is not None or read_precision(run.deepspeed).needs_master),
         attention=attention,
         stamp=stamp,
         first_step=0,
         notices=notices,
     )
-    if run.cmae.checkpoint.resume == "auto":
+    if run.settings.checkpoint.resume == "auto":
         session.restore()
     return session
 

@@ -17,7 +17,7 @@ from torch import nn
 from cmae_scale.core.config import Run
 from cmae_scale.core.errors import ConfigError
 from cmae_scale.core.world import World, read_world
-from cmae_scale.engine.optim import weight_decay_groups
+from cmae_scale.engine.optim import build_lars, weight_decay_groups
 from cmae_scale.engine.remat import adapt_settings, choose_block_runner
 
 Engine = Any  # deepspeed.DeepSpeedEngine, which ships no types
@@ -112,19 +112,29 @@ def read_precision(settings: dict[str, Any]) -> Precision:
     return Precision(torch.float32, torch.float32)
 
 
-def start_engine(model: nn.Module, run: Run) -> Engine:
-    """The DeepSpeed engine for `model` as the run file says, with weight decay where the method has it.
+def start_engine(model: nn.Module, run: Run, *, groups: list[dict[str, Any]] | None = None) -> Engine:
+    """The DeepSpeed engine for `model` as the run file says.
 
-    `run` is resolved (no "auto" left). Raises ConfigError for what DeepSpeed refuses.
+    Without `groups`, the model is pre-training's: weight decay where the method has it, blocks run as its
+    settings say. `run` is resolved (no "auto" left). Raises ConfigError for what DeepSpeed refuses.
     """
-    settings = adapt_settings(run.cmae.model.remat, settings=run.deepspeed)
+    settings, optimizer = run.deepspeed, None
+    if groups is None:
+        settings = adapt_settings(run.cmae.model.remat, settings=run.deepspeed)
+        decay = settings.get("optimizer", {}).get("params", {}).get("weight_decay", 0.0)
+        groups = weight_decay_groups(model, weight_decay=decay)
+        model.set_remat_(choose_block_runner(run.cmae.model.remat, settings=settings))  # type: ignore[operator]
+    elif "activation_checkpointing" in settings:
+        raise ConfigError(
+            f"{run.path}: write transfer.encoder.remat=full instead of activation_checkpointing"
+        )
+    if str(settings.get("optimizer", {}).get("type", "")).lower() == "lars":
+        optimizer = build_lars(groups, settings=settings)
+        settings = {name: value for name, value in settings.items() if name != "optimizer"}
     _check(settings, run)
-    decay = settings.get("optimizer", {}).get("params", {}).get("weight_decay", 0.0)
-    runner = choose_block_runner(run.cmae.model.remat, settings=settings)
-    model.set_remat_(runner)  # type: ignore[operator]
     try:
         engine, *_ = deepspeed.initialize(
-            model=model, model_parameters=weight_decay_groups(model, weight_decay=decay), config=settings
+            model=model, model_parameters=groups, optimizer=optimizer, config=settings
         )
     except (TypeError, ValueError, AttributeError, AssertionError, ValidationError) as error:
         raise ConfigError(f"{run.path}: DeepSpeed refuses these settings: {_first_line(error)}") from error

@@ -259,7 +259,7 @@ def test_an_error_of_ours_in_a_thread_reaches_the_consumer_as_it_is(
     def fail(*_: object, **__: object) -> None:
         raise ZeroDivisionError("in a decoder")
 
-    monkeypatch.setattr("cmae_scale.data.stream.decode_master", fail)
+    monkeypatch.setattr("cmae_scale.data.decoding.decode_master", fail)
     with start(shards, make_plan(shards)) as stream:
         with pytest.raises(ZeroDivisionError, match="in a decoder"):
             next(stream)
@@ -274,7 +274,7 @@ def test_a_dying_decoding_thread_does_not_hang_the_consumer(
     def die(*_: object, **__: object) -> None:
         raise death
 
-    monkeypatch.setattr("cmae_scale.data.stream.decode_master", die)
+    monkeypatch.setattr("cmae_scale.data.decoding.decode_master", die)
     with start(shards, make_plan(shards)) as stream, pytest.raises(death):
         next(stream)
 

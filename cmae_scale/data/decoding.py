@@ -1,0 +1,148 @@
+"""What a stored image becomes in a batch: master crops, training crops or its centre."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from jaxtyping import UInt8
+from PIL import Image
+from torch.nn import functional as F
+
+from cmae_scale.core.settings import ViewsConfig
+from cmae_scale.core.transfer_settings import CropConfig
+from cmae_scale.data.counter_rng import Purpose, draw_uniforms
+from cmae_scale.data.decode import CROP_DRAWS, decode_centre, random_crop_box
+from cmae_scale.data.masters import decode_master, decode_pixels
+from cmae_scale.data.rand_augment import RandAugmentation
+
+Pixels = UInt8[np.ndarray, "crops 3 side side"]
+
+
+@dataclass(frozen=True)
+class SamplePlace:
+    """What random numbers of a sample belong to: not the thread, rank or row that it is decoded for."""
+
+    seed: int
+    epoch: int
+    number: int
+
+    def draw(self, purpose: Purpose, *, count: int, crop: int = 0) -> list[float]:
+        """`count` numbers in [0, 1) for one purpose."""
+        place = (self.epoch, self.number, crop)
+        numbers: list[float] = draw_uniforms(self.seed, purpose, place=place, count=count).tolist()
+        return numbers
+
+
+class Decoding(Protocol):
+    """Turns the bytes of one image into `crops` pictures of `side` px. DataError for an image it cannot."""
+
+    @property
+    def crops(self) -> int:
+        """Pictures of each image."""
+
+    @property
+    def side(self) -> int:
+        """Their side, px."""
+
+    def decode(self, data: bytes, place: SamplePlace) -> Pixels:
+        """The pictures, RGB."""
+
+
+@dataclass(frozen=True)
+class MasterCrops:
+    """The masters that both views of pre-training are cut from: two where the target is a crop of its own."""
+
+    views: ViewsConfig
+    max_mpx: float
+
+    @property
+    def crops(self) -> int:
+        """Master images per sample."""
+        return 2 if self.views.target_crop == "random" else 1
+
+    @property
+    def side(self) -> int:
+        """Side of a master, px."""
+        return self.views.master_px
+
+    def decode(self, data: bytes, place: SamplePlace) -> Pixels:
+        """Random resized crops."""
+        return decode_master(
+            data,
+            side=self.side,
+            scale=self.views.crop_scale,
+            ratio=self.views.crop_ratio,
+            max_mpx=self.max_mpx,
+            draws=[place.draw(Purpose.CROP, count=CROP_DRAWS, crop=crop) for crop in range(self.crops)],
+        )
+
+
+@dataclass(frozen=True)
+class TrainingCrops:
+    """A random resized crop, mirrored with a chance, then RandAugment if given.
+
+    Source: timm transforms_imagenet_train, the same order.
+    """
+
+    crop: CropConfig
+    max_mpx: float
+    augmentation: RandAugmentation | None = None
+    crops: int = 1
+
+    @property
+    def side(self) -> int:
+        """Side of a crop, px."""
+        return self.crop.img_px
+
+    def decode(self, data: bytes, place: SamplePlace) -> Pixels:
+        """One crop."""
+        pixels = decode_pixels(data, max_mpx=self.max_mpx)
+        height, width, _ = pixels.shape
+        draws = place.draw(Purpose.CROP, count=CROP_DRAWS)
+        box = random_crop_box(width, height, scale=self.crop.scale, ratio=self.crop.ratio, draws=draws)
+        part = torch.from_numpy(pixels)[box.top : box.bottom, box.left : box.right].permute(2, 0, 1)[None]
+        size = (self.side, self.side)
+        picture = F.interpolate(part, size, mode="bicubic", antialias=True, align_corners=False)[0]
+        flip, *numbers = place.draw(Purpose.AUGMENT, count=1 + self._count_numbers())
+        if flip < self.crop.flip_p:
+            picture = picture.flip(-1)
+        if self.augmentation is None:
+            return picture[None].numpy()
+        image = Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy())
+        return np.asarray(self.augmentation.apply(image, numbers)).transpose(2, 0, 1)[None]
+
+    def _count_numbers(self) -> int:
+        return 0 if self.augmentation is None else self.augmentation.num_draws
+
+
+@dataclass(frozen=True)
+class CentreCrops:
+    """The centre of the image after its short side was resized. Source: timm transforms_imagenet_eval."""
+
+    crop: CropConfig
+    max_mpx: float
+    crops: int = 1
+
+    @property
+    def side(self) -> int:
+        """Side of the centre, px."""
+        return self.crop.img_px
+
+    def decode(self, data: bytes, place: SamplePlace) -> Pixels:
+        """One centre; nothing is random."""
+        return decode_centre(data, side=self.side, short=self.crop.short_px, max_mpx=self.max_mpx)[None]
+
+
+Allocate = Callable[[int], torch.Tensor]
+
+
+def allocate_for(decoding: Decoding, *, pin: bool) -> Allocate:
+    """From a number of rows to memory for their pictures; `pin` makes it page-locked, for copies to a GPU."""
+
+    def allocate(rows: int) -> torch.Tensor:
+        shape = (rows, decoding.crops, 3, decoding.side, decoding.side)
+        return torch.empty(shape, dtype=torch.uint8, pin_memory=pin)
+
+    return allocate

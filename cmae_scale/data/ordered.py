@@ -1,0 +1,111 @@
+"""Every sample once, in the order of the index, however many ranks share them: the stream for evaluation."""
+
+import threading
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
+from math import ceil
+
+import numpy as np
+
+from cmae_scale.core.errors import DataError
+from cmae_scale.core.settings import DataConfig
+from cmae_scale.data.bad_samples import BadSamples
+from cmae_scale.data.blocks import Block, RawBatch, RawRow, StoredSample
+from cmae_scale.data.decoding import Decoding, SamplePlace, allocate_for
+from cmae_scale.data.plan import Piece
+from cmae_scale.data.shard_set import ShardSet
+from cmae_scale.data.stream import NO_LABEL, BatchStream, DecodedRow
+
+
+def open_ordered(
+    shards: ShardSet,
+    *,
+    decoding: Decoding,
+    data: DataConfig,
+    batch: int,
+    bad: BadSamples,
+    rank: int = 0,
+    ranks: int = 1,
+    fraction: float = 1.0,
+    pin: bool = False,
+) -> BatchStream:
+    """This rank's share of the samples, in batches of `batch` and a shorter last one.
+
+    Ranks get neighbouring runs of the index, so that their results one after the other are in its order. With
+    a `fraction`, only the first part of every shard. An image that cannot be decoded is noted in `bad` and
+    comes without a label.
+    """
+    stop = threading.Event()
+    pieces = share_pieces(count_samples(shards, fraction), rank=rank, ranks=ranks)
+
+    def decode(row: RawRow) -> DecodedRow:
+        return _decode_exactly(row.block.samples[row.place], decoding=decoding, bad=bad)
+
+    return BatchStream(
+        _read_batches(shards, pieces, batch=batch, stop=stop),
+        decode,
+        allocate=allocate_for(decoding, pin=pin),
+        workers=data.workers,
+        ahead=data.prefetch,
+        stop=stop,
+    )
+
+
+def count_samples(shards: ShardSet, fraction: float = 1.0) -> list[int]:
+    """How many samples of each shard are used: at least one."""
+    return [max(1, ceil(fraction * shard.info.samples)) for shard in shards.shards]
+
+
+def share_pieces(samples: Sequence[int], *, rank: int, ranks: int) -> list[Piece]:
+    """The neighbouring samples that a rank evaluates; shares differ by one sample at most."""
+    total = sum(samples)
+    first, end = rank * total // ranks, (rank + 1) * total // ranks
+    pieces, start = [], 0
+    for shard, count in enumerate(samples):
+        low, high = max(first, start), min(end, start + count)
+        if low < high:
+            pieces.append(Piece(shard, low - start, high - low))
+        start += count
+    return pieces
+
+
+def _read_batches(
+    shards: ShardSet, pieces: Sequence[Piece], *, batch: int, stop: threading.Event
+) -> Iterator[RawBatch]:
+    """The samples of `pieces` in blocks of a batch."""
+    held: list[StoredSample] = []
+    for number, sample in enumerate(_read_samples(shards, pieces)):
+        if stop.is_set():
+            return
+        held.append(sample)
+        if len(held) == batch:
+            yield _as_batch(held, number // batch)
+            held = []
+    if held:
+        yield _as_batch(held, -1)
+
+
+def _read_samples(shards: ShardSet, pieces: Sequence[Piece]) -> Iterator[StoredSample]:
+    starts = list(accumulate((shard.info.samples for shard in shards.shards), initial=0))
+    for piece in pieces:
+        shard = shards.shards[piece.shard]
+        first = starts[piece.shard] + piece.first
+        for number, raw in enumerate(shard.read(piece.first, piece.samples), start=first):
+            label = raw.label if shard.has_labels else None
+            yield StoredSample(number, f"{shard.name}/{raw.key}", raw.image, label)
+
+
+def _as_batch(samples: list[StoredSample], step: int) -> RawBatch:
+    block = Block(0, step, order=np.arange(len(samples)), source=iter(samples))
+    block.fill()
+    return RawBatch(step, 0, [RawRow(block, place) for place in range(len(samples))])
+
+
+def _decode_exactly(sample: StoredSample, *, decoding: Decoding, bad: BadSamples) -> DecodedRow:
+    try:
+        pixels = decoding.decode(sample.image, SamplePlace(0, 0, sample.number))
+    except DataError as error:
+        bad.add(sample.key, str(error))
+        blank = np.zeros((decoding.crops, 3, decoding.side, decoding.side), dtype=np.uint8)
+        return DecodedRow(blank, NO_LABEL, sample.key)
+    return DecodedRow(pixels, NO_LABEL if sample.label is None else sample.label, sample.key)
