@@ -17,7 +17,7 @@ if __package__ in (None, ""):  # started by path: this folder is first on sys.pa
 from cmae_scale.core.batches import plan_batch
 from cmae_scale.core.cli import build_parser, read_overrides, run_command
 from cmae_scale.core.config import Run, read_run, resolve_run
-from cmae_scale.core.durations import plan_timetable
+from cmae_scale.core.durations import Clock, plan_timetable
 from cmae_scale.core.schedules import plan_schedules
 from cmae_scale.core.world import wait_without_spinning
 
@@ -57,8 +57,9 @@ def train(run: Run, *, stop_at: int | None = None) -> None:
     from cmae_scale.data.stream import open_batches
     from cmae_scale.engine.loop import take_steps
     from cmae_scale.engine.pretraining import Pretraining, describe, start_pretraining
-    from cmae_scale.engine.start import start_processes, stop_processes
+    from cmae_scale.engine.start import read_precision, start_processes, stop_processes
     from cmae_scale.engine.watch.journal import Journal
+    from cmae_scale.tasks.knn_monitor import open_knn_monitor
 
     place = start_processes()
     rank, ranks = place.world.rank, place.world.size
@@ -76,6 +77,14 @@ def train(run: Run, *, stop_at: int | None = None) -> None:
     journal = Journal(session, times=times, metric_names=method.metric_names, image_flops=method.image_flops)
     journal.say(describe(session, images=shards.total, times=times))
     steps = range(session.first_step, min(times.total_steps, stop_at or times.total_steps))
+    knn = open_knn_monitor(
+        run.cmae,
+        gather=method.gather_encoder,
+        world=place.world,
+        device=place.device,
+        compute=read_precision(run.deepspeed).compute,
+        clock=Clock(plan.steps_per_epoch, batch.total, times.total_steps),
+    )
     bad = BadSamples(data.max_bad_fraction)
     loader = open_batches(
         shards,
@@ -92,7 +101,7 @@ def train(run: Run, *, stop_at: int | None = None) -> None:
     )
     with loader:
         masters = copy_ahead(loader, place.device)
-        take_steps(method, journal, masters, steps=steps, lr=schedules.lr, bad=bad)
+        take_steps(method, journal, masters, steps=steps, lr=schedules.lr, bad=bad, evaluation=knn)
     if steps.stop == times.total_steps:
         finish(method, journal, held_out=held_out)
     journal.close()

@@ -64,11 +64,15 @@ class Pretraining:
         """What changes from step to step, besides the learning rate."""
         return {"momentum": self.momentum.at(step)}
 
+    def gather_encoder(self) -> dict[str, Tensor]:
+        """The online encoder's weights in fp32, on the CPU of every rank; all ranks call it together."""
+        return gather_weights(self.session.engine.module.online_encoder)
+
     def export(self) -> Path:
         """Write the online encoder to RUN/encoder, for timm.create_model("local-dir:RUN/encoder")."""
         run = self.session.run
         folder = run.out / "encoder"
-        weights = gather_weights(self.session.engine.module.online_encoder)
+        weights = self.gather_encoder()
         if self.session.place.world.is_first:
             export_encoder(weights, folder, model=run.cmae.model, views=run.cmae.views)
         return folder

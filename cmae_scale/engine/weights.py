@@ -10,7 +10,8 @@ from torch import Tensor, nn
 def gather_weights(module: nn.Module) -> dict[str, Tensor]:
     """state_dict of `module` in fp32 on the CPU, equal on all ranks; every rank must call it.
 
-    Weights that the engine rounded to bf16 or fp16 come from its fp32 masters.
+    Weights that the engine rounded to bf16 or fp16 come from its fp32 masters. So do those that ZeRO-3 keeps
+    whole, because autocast renews them in bf16.
     """
     state = {name: buffer.detach().cpu().clone() for name, buffer in module.state_dict().items()}
     for name, parameter in module.named_parameters():
@@ -19,7 +20,8 @@ def gather_weights(module: nn.Module) -> dict[str, Tensor]:
 
 
 def _whole(parameter: nn.Parameter) -> Tensor:
-    if parameter.dtype is not torch.float32:
+    is_kept_whole = parameter.requires_grad and getattr(parameter, "ds_persist", False)
+    if parameter.dtype is not torch.float32 or is_kept_whole:
         master = safe_get_full_fp32_param(parameter)
         if master is not None:
             return _copy(master.reshape(_shape(parameter)))

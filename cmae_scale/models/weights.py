@@ -34,8 +34,13 @@ def export_encoder(
     """Write a folder that `timm.create_model("local-dir:FOLDER", pretrained=True)` loads: same features.
 
     `state` is the online encoder's state_dict, or the same gathered from an engine. Weights are stored in
-    fp32. Each file appears only whole, weights first; an older export is replaced.
+    fp32.
     """
+    write_timm_folder(state, folder, config=timm_config(model, views=views))
+
+
+def write_timm_folder(state: Mapping[str, Tensor], folder: Path, *, config: Mapping[str, Any]) -> None:
+    """Write weights and timm's description of them; each file whole, weights first, over an older export."""
     folder.mkdir(parents=True, exist_ok=True)
     part = folder / (WEIGHTS_FILE + PART)
     tensors = {name: tensor.detach().float().cpu().contiguous() for name, tensor in state.items()}
@@ -43,11 +48,11 @@ def export_encoder(
         save_file(tensors, part, metadata={"format": "pt"})
     except SafetensorError as error:
         raise ConfigError(
-            f"the encoder cannot be written to {folder} ({error}): make room and start the same command again"
+            f"the weights cannot be written to {folder} ({error}): make room and start the same command again"
         ) from None
     sync(part)
     part.replace(folder / WEIGHTS_FILE)
-    write_text(folder / CONFIG_FILE, json.dumps(timm_config(model, views=views), indent=2) + "\n")
+    write_text(folder / CONFIG_FILE, json.dumps(config, indent=2) + "\n")
     sync(folder)
 
 

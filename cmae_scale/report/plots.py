@@ -44,6 +44,8 @@ _PANELS = (
     Panel("pixel", "Pixel loss", "mean squared error, hidden patches", BLUE),
     Panel("contrast", "Contrast loss", "before weight and scale", ORANGE),
     Panel("loss", "Total loss", "what is minimised", INK),
+    Panel("knn_top1", "Nearest neighbours", "top-1 of held-out images", VIOLET),
+    Panel("val_top1", "Validation", "top-1", VIOLET),
     Panel("lr", "Learning rate", "per optimizer step", GREEN),
     Panel("grad_norm", "Gradient norm", "L2, whole model", RED),
     Panel("samples_per_s", "Speed", "images / s, all ranks", TEAL),
@@ -130,6 +132,8 @@ def _is_shown(metric: str, metrics: Sequence[Metrics]) -> bool:
     _, values = _series(metric, metrics)
     if metric == "momentum":
         return len(set(values)) > 1
+    if metric == "loss" and not _series("pixel", metrics)[1]:
+        return bool(values)
     if metric in ("contrast", "loss"):
         return any(_series("contrast", metrics)[1]) and bool(values)
     return bool(values)

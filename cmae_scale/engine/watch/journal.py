@@ -110,6 +110,22 @@ class Journal:
             self._listed = bad_samples
         bad.check(bad_samples, seen=(done - self.session.first_step) * self.batch_samples)
 
+    def note(self, done: int, found: Mapping[str, Any]) -> None:
+        """A line of its own for what an evaluation found after `done` steps; training's clock starts anew."""
+        if self.progress is not None:
+            metrics = {
+                "step": done,
+                "samples": done * self.batch_samples,
+                "epoch": round(done / self.times.steps_per_epoch, 4),
+                **found,
+            }
+            if failed := self._lines.add(json.dumps(metrics) + "\n"):
+                self.say(f"warning: {self.path} cannot be written ({failed}); its lines wait in memory")
+            write_monitors(self.session.engine, flatten_metrics(metrics))
+            shown = [f"{name} {value:.4f}" for name, value in found.items() if isinstance(value, float)]
+            self.say(f"step {done}: {', '.join(shown)}")
+        self._start_interval(done)
+
     def summarise(self) -> str:
         """The closing line."""
         seconds = format_seconds(time.monotonic() - self._opened_s)
@@ -149,6 +165,17 @@ def drop_later_lines(path: Path, *, step: int) -> None:
         except (ValueError, KeyError, TypeError):
             continue  # the last line of a killed run may be torn
     write_text(path, "".join(kept))
+
+
+def flatten_metrics(metrics: Mapping[str, Any]) -> Metrics:
+    """Numbers by class as metrics of their own ("knn_per_class/dog"), as monitors want them."""
+    flat: Metrics = {}
+    for name, value in metrics.items():
+        if isinstance(value, Mapping):
+            flat.update({f"{name}/{inner}": number for inner, number in value.items()})
+        else:
+            flat[name] = value
+    return flat
 
 
 def read_grad_norm(engine: Any) -> float | None:
