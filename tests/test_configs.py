@@ -7,9 +7,15 @@ import torch
 
 from cmae_scale.core.batches import plan_batch
 from cmae_scale.core.config import read_run, resolve_run
+from cmae_scale.core.study_settings import read_study
+from cmae_scale.core.transfer_settings import TransferConfig
 from cmae_scale.models import build_cmae
 
-CONFIGS = sorted((Path(__file__).resolve().parent.parent / "ds_configs").rglob("*.json"))
+FOLDER = Path(__file__).resolve().parent.parent / "ds_configs"
+FILES = sorted(FOLDER.rglob("*.json"))
+CONFIGS = [path for path in FILES if '"cmae": {' in path.read_text() and path.stem != "cifar"]
+TRANSFERS = [path for path in FILES if '"transfer": {' in path.read_text()]
+STUDIES = [path for path in FILES if path not in CONFIGS and path not in TRANSFERS]
 TRAINABLE = {  # Source: the official CMAE-B and the MAE models, counted; see tests/models/test_parameters.py
     "vits": 55_880_832,
     "vitb": 121_118_208,
@@ -49,6 +55,56 @@ def test_deepspeed_accepts_its_part(config: Path) -> None:
 
 
 def test_the_table_names_every_run_file() -> None:
-    table = (CONFIGS[0].parent / "README.md").read_text()
-    for path in CONFIGS:
-        assert f"`{path.relative_to(CONFIGS[0].parent)}`" in table, path.name
+    table = (FOLDER / "README.md").read_text()
+    for path in FILES:
+        assert f"`{path.relative_to(FOLDER)}`" in table, path.name
+
+
+@pytest.mark.parametrize("path", TRANSFERS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("ranks", [1, 8, 32])
+def test_a_transfer_file_resolves_and_deepspeed_accepts_its_part(path: Path, ranks: int) -> None:
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    run = read_run(path, kind="transfer")
+    assert run.kind == "transfer"
+    if run.transfer.task.knn is not None:
+        return
+    batch = plan_batch(run.deepspeed, ranks=ranks)
+    resolved = resolve_run(run, batch=batch, total_steps=1000, warmup_steps=100)
+    assert resolved.peak_lr == pytest.approx(run.transfer.schedule.base_lr * batch.total / 256)
+    if ranks == 1:
+        DeepSpeedConfig({name: value for name, value in resolved.deepspeed.items() if name != "optimizer"})
+
+
+def test_the_fine_tuning_files_have_the_official_values() -> None:
+    def read(name: str) -> TransferConfig:
+        return read_run(FOLDER / "transfer" / f"{name}.json", kind="transfer").transfer
+
+    base, large = read("finetune_vitb"), read("finetune_vitl")
+    assert base.task.finetune is not None
+    assert large.task.finetune is not None
+    # Source: official CMAE config; MAE repository's row for ViT-L
+    assert (base.schedule.base_lr, base.task.finetune.layer_decay, base.task.finetune.drop_path) == (
+        5e-4,
+        0.65,
+        0.1,
+    )
+    assert (base.schedule.duration, base.schedule.min_lr_rule) == ("100ep", "absolute")
+    assert (large.schedule.base_lr, large.task.finetune.layer_decay, large.task.finetune.drop_path) == (
+        1e-3,
+        0.75,
+        0.2,
+    )
+    assert (large.schedule.duration, large.schedule.min_lr_rule) == ("50ep", "scaled")
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_the_cells_of_a_study_are_runs_that_can_be_read(path: Path) -> None:
+    from cmae_scale.tasks.study import plan_cells
+
+    cells = plan_cells(read_study(path), folder=path.parent, out=Path("runs/study"))
+    assert len(cells) == 11
+    for cell in cells:
+        file, settings = cell.arguments[1], list(cell.arguments[3:-2])
+        kind = "cmae" if cell.command == "pretrain" else "transfer"
+        read_run(file, settings, kind=kind)

@@ -1,0 +1,161 @@
+"""A task as the loop knows it: what a step does with a rank's images, and what follows its update."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from cmae_scale.core.batches import BatchSizes
+from cmae_scale.core.config import Run
+from cmae_scale.core.errors import ConfigError
+from cmae_scale.data.stream import MasterBatch
+from cmae_scale.engine.ema import Pair
+from cmae_scale.engine.session import Session, count_trainable, name_precision, start_session
+from cmae_scale.engine.start import Place, read_precision
+from cmae_scale.engine.states.stamp import Stamp
+from cmae_scale.engine.weights import gather_weights
+from cmae_scale.layers.attention import AttentionChoice
+
+
+class Task(Protocol):
+    """As much of tasks.task.Task as training needs."""
+
+    @property
+    def model(self) -> nn.Module:
+        """The network."""
+
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        """Names of what `losses` gives."""
+
+    @property
+    def image_flops(self) -> int:
+        """Of a training step."""
+
+    def groups(self, *, weight_decay: float) -> list[dict[str, Any]]:
+        """The optimizer's parameter groups."""
+
+    def prepare(self, part: MasterBatch, *, step: int, first_row: int, total: int) -> tuple[Tensor, Tensor]:
+        """Input and target of a micro-batch."""
+
+    def losses(self, output: Tensor, target: Tensor) -> Float[Tensor, " metrics"]:
+        """Means over the micro-batch; the first is minimised."""
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """The training of a task as the method of a run (see loop.Method).
+
+    `shadows` are the moving averages of the trained weights, where the run file asks for them.
+    """
+
+    session: Session
+    batch: BatchSizes
+    task: Task
+    ema: float = 0.0
+    shadows: Mapping[str, nn.Parameter] = field(default_factory=dict)
+
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        """The task's."""
+        return self.task.metric_names
+
+    @property
+    def image_flops(self) -> int:
+        """The task's."""
+        return self.task.image_flops
+
+    def accumulate(self, masters: Sequence[MasterBatch], *, step: int) -> Float[Tensor, " metrics"]:
+        """Gradients of this rank's micro-batches, and the means of their losses."""
+        engine, batch = self.session.engine, self.batch
+        first_row = self.session.place.world.rank * batch.local
+        dtype = read_precision(self.session.run.deepspeed).parameters
+        means = []
+        for number, part in enumerate(masters, start=1):
+            inputs, target = self.task.prepare(part, step=step, first_row=first_row, total=batch.total)
+            losses = self.task.losses(engine(inputs.to(dtype)), target)
+            engine.backward(losses[0])
+            if number < len(masters):
+                engine.step()
+            means.append(losses.detach())
+            first_row += batch.micro
+        return torch.stack(means).mean(dim=0)
+
+    def follow_(self, *, step: int) -> None:
+        """The moving average of the weights follows them."""
+        self.session.ema.update_(self.ema)
+
+    def scheduled(self, step: int) -> dict[str, float]:
+        """Nothing but the learning rate."""
+        return {}
+
+    def gather(self) -> dict[str, Tensor]:
+        """The network's weights, or their moving average, in fp32 on the CPU; all ranks call it together."""
+        state = gather_weights(self.session.engine.module)
+        shadows = {name: value.detach().float().cpu() for name, value in self.shadows.items()}
+        return {**state, **shadows}
+
+
+def start_transfer(
+    run: Run,
+    *,
+    place: Place,
+    task: Task,
+    batch: BatchSizes,
+    attention: AttentionChoice,
+    data_order: str,
+    ema: float = 0.0,
+) -> Transfer:
+    """The training of `task` at the newest state in the run folder, or at step 0."""
+    stage = run.deepspeed.get("zero_optimization", {}).get("stage", 0)
+    if ema and stage == 3:
+        raise ConfigError("transfer.task.finetune.ema needs whole weights: write zero_optimization.stage=2")
+    precision = read_precision(run.deepspeed)
+    decay = run.deepspeed["optimizer"]["params"].get("weight_decay", 0.0)
+    pairs: list[Pair] = []
+    if ema:
+        trained = [(name, value) for name, value in task.model.named_parameters() if value.requires_grad]
+        pairs = [(name, value, _copy(value, place.device)) for name, value in trained]
+    settings = json.loads(run.transfer.model_dump_json(include={"encoder", "task", "crop"}))
+    for free in ("attention", "remat"):  # change speed and memory, not the result
+        del settings["encoder"][free]
+    session = start_session(
+        run,
+        place=place,
+        model=task.model,
+        pairs=pairs,
+        attention=attention,
+        stamp=Stamp(
+            ranks=place.world.size,
+            zero_stage=stage,
+            precision=name_precision(precision),
+            train_batch_size=batch.total,
+            seed=run.transfer.seed,
+            data=data_order,
+            model=settings,
+        ),
+        groups=task.groups(weight_decay=decay),
+    )
+    return Transfer(session, batch, task, ema, {name: shadow for name, _, shadow in pairs})
+
+
+def describe_transfer(session: Session, *, images: int, held_out: int, steps: int) -> str:
+    """What runs, in a few lines."""
+    cfg, model = session.run.transfer, session.engine.module
+    lines = [
+        f"{cfg.task.name} of {cfg.encoder.place}: {count_trainable(model) / 1e6:.2f} M trainable parameters",
+        f"{images:,} images, {held_out:,} held out, {steps} steps of {session.stamp.train_batch_size}",
+        f"{session.place.world.size} x {session.place.device.type}, ZeRO {session.stamp.zero_stage}, "
+        f"{session.stamp.precision}, attention {session.attention.name}",
+        f"run folder {session.run.out}"
+        + (f", resumed at step {session.first_step}" if session.first_step else ""),
+    ]
+    return "\n".join([*lines, *session.notices])
+
+
+def _copy(parameter: nn.Parameter, device: torch.device) -> nn.Parameter:
+    return nn.Parameter(parameter.detach().to(device, torch.float32, copy=True), requires_grad=False)

@@ -1,0 +1,96 @@
+"""Compare encoders: pre-train each under the same conditions, judge all by the same tasks, one command.
+
+Each cell is a run that could be started by hand, and is printed as such. The same command again skips what is
+finished and goes on with what is not.
+"""
+
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+if __package__ in (None, ""):  # started by path: this folder is first on sys.path, the repository should be
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from cmae_scale.core.cli import run_command
+from cmae_scale.core.errors import ConfigError
+from cmae_scale.core.study_settings import StudyConfig, dump_study, read_study
+
+HERE = Path(__file__).resolve().parent
+EXAMPLES = """\
+  python -m cmae_scale.study ds_configs/study/cifar.json
+  python -m cmae_scale.study ds_configs/study/cifar.json --launcher "deepspeed --num_gpus 4"
+  python -m cmae_scale.study ds_configs/study/cifar.json --set cmae.schedule.duration=100ep --out runs/long"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status of the command."""
+    return run_command(study, argv)
+
+
+def study(argv: Sequence[str] | None) -> None:
+    """All cells that are not finished, then the comparison of all that are."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        epilog=f"examples:\n{EXAMPLES}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("file", type=Path, metavar="FILE", help="the study (ds_configs/study/*.json)")
+    parser.add_argument("--out", metavar="DIR", help="folder of the study")
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="PLACE=VALUE",
+        help="settings of the runs: cmae.* of pre-training, transfer.* of the tasks, others of all",
+    )
+    parser.add_argument("--launcher", default=sys.executable, help="what starts a run (python)")
+    parser.add_argument("--report", action="store_true", help="start nothing, compare what is finished")
+    args = parser.parse_args(argv)
+    plan = read_study(args.file)
+    out = Path(args.out or plan.out or f"runs/{args.file.stem}")
+
+    from cmae_scale.tasks.study import plan_cells
+
+    cells = plan_cells(plan, folder=args.file.parent, out=out, overrides=args.set)
+    for number, cell in enumerate(cells, start=1):
+        if cell.is_done or args.report:
+            print(f"[{number}/{len(cells)}] {cell.name}: {'finished' if cell.is_done else 'not finished'}")
+            continue
+        line = [*shlex.split(args.launcher), str(HERE / f"{cell.command}.py"), *cell.arguments]
+        print(f"[{number}/{len(cells)}] {cell.name}: {shlex.join(line)}", flush=True)
+        status = subprocess.run(line, check=False).returncode  # noqa: S603 -- the user's own command
+        if status or not cell.is_done:
+            raise ConfigError(
+                f"{cell.name} ended with status {status}: see above; the same command goes on from there"
+            )
+    compare(plan, out)
+
+
+def compare(plan: StudyConfig, out: Path) -> None:
+    """study.json, table, bars, and for trained tasks the curves over epochs."""
+    from cmae_scale.core.files import write_text
+    from cmae_scale.report.convergence import write_comparison, write_convergence
+    from cmae_scale.tasks.study import list_encoders, read_curve, read_overtakes, read_scores, tabulate_scores
+
+    scores = read_scores(plan, out)
+    results: dict[str, object] = {"study": dump_study(plan), "top1": scores}
+    table = tabulate_scores(scores)
+    write_comparison(out / "comparison.png", scores=scores)
+    for task in plan.tasks:
+        runs = {name: out / f"{task}_{name}" for name in list_encoders(plan)}
+        curves = {name: read_curve(run) for name, run in runs.items() if (run / "metrics.jsonl").is_file()}
+        if curves:
+            write_convergence(out / f"convergence_{task}.png", curves=curves, title=f"{task}: top-1 by epoch")
+            results[f"{task}_overtakes_at_epoch"] = read_overtakes(curves)
+    write_text(out / "study.json", json.dumps(results, indent=2) + "\n")
+    write_text(out / "table.txt", table + "\n")
+    print(f"\n{table}\n\n{out}/study.json, table.txt, comparison.png, convergence_*.png")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,128 @@
+"""From a run file to what it asks for: the labelled data, the judge, the encoder and the task."""
+
+from contextlib import AbstractContextManager, closing
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from cmae_scale.core.batches import BatchSizes
+from cmae_scale.core.errors import ConfigError
+from cmae_scale.core.settings import Pool
+from cmae_scale.core.transfer_settings import TransferConfig
+from cmae_scale.core.world import World
+from cmae_scale.data.bad_samples import BadSamples
+from cmae_scale.data.decoding import TrainingCrops
+from cmae_scale.data.mix import MixPlan, plan_data
+from cmae_scale.data.ordered import count_samples
+from cmae_scale.data.rand_augment import build_rand_augment
+from cmae_scale.data.stream import open_stream
+from cmae_scale.models.pretrained import PretrainedEncoder, open_encoder
+from cmae_scale.tasks.features import Lens, build_lens
+from cmae_scale.tasks.finetune import Finetuning, build_finetuning
+from cmae_scale.tasks.judge import Judge, open_labelled
+from cmae_scale.tasks.linear import LinearProbing, build_probing
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What every task needs, on this rank."""
+
+    cfg: TransferConfig
+    encoder: PretrainedEncoder
+    lens: Lens
+    judge: Judge
+
+    @property
+    def train_samples(self) -> list[int]:
+        """How many images of each training shard are used."""
+        return count_samples(self.judge.labelled.train, self.cfg.data.train_fraction)
+
+
+def open_bench(cfg: TransferConfig, *, world: World, device: torch.device, compute: torch.dtype) -> Bench:
+    """Encoder and data, opened and compared."""
+    labelled = open_labelled(cfg.data.shards, cfg.data.val_shards, data=cfg.data)
+    encoder = open_encoder(cfg.encoder.place, is_random=cfg.encoder.random, seed=cfg.seed)
+    lens = build_lens(encoder, cfg.crop, device=device, compute=compute, attention=cfg.encoder.attention)
+    judge = Judge(labelled, cfg.data, cfg.crop, cfg.monitor.batch, world, device)
+    return Bench(cfg, encoder, lens, judge)
+
+
+def build_task(bench: Bench, *, batch: BatchSizes) -> Finetuning | LinearProbing:
+    """The task with its network. ConfigError where the batch cannot be mixed in pairs."""
+    cfg, classes = bench.cfg, bench.judge.labelled.classes
+    if cfg.task.linear is not None:
+        return build_probing(
+            bench.encoder, cfg.task.linear, crop=cfg.crop, classes=classes, lens=bench.lens, seed=cfg.seed
+        )
+    finetune = cfg.task.finetune
+    assert finetune is not None
+    if finetune.has_mixing and batch.micro % 2:
+        raise ConfigError(
+            "mixup and cutmix mix images in pairs, and train_micro_batch_size_per_gpu is "
+            f"{batch.micro}: write an even one, or set mixup and cutmix of transfer.task.finetune to 0"
+        )
+    return build_finetuning(
+        bench.encoder,
+        finetune,
+        crop=cfg.crop,
+        classes=classes,
+        lens=bench.lens,
+        seed=cfg.seed,
+        has_remat=cfg.encoder.remat == "full",
+    )
+
+
+def plan_training(bench: Bench, *, batch: BatchSizes) -> MixPlan:
+    """Which samples form which step."""
+    return plan_data(
+        bench.judge.labelled.train,
+        bench.cfg.data,
+        global_batch=batch.total,
+        seed=bench.cfg.seed,
+        samples=bench.train_samples,
+    )
+
+
+def open_training(
+    bench: Bench,
+    task: Finetuning | LinearProbing,
+    plan: MixPlan,
+    *,
+    batch: BatchSizes,
+    steps: range,
+    bad: BadSamples,
+) -> AbstractContextManager[Any]:
+    """This rank's micro-batches: crops, or features where the run file wants them computed once."""
+    cfg, judge = bench.cfg, bench.judge
+    if isinstance(task, LinearProbing) and task.cfg.features == "once":
+        fraction = cfg.data.train_fraction
+        return closing(
+            task.open_features(
+                judge, fraction=fraction, batch=batch.total, accumulation=batch.accumulation, steps=steps
+            )
+        )
+    spelling = cfg.task.finetune.rand_augment if cfg.task.finetune is not None else None
+    augmentation = None
+    if spelling is not None:
+        augmentation = build_rand_augment(spelling, img_px=cfg.crop.img_px, mean=bench.lens.mean)
+    return open_stream(
+        judge.labelled.train,
+        plan,
+        decoding=TrainingCrops(cfg.crop, cfg.data.max_image_mpx, augmentation),
+        data=cfg.data,
+        rank=judge.world.rank,
+        ranks=judge.world.size,
+        accumulation=batch.accumulation,
+        first_step=steps.start,
+        end_step=steps.stop,
+        pin=judge.device.type == "cuda",
+        bad=bad,
+    )
+
+
+def probe_pool(cfg: TransferConfig) -> Pool:
+    """How the task pools tokens."""
+    task = cfg.task.knn or cfg.task.linear or cfg.task.finetune
+    assert task is not None
+    return task.pool

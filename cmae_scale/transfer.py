@@ -1,0 +1,137 @@
+"""Find out what an encoder has learned: nearest neighbours, linear probe, partial or full fine-tuning.
+
+One run file says which. Training goes through the same loop, engine and states as pre-training: what differs
+is the task, which makes inputs, targets and losses of a batch and judges the network on held-out images.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if __package__ in (None, ""):  # started by path: this folder is first on sys.path, the repository should be
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from cmae_scale.core.batches import plan_batch
+from cmae_scale.core.cli import build_parser, read_overrides, run_command
+from cmae_scale.core.config import Run, dump_run, read_run, resolve_run
+from cmae_scale.core.durations import Clock, plan_timetable, read_steps
+from cmae_scale.core.files import write_text
+from cmae_scale.core.schedules import plan_transfer_lr
+from cmae_scale.core.world import wait_without_spinning
+
+if TYPE_CHECKING:
+    from cmae_scale.engine.start import Place
+    from cmae_scale.tasks.build import Bench
+
+EXAMPLES = """\
+  python -m cmae_scale.transfer --deepspeed_config ds_configs/transfer/knn.json \\
+      --set transfer.encoder.place=runs/vitb/encoder
+  deepspeed cmae_scale/transfer.py --deepspeed_config ds_configs/transfer/linear_vitb.json \\
+      --set transfer.task.linear.sweep=[0.3,1,3]
+  deepspeed cmae_scale/transfer.py --deepspeed_config ds_configs/transfer/finetune_vitb.json \\
+      --set transfer.encoder.place=runs/vitb/encoder transfer.data.train_fraction=0.1 --out runs/low_shot
+the same command again goes on from the newest checkpoint in the run folder"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status of the command."""
+    return run_command(transfer, argv)
+
+
+def transfer(argv: Sequence[str] | None) -> None:
+    """Read what to do before torch and DeepSpeed take their seconds to load: a typo is told at once."""
+    parser = build_parser(__doc__.splitlines()[0], examples=EXAMPLES)
+    parser.add_argument("--stop_at", type=int, metavar="STEP", help="save and end after this step")
+    args = parser.parse_args(argv)
+    wait_without_spinning()
+    run = read_run(args.deepspeed_config, read_overrides(args, kind="transfer"), kind="transfer")
+
+    from cmae_scale.engine.start import read_precision, start_processes, stop_processes
+    from cmae_scale.tasks.build import open_bench
+
+    place = start_processes()
+    compute = read_precision(run.deepspeed).compute
+    bench = open_bench(run.transfer, world=place.world, device=place.device, compute=compute)
+    if run.transfer.task.knn is not None:
+        look_for_neighbours(run, bench)
+    else:
+        train(run, bench, place=place, stop_at=args.stop_at)
+    stop_processes()
+
+
+def look_for_neighbours(run: Run, bench: "Bench") -> None:
+    """Judge the encoder as it is: its features vote."""
+    from cmae_scale.tasks.examination import write_verdict
+    from cmae_scale.tasks.features import encode_with
+    from cmae_scale.tasks.results import tabulate, tabulate_classes, write_results
+
+    cfg, judge = run.transfer, bench.judge
+    assert cfg.task.knn is not None
+    run.out.mkdir(parents=True, exist_ok=True)
+    encode = encode_with(bench.encoder, img_px=cfg.crop.img_px, pool=cfg.task.knn.pool, lens=bench.lens)
+    verdict = judge.judge_knn(encode, cfg=cfg.task.knn, fraction=cfg.data.train_fraction)
+    found = verdict.scores.as_metrics("knn", judge.labelled.classes)
+    is_first = judge.world.is_first
+    write_verdict(run.out, verdict, classes=judge.labelled.classes, is_first=is_first)
+    if is_first:
+        write_text(run.out / "config.json", dump_run(run))
+        write_results(run.out / "results.json", {"encoder": bench.encoder.place, "task": "knn", **found})
+        print(tabulate({f"knn, k={cfg.task.knn.k}": found}, prefix="knn"))
+        print(f"\n{tabulate_classes(found['knn_per_class'])}\nrun folder {run.out}", flush=True)
+
+
+def train(run: Run, bench: "Bench", *, place: "Place", stop_at: int | None = None) -> None:
+    """The run on this rank: to its end, with an exported model, or to `stop_at`, with a saved state."""
+    from cmae_scale.data.bad_samples import BadSamples
+    from cmae_scale.data.prefetch import copy_ahead
+    from cmae_scale.engine.loop import take_steps
+    from cmae_scale.engine.transfer import describe_transfer, start_transfer
+    from cmae_scale.engine.watch.journal import Journal
+    from cmae_scale.report import read_metrics, write_curves
+    from cmae_scale.tasks.build import build_task, open_training, plan_training
+    from cmae_scale.tasks.examination import Examination
+    from cmae_scale.tasks.features import hold_attention_
+    from cmae_scale.tasks.results import tabulate, write_results
+
+    cfg = run.transfer
+    batch = plan_batch(run.deepspeed, ranks=place.world.size)
+    plan = plan_training(bench, batch=batch)
+    times = plan_timetable(cfg, steps_per_epoch=plan.steps_per_epoch, batch_samples=batch.total)
+    run = resolve_run(run, batch=batch, total_steps=times.total_steps, warmup_steps=times.warmup_steps)
+    lr = plan_transfer_lr(cfg.schedule, peak_lr=run.peak_lr, times=times)
+    task = build_task(bench, batch=batch)
+    attention = hold_attention_(task.model, bench.lens)
+    ema = cfg.task.finetune.ema if cfg.task.finetune else 0.0
+
+    method = start_transfer(
+        run, place=place, task=task, batch=batch, attention=attention, data_order=plan.fingerprint, ema=ema
+    )
+    session = method.session
+    journal = Journal(session, times=times, metric_names=task.metric_names, image_flops=task.image_flops)
+    judge, clock = bench.judge, Clock(plan.steps_per_epoch, batch.total, times.total_steps)
+    every = read_steps(cfg.monitor.evaluate_every, clock=clock, place="transfer.monitor.evaluate_every")
+    examination = Examination(task, judge, method.gather, run.out, max(1, every), times.total_steps)
+    examination.recall(journal.path)
+    journal.say(
+        describe_transfer(
+            session, images=plan.total, held_out=judge.labelled.val.total, steps=times.total_steps
+        )
+    )
+    steps = range(session.first_step, min(times.total_steps, stop_at or times.total_steps))
+    bad = BadSamples(cfg.data.max_bad_fraction)
+    with open_training(bench, task, plan, batch=batch, steps=steps, bad=bad) as loader:
+        batches = copy_ahead(loader, place.device)
+        take_steps(method, journal, batches, steps=steps, lr=lr, bad=bad, evaluation=examination)
+    if steps.stop == times.total_steps and place.world.is_first:
+        scores = {"best": examination.best or {}, "last": examination.last or {}}
+        about = {"encoder": bench.encoder.place, "task": cfg.task.name, "train_images": plan.total}
+        write_results(run.out / "results.json", {**about, "classes": judge.labelled.classes, **scores})
+        write_curves(run.out / "curves.png", metrics=read_metrics(journal.path))
+        journal.say(f"{journal.summarise()}\n{tabulate(scores, prefix='val')}")
+        journal.say(f"model {run.out / 'model'} (timm: local-dir:{run.out / 'model'})")
+    journal.close()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
