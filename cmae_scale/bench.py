@@ -1,9 +1,13 @@
 """Measure what the project claims, beside the alternatives, and keep the figures as a record."""
 
 import argparse
+import io
 import sys
 from collections.abc import Sequence
+from contextlib import redirect_stdout
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 if __package__ in (None, ""):  # started by path: this folder is first on sys.path, the repository should be
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
@@ -11,12 +15,17 @@ if __package__ in (None, ""):  # started by path: this folder is first on sys.pa
 from cmae_scale.core.cli import run_command
 from cmae_scale.core.errors import ConfigError, DataError
 from cmae_scale.core.settings import DataConfig, ViewsConfig
+from cmae_scale.trials.arguments import build_bench_parser
+
+if TYPE_CHECKING:
+    from cmae_scale.sizing.zero import Device
 
 EXAMPLES = """\
   python -m cmae_scale.bench loader --shards shards/train --folder images/train
-  python -m cmae_scale.bench stream --shards shards/train"""
-RECORDS = Path("tests/bench/records")
-WORLDS = [(ranks, workers) for ranks in (1, 2, 4) for workers in (1, 2, 3)]
+  python -m cmae_scale.bench stream --shards shards/train
+  python -m cmae_scale.bench shards --folder images/train
+  python -m cmae_scale.bench memory
+  python -m cmae_scale.bench kill --deepspeed_config ds_configs/quickstart.json --kills 30"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -26,54 +35,29 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def bench(argv: Sequence[str] | None) -> None:
     """Read the arguments and do what the first of them says."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0],
-        epilog=f"examples:\n{EXAMPLES}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    commands = parser.add_subparsers(required=True, metavar="loader | stream")
-    loader = commands.add_parser("loader", help="CPU seconds per sample beside other loaders")
-    loader.set_defaults(run=measure_loader)
-    loader.add_argument("--folder", type=Path, metavar="DIR", help="the same images as class folders")
-    loader.add_argument("--samples", type=int, default=1000, help="of each round (default: 1000)")
-    loader.add_argument("--rounds", type=int, default=5, help="interleaved rounds (default: 5)")
-    loader.add_argument("--workers", type=int, default=2, help="threads or processes (default: 2)")
-    loader.add_argument("--record", type=Path, default=RECORDS / "loader.json", metavar="FILE")
-    stream = commands.add_parser("stream", help="the same global batches for every world, as digests")
-    stream.set_defaults(run=prove_stream)
-    stream.add_argument("--epochs", type=int, default=2, help="default: 2")
-    for command in (loader, stream):
-        command.add_argument("--shards", nargs="+", required=True, metavar="DIR", help="as cmae.data.shards")
-        command.add_argument("--batch", type=int, default=64, help="global batch (default: 64)")
-        command.add_argument("--master_px", type=int, default=256, help="side of the crops (default: 256)")
-    args = parser.parse_args(argv)
-    args.run(args)
+    args = build_bench_parser(__doc__.splitlines()[0], examples=EXAMPLES).parse_args(argv)
+    trials = {"loader": measure_loader, "stream": prove_stream, "shards": measure_shards}
+    trials |= {"memory": measure_memory, "kill": prove_kills}
+    trials[args.trial](args)
 
 
 def measure_loader(args: argparse.Namespace) -> None:
     """Print and record what a sample costs, for us and for others, and how they compare."""
-    from cmae_scale.data.races import Course, race
     from cmae_scale.data.shard_set import open_shards
-    from cmae_scale.report.records import summarise, write_record
+    from cmae_scale.report.records import write_record
+    from cmae_scale.trials.loader_memory import measure_footprint
+    from cmae_scale.trials.races import OURS, Course, describe_race, race, record_race
 
-    shards = open_shards(args.shards, data=DataConfig(shards=tuple(args.shards)))
+    data = DataConfig(shards=tuple(args.shards), workers=args.workers)
+    shards = open_shards(data.shards, data=data)
     views = read_views(args)
     course = Course(shards, args.folder, views, workers=args.workers, batch=args.batch, samples=args.samples)
     laps = race(course, rounds=args.rounds)
-    results = {}
-    limit = min(lap.cpu_s for lap in laps["bare decode and crop"])
-    ours = min(lap.cpu_s for lap in laps["ours"])
-    title = f"CPU time per sample, lowest of {args.rounds}"
-    print(f"{title:40} {'ms':>7} {'per core':>9} {'/ ours':>8}")
-    for name, runs in laps.items():
-        lowest = min(lap.cpu_s for lap in runs)
-        print(f"{name:40} {1e3 * lowest:7.3f} {1 / lowest:7.0f}/s {lowest / ours:7.2f}x")
-        results[name] = {
-            "cpu_s_per_sample": summarise([lap.cpu_s for lap in runs]),
-            "wall_s_per_sample": summarise([lap.wall_s for lap in runs]),
-            "times_ours": lowest / ours,
-        }
-    print(f"share of the limit: {limit / ours:.2f}")
+    print(describe_race(laps))
+    results: dict[str, dict[str, object]] = record_race(laps)
+    memory = measure_footprint(data, views=views, batch=args.batch, epochs=args.epochs)
+    print(f"resident memory after each epoch, MiB: {' '.join(f'{mib:.0f}' for mib in memory)}")
+    results[OURS]["resident_mib"] = memory
     config = {
         "samples": args.samples,
         "batch": args.batch,
@@ -88,8 +72,8 @@ def measure_loader(args: argparse.Namespace) -> None:
 def prove_stream(args: argparse.Namespace) -> None:
     """Print a digest of every epoch's global batches for each world. DataError unless all are equal."""
     from cmae_scale.data.mix import plan_data
-    from cmae_scale.data.proof import digest_epochs
     from cmae_scale.data.shard_set import open_shards
+    from cmae_scale.trials.proof import WORLDS, digest_worlds
 
     data = DataConfig(shards=tuple(args.shards))
     if args.batch % 4:
@@ -101,17 +85,77 @@ def prove_stream(args: argparse.Namespace) -> None:
         f"{plan.streams} streams"
     )
     found = set()
-    for ranks, workers in WORLDS:
-        data = DataConfig(shards=data.shards, workers=workers)
-        epochs = list(
-            digest_epochs(shards, plan, views=read_views(args), data=data, ranks=ranks, epochs=args.epochs)
-        )
-        digests = "  ".join(f"{digest} ({samples:,} samples)" for digest, samples in epochs)
-        print(f"{ranks} ranks x {workers} workers  {digests}", flush=True)
-        found.add(tuple(epochs))
+    for world, epochs in digest_worlds(shards, plan, views=read_views(args), data=data, epochs=args.epochs):
+        told = "  ".join(f"{digest} ({samples:,} samples)" for digest, samples in epochs)
+        print(f"{world}  {told}", flush=True)
+        found.add(epochs)
     if len(found) > 1:
         raise DataError("the global batches differ between these worlds")
     print(f"identical in all {len(WORLDS)} worlds")
+
+
+def measure_shards(args: argparse.Namespace) -> None:
+    """Print and record what it costs to put an image into a shard."""
+    from cmae_scale.report.records import summarise_laps, write_record
+    from cmae_scale.trials.shard_races import DECODE, MAKE, race_shards
+    from data_prep.make_shards import main as make_shards
+
+    def make(out: Path) -> None:
+        options = ["--root", str(args.folder), "--out", str(out), "--processes", "1"]
+        with redirect_stdout(io.StringIO()):
+            make_shards(["--source", "imagefolder", *options])
+
+    files = sorted(path for path in args.folder.glob("*/*") if path.is_file())
+    if not files:
+        raise ConfigError(f"--folder {args.folder} holds no class folders with files")
+    mb = sum(path.stat().st_size for path in files) / 1e6 / len(files)
+    laps = race_shards(files, make=make, scratch=args.scratch, rounds=args.rounds)
+    title = f"lowest of {args.rounds}"
+    print(f"{title:14} {'CPU ms':>8} {'ms':>8} {'MB/s':>8}   for each of {len(files):,} images")
+    for name, runs in laps.items():
+        cpu_s, wall_s = (min(getattr(lap, kind) for lap in runs) for kind in ("cpu_s", "wall_s"))
+        print(f"{name:14} {1e3 * cpu_s:8.3f} {1e3 * wall_s:8.3f} {mb / wall_s:8.1f}")
+    lowest = {name: min(lap.wall_s for lap in runs) for name, runs in laps.items()}
+    print(f"make_shards is {lowest[DECODE] / lowest[MAKE]:.1f} times as fast as decoding")
+    results = {name: summarise_laps(runs, per="image") for name, runs in laps.items()}
+    write_record(args.record, config={"images": len(files), "mb_per_image": mb}, results=results)
+    print(f"record {args.record}")
+
+
+def measure_memory(args: argparse.Namespace) -> None:
+    """Print and record what real steps take here, on the CPU if there is no GPU, and what was predicted."""
+    import torch
+
+    from cmae_scale.report.records import write_record
+    from cmae_scale.trials.footprint import CASES, STEPS, compare_footprints
+
+    device: "Device" = "cuda" if torch.cuda.is_available() else "cpu"
+    cases = [case for number, case in enumerate(CASES, start=1) if not args.only or number in args.only]
+    results = {}
+    print(f"{'run':112} {'measured':>9} {'predicted':>9}   MiB")
+    for found in compare_footprints(cases, device=device):
+        measured, predicted = found.measured_bytes / 2**20, found.predicted.total_bytes / 2**20
+        print(f"{found.case.name:112} {measured:9.0f} {predicted:9.0f}  {found.deviation:+.1%}", flush=True)
+        results[found.case.name] = found.record()
+    write_record(args.record, config={"steps": STEPS, "device": device}, results=results)
+    print(f"record {args.record}")
+
+
+def prove_kills(args: argparse.Namespace) -> None:
+    """Print what each kill -9 did. DataError unless every run ends as the one that was never killed."""
+    from cmae_scale.trials.kills import Job, prove_survival
+
+    overrides = ("--set", *args.set) if args.set else ()
+    arguments = ("--deepspeed_config", args.deepspeed_config, *overrides)
+    args.out.mkdir(parents=True, exist_ok=True)
+    job = Job("cmae_scale.pretrain", arguments, args.ranks, args.out / "kill")
+    outcomes = prove_survival(job, kills=args.kills, seed=args.seed, tell=partial(print, flush=True))
+    saving = sum(outcome.was_saving for outcome in outcomes)
+    whole = sum(outcome.kill.victim is None for outcome in outcomes)
+    print(
+        f"{len(outcomes)} kills (-9): {whole} of the whole run, {len(outcomes) - whole} of one rank, "
+        f"{saving} during a save; every run ended with the metrics and weights of the one never killed"
+    )
 
 
 def read_views(args: argparse.Namespace) -> ViewsConfig:

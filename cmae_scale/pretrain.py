@@ -1,4 +1,4 @@
-"""Pre-train a vision transformer as a contrastive masked autoencoder, as one run file says.
+"""Pre-train a vision encoder as a contrastive masked autoencoder, as one run file says.
 
 Each step, in the order of `train`: the plan says which samples; the loader decodes them to uint8 masters;
 on the device they become an online view and a shifted, coloured target view; the online branch predicts the
@@ -7,7 +7,8 @@ pixels of the hidden patches and a query, the target branch a key; after the upd
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,10 +21,13 @@ from cmae_scale.core.config import Run, read_run, resolve_run
 from cmae_scale.core.durations import Clock, plan_timetable
 from cmae_scale.core.schedules import plan_schedules
 from cmae_scale.core.world import wait_without_spinning
+from cmae_scale.engine.safety.signals import StopRequest
 
 if TYPE_CHECKING:
     from cmae_scale.data.shard_set import ShardSet
+    from cmae_scale.data.stream import MasterBatch
     from cmae_scale.engine.pretraining import Pretraining
+    from cmae_scale.engine.start import Place
     from cmae_scale.engine.watch.journal import Journal
 
 EXAMPLES = """\
@@ -45,10 +49,15 @@ def pretrain(argv: Sequence[str] | None) -> None:
     parser.add_argument("--stop_at", type=int, metavar="STEP", help="save and end after this step")
     args = parser.parse_args(argv)
     wait_without_spinning()
-    train(read_run(args.deepspeed_config, read_overrides(args)), stop_at=args.stop_at)
+    with StopRequest() as stop:
+        run = read_run(args.deepspeed_config, read_overrides(args))
+        from cmae_scale.engine.safety.attend import attend
+
+        with attend(run, stop) as place:
+            train(run, place, stop_at=args.stop_at)
 
 
-def train(run: Run, *, stop_at: int | None = None) -> None:
+def train(run: Run, place: "Place", *, stop_at: int | None = None) -> None:
     """The run on this rank: to its end, with an exported encoder, or to `stop_at`, with a saved state."""
     from cmae_scale.data.bad_samples import BadSamples
     from cmae_scale.data.mix import plan_data
@@ -56,12 +65,11 @@ def train(run: Run, *, stop_at: int | None = None) -> None:
     from cmae_scale.data.shard_set import open_shards
     from cmae_scale.data.stream import open_batches
     from cmae_scale.engine.loop import take_steps
-    from cmae_scale.engine.pretraining import Pretraining, describe, start_pretraining
-    from cmae_scale.engine.start import read_precision, start_processes, stop_processes
+    from cmae_scale.engine.pretraining import Pretraining, describe, start_pretraining, watch_health
+    from cmae_scale.engine.start import read_precision
     from cmae_scale.engine.watch.journal import Journal
     from cmae_scale.tasks.knn_monitor import open_knn_monitor
 
-    place = start_processes()
     rank, ranks = place.world.rank, place.world.size
     data = run.cmae.data
     shards = open_shards(data.shards, data=data)
@@ -73,8 +81,14 @@ def train(run: Run, *, stop_at: int | None = None) -> None:
     schedules = plan_schedules(run.cmae, peak_lr=run.peak_lr, times=times)
 
     session = start_pretraining(run, place=place, data_order=plan.fingerprint)
-    method = Pretraining(session, batch, schedules.momentum)
-    journal = Journal(session, times=times, metric_names=method.metric_names, image_flops=method.image_flops)
+    method = Pretraining(session, batch, schedules.momentum, watch_health(session))
+    journal = Journal(
+        session,
+        times=times,
+        metric_names=method.metric_names,
+        image_flops=method.image_flops,
+        health=method.health,
+    )
     journal.say(describe(session, images=shards.total, times=times))
     steps = range(session.first_step, min(times.total_steps, stop_at or times.total_steps))
     knn = open_knn_monitor(
@@ -86,37 +100,44 @@ def train(run: Run, *, stop_at: int | None = None) -> None:
         clock=Clock(plan.steps_per_epoch, batch.total, times.total_steps),
     )
     bad = BadSamples(data.max_bad_fraction)
-    loader = open_batches(
-        shards,
-        plan,
-        views=run.cmae.views,
-        data=data,
-        rank=rank,
-        ranks=ranks,
-        accumulation=batch.accumulation,
-        first_step=steps.start,
-        end_step=steps.stop,
-        pin=place.device.type == "cuda",
-        bad=bad,
-    )
-    with loader:
-        masters = copy_ahead(loader, place.device)
-        take_steps(method, journal, masters, steps=steps, lr=schedules.lr, bad=bad, evaluation=knn)
+
+    @contextmanager
+    def feed(steps: range) -> Iterator[Iterator["MasterBatch"]]:
+        loader = open_batches(
+            shards,
+            plan,
+            views=run.cmae.views,
+            data=data,
+            rank=rank,
+            ranks=ranks,
+            accumulation=batch.accumulation,
+            first_step=steps.start,
+            end_step=steps.stop,
+            pin=place.device.type == "cuda",
+            bad=bad,
+        )
+        with loader:
+            yield copy_ahead(loader, place.device)
+
+    take_steps(method, journal, feed, steps=steps, lr=schedules.lr, bad=bad, evaluation=knn)
     if steps.stop == times.total_steps:
         finish(method, journal, held_out=held_out)
     journal.close()
-    stop_processes()
 
 
 def finish(method: "Pretraining", journal: "Journal", *, held_out: "ShardSet") -> None:
     """What a finished run leaves for people and for the next tool: pictures, encoder, summary."""
     from cmae_scale.data.held_out import read_held_out
     from cmae_scale.engine.preview import preview
+    from cmae_scale.engine.safety.pulse import PATIENT
+    from cmae_scale.models.weights import say_how_to_load
     from cmae_scale.report import read_metrics, write_curves, write_reconstructions
 
     session = method.session
+    session.place.pulse.enter("finishing", step=journal.times.total_steps, patience=PATIENT)
     run, cfg = session.run, session.run.cmae
-    encoder, pictures = method.export(), run.out / "pictures"
+    encoder, pictures = method.export(journal.last), run.out / "pictures"
+    how = say_how_to_load(cfg.model, folder=encoder)
     if cfg.monitor.pictures:
         masters, _ = read_held_out(
             held_out, count=cfg.monitor.pictures, views=cfg.views, max_mpx=cfg.data.max_image_mpx
@@ -127,9 +148,7 @@ def finish(method: "Pretraining", journal: "Journal", *, held_out: "ShardSet") -
     if session.place.world.is_first:
         chance = math.log(run.deepspeed["train_batch_size"]) if cfg.loss.contrast == "infonce" else None
         write_curves(pictures / "curves.png", metrics=read_metrics(journal.path), chance=chance)
-        journal.say(
-            f"{journal.summarise()}\nencoder {encoder} (timm: local-dir:{encoder}), pictures {pictures}"
-        )
+        journal.say(f"{journal.summarise()}\nencoder {encoder} ({how}), pictures {pictures}")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@ is the task, which makes inputs, targets and losses of a batch and judges the ne
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,8 +20,10 @@ from cmae_scale.core.durations import Clock, plan_timetable, read_steps
 from cmae_scale.core.files import write_text
 from cmae_scale.core.schedules import plan_transfer_lr
 from cmae_scale.core.world import wait_without_spinning
+from cmae_scale.engine.safety.signals import StopRequest
 
 if TYPE_CHECKING:
+    from cmae_scale.data.stream import MasterBatch
     from cmae_scale.engine.start import Place
     from cmae_scale.tasks.build import Bench
 
@@ -45,19 +48,19 @@ def transfer(argv: Sequence[str] | None) -> None:
     parser.add_argument("--stop_at", type=int, metavar="STEP", help="save and end after this step")
     args = parser.parse_args(argv)
     wait_without_spinning()
-    run = read_run(args.deepspeed_config, read_overrides(args, kind="transfer"), kind="transfer")
+    with StopRequest() as stop:
+        run = read_run(args.deepspeed_config, read_overrides(args, kind="transfer"), kind="transfer")
+        from cmae_scale.engine.safety.attend import attend
+        from cmae_scale.engine.start import read_precision
+        from cmae_scale.tasks.build import open_bench
 
-    from cmae_scale.engine.start import read_precision, start_processes, stop_processes
-    from cmae_scale.tasks.build import open_bench
-
-    place = start_processes()
-    compute = read_precision(run.deepspeed).compute
-    bench = open_bench(run.transfer, world=place.world, device=place.device, compute=compute)
-    if run.transfer.task.knn is not None:
-        look_for_neighbours(run, bench)
-    else:
-        train(run, bench, place=place, stop_at=args.stop_at)
-    stop_processes()
+        with attend(run, stop) as place:
+            compute = read_precision(run.deepspeed).compute
+            bench = open_bench(run.transfer, world=place.world, device=place.device, compute=compute)
+            if run.transfer.task.knn is not None:
+                look_for_neighbours(run, bench)
+            else:
+                train(run, bench, place=place, stop_at=args.stop_at)
 
 
 def look_for_neighbours(run: Run, bench: "Bench") -> None:
@@ -120,9 +123,13 @@ def train(run: Run, bench: "Bench", *, place: "Place", stop_at: int | None = Non
     )
     steps = range(session.first_step, min(times.total_steps, stop_at or times.total_steps))
     bad = BadSamples(cfg.data.max_bad_fraction)
-    with open_training(bench, task, plan, batch=batch, steps=steps, bad=bad) as loader:
-        batches = copy_ahead(loader, place.device)
-        take_steps(method, journal, batches, steps=steps, lr=lr, bad=bad, evaluation=examination)
+
+    @contextmanager
+    def feed(steps: range) -> Iterator[Iterator["MasterBatch"]]:
+        with open_training(bench, task, plan, batch=batch, steps=steps, bad=bad) as loader:
+            yield copy_ahead(loader, place.device)
+
+    take_steps(method, journal, feed, steps=steps, lr=lr, bad=bad, evaluation=examination)
     if steps.stop == times.total_steps and place.world.is_first:
         scores = {"best": examination.best or {}, "last": examination.last or {}}
         about = {"encoder": bench.encoder.place, "task": cfg.task.name, "train_images": plan.total}

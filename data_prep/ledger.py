@@ -18,17 +18,17 @@ from pathlib import Path
 from typing import Any
 
 from cmae_scale.core.errors import ConfigError
-from cmae_scale.core.files import PART
+from cmae_scale.core.files import PART, write_first, write_whole
 from cmae_scale.data.index import INDEX_NAME, ShardIndex, ShardInfo, parse_index
+from cmae_scale.data.offsets import offsets_name
 from data_prep.layout import Part, ShardPlan, Skipped
 from data_prep.locks import hold_part
 from data_prep.tally import Tally, pack_tally, unpack_tally
-from data_prep.whole_files import write_first, write_whole
 
 OPTIONS_NAME = ".making.json"
 RECORD_ENDING = ".done.json"
 SKIPPED_NAME = "skipped.jsonl"
-SHARD_PART = re.compile(rf"\.shard-(\d+)\.tar.*{re.escape(PART)}")
+SHARD_PART = re.compile(rf"\.shard-(\d+)\..*{re.escape(PART)}")
 
 
 @dataclass(frozen=True)
@@ -147,6 +147,7 @@ def drop_records(index: ShardIndex) -> None:
         name = record.name.removeprefix(".").removesuffix(RECORD_ENDING)
         if name not in listed:
             (index.folder / name).unlink(missing_ok=True)
+            (index.folder / offsets_name(name)).unlink(missing_ok=True)
         record.unlink(missing_ok=True)
     for left in index.folder.glob(f"*{PART}"):
         left.unlink(missing_ok=True)

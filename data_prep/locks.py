@@ -1,18 +1,15 @@
 """Who is at work in a folder. The kernel lets go of a lock however its process ends, on NFS too."""
 
-import errno
-import fcntl
-import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from cmae_scale.core.errors import ConfigError
+from cmae_scale.core.locks import hold
 from data_prep.layout import Part
 
 MERGING = ".merging.lock"
-WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)  # some cluster file systems have none
 
 
 @contextmanager
@@ -22,13 +19,13 @@ def hold_part(out: Path, part: Part) -> Iterator[None]:
     ConfigError while another process has it, or while one shares the folder into another number of parts.
     Where the file system has no locks nothing is checked: whole files of the same content replace each other.
     """
-    with _lock(out / _name(part), wait=False) as is_held:
+    with hold(out / _name(part), wait=False) as is_held:
         if not is_held:
             raise ConfigError(f"another make_shards is writing {_say(part, out)}: wait for it or {_OTHER}")
         for path in out.glob(".making-*-of-*.lock"):
             other = _parse(path)
             if other is not None and other.of != part.of:
-                with _lock(path, wait=False) as is_free:
+                with hold(path, wait=False) as is_free:
                     if not is_free:
                         raise ConfigError(
                             f"another make_shards is writing {_say(other, out)}: give all the same number "
@@ -40,44 +37,11 @@ def hold_part(out: Path, part: Part) -> Iterator[None]:
 @contextmanager
 def hold_merge(out: Path) -> Iterator[None]:
     """The right to write the index; waits for whoever has it."""
-    with _lock(out / MERGING, wait=True):
+    with hold(out / MERGING, wait=True):
         yield
 
 
 _OTHER = "write another --out"
-
-
-@contextmanager
-def _lock(path: Path, *, wait: bool) -> Iterator[bool]:
-    """Whether the lock was free (with `wait` it is, in the end). Its file goes when the block ends."""
-    flags = fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB
-    while True:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            fcntl.flock(handle, flags)
-        except BlockingIOError:
-            os.close(handle)
-            yield False
-            return
-        except OSError as error:
-            if error.errno not in WITHOUT_LOCKS:
-                os.close(handle)
-                raise
-        if _is_still(handle, path):
-            break
-        os.close(handle)  # its last holder has just removed it
-    try:
-        yield True
-    finally:
-        path.unlink(missing_ok=True)
-        os.close(handle)
-
-
-def _is_still(handle: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(handle), path.stat())
-    except FileNotFoundError:
-        return False
 
 
 def _name(part: Part) -> str:

@@ -12,13 +12,15 @@ from typing import BinaryIO, NamedTuple
 from PIL import Image
 
 from cmae_scale.core.errors import DataError
+from cmae_scale.core.files import write_whole
 from cmae_scale.data.decode import decode_image, image_extension, open_image
 from cmae_scale.data.index import ShardInfo
+from cmae_scale.data.offsets import write_offsets
+from cmae_scale.data.tar import sum_bytes
 from data_prep.layout import Options, ShardTask, Skipped
 from data_prep.ledger import WrittenShard, record_shard
 from data_prep.listing import Item
 from data_prep.tally import Tally
-from data_prep.whole_files import write_whole
 
 MAX_MPX = 178.0  # Pillow opens nothing larger (twice its MAX_IMAGE_PIXELS). Training has its own, lower limit
 DIGEST_BYTES = 16  # two different images in a billion share 128 bits with probability 1e-21
@@ -66,9 +68,7 @@ class ShardWriter:
                     )
                     skipped.append(Skipped(position, item.name, "small", reason))
                     continue
-                tar.add(f"{position:09d}.{image.ending}", image.data)
-                if item.label is not None:
-                    tar.add(f"{position:09d}.cls", str(item.label).encode())
+                tar.add_sample(f"{position:09d}", image, label=item.label)
                 tally.count_image(image.ending, size=len(image.data), short_side=image.short_side)
                 if self.options.dedup:
                     digest = hashlib.blake2b(original, digest_size=DIGEST_BYTES)
@@ -76,6 +76,8 @@ class ShardWriter:
             tar.end()
         tally.skipped.update(each.kind for each in skipped)
         info = ShardInfo(task.name, tally.images, tar.size, tar.digest.hexdigest())
+        if tally.images:
+            write_offsets(self.out / task.name, [*tar.starts, tar.end_of_members], sha256=info.sha256)
         written = WrittenShard(info, tuple(skipped), tally, tuple(digests))
         record_shard(self.out, written)
         return written
@@ -105,7 +107,7 @@ def build_header(name: str, size: int) -> bytes:
     header[: len(raw)] = raw
     header[124:135] = b"%011o" % size
     header[148:156] = b" " * 8  # the checksum counts itself as blanks
-    header[148:156] = b"%06o\0 " % sum(header)
+    header[148:156] = b"%06o\0 " % sum_bytes(header)
     return bytes(header)
 
 
@@ -115,7 +117,7 @@ def _blank_header() -> bytes:
 
 
 class _TarFile:
-    """An archive being written front to back; knows its size and SHA-256 so far.
+    """An archive being written front to back; knows its size and SHA-256 so far, and where samples begin.
 
     Members carry no time and no owner, so the same input gives the same bytes.
     """
@@ -124,16 +126,25 @@ class _TarFile:
         self.file = file
         self.size = 0
         self.digest = hashlib.sha256()
+        self.starts: list[int] = []
+        self.end_of_members = 0
 
-    def add(self, name: str, data: bytes) -> None:
-        self._write(build_header(name, len(data)))
-        self._write(data)
-        self._write(bytes(-len(data) % tarfile.BLOCKSIZE))
+    def add_sample(self, key: str, image: Encoded, *, label: int | None) -> None:
+        self.starts.append(self.size)
+        self._add(f"{key}.{image.ending}", image.data)
+        if label is not None:
+            self._add(f"{key}.cls", str(label).encode())
 
     def end(self) -> None:
         """Two blocks of zeros, and as many as fill a record, as tar writes them."""
+        self.end_of_members = self.size
         self._write(bytes(2 * tarfile.BLOCKSIZE))
         self._write(bytes(-self.size % tarfile.RECORDSIZE))
+
+    def _add(self, name: str, data: bytes) -> None:
+        self._write(build_header(name, len(data)))
+        self._write(data)
+        self._write(bytes(-len(data) % tarfile.BLOCKSIZE))
 
     def _write(self, data: bytes) -> None:
         self.file.write(data)

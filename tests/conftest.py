@@ -4,11 +4,14 @@ import multiprocessing
 import os
 import pickle
 import socket
+import sys
+import time
 import traceback
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterable, Mapping
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported: see core/world.py
 
@@ -20,6 +23,9 @@ jaxtyping.install_import_hook(
 
 import pytest
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -64,23 +70,41 @@ def on_ranks() -> Callable[..., list[Any]]:
     return run_on_ranks
 
 
+@pytest.fixture(scope="session")
+def killed_on_ranks(on_ranks: Callable[..., list[Any]]) -> Callable[..., None]:
+    """`killed_on_ranks(function, ranks=2)`: where a rank ends itself by SIGKILL."""
+
+    def run(function: Callable[[], Any], *, ranks: int) -> None:
+        with pytest.raises(KilledRankError):
+            on_ranks(function, ranks=ranks)
+
+    return run
+
+
+class KilledRankError(AssertionError):
+    """A rank ended without an answer."""
+
+
 def run_on_ranks(function: Callable[[], Any], *, ranks: int, timeout_s: float = 120) -> list[Any]:
     context = multiprocessing.get_context("fork")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = find_port()
     pipes = [context.Pipe(duplex=False) for _ in range(ranks)]
     processes = [
-        context.Process(target=_be_rank, args=(function, rank, ranks, port, pipes[rank][1]))
+        context.Process(target=_be_rank, args=(function, rank, port, [writer for _, writer in pipes]))
         for rank in range(ranks)
     ]
     for process in processes:
         process.start()
+    for _, writer in pipes:
+        writer.close()  # the ranks have it: a pipe ends with its rank
     try:
         answers = []
         for rank, (reader, _) in enumerate(pipes):
             assert reader.poll(timeout_s), f"rank {rank} did not answer within {timeout_s} s"
-            answers.append(pickle.loads(reader.recv_bytes()))
+            try:
+                answers.append(pickle.loads(reader.recv_bytes()))
+            except EOFError:
+                raise KilledRankError(f"rank {rank} ended without an answer") from None
     finally:
         for process in processes:
             process.join(5)
@@ -90,16 +114,12 @@ def run_on_ranks(function: Callable[[], Any], *, ranks: int, timeout_s: float = 
     return [result for result, _ in answers]
 
 
-def _be_rank(function: Callable[[], Any], rank: int, ranks: int, port: int, answer: Connection) -> None:
-    os.environ.update(
-        RANK=str(rank),
-        WORLD_SIZE=str(ranks),
-        LOCAL_RANK=str(rank),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-        OMP_NUM_THREADS="1",
-        DS_ACCELERATOR="cpu",
-    )
+def _be_rank(function: Callable[[], Any], rank: int, port: int, writers: list[Connection]) -> None:
+    answer, ranks = writers[rank], len(writers)
+    for other in writers:
+        if other is not answer:
+            other.close()
+    os.environ.update(rank_environment(rank, ranks, port))
     torch.set_num_threads(1)  # a forked OpenMP pool would hang
     try:
         answer.send_bytes(pickle.dumps((function(), None)))  # tensors by value, not as shared memory
@@ -108,3 +128,149 @@ def _be_rank(function: Callable[[], Any], rank: int, ranks: int, port: int, answ
     finally:
         answer.close()
         os._exit(0)  # the parent's exit handlers are not ours to run
+
+
+@pytest.fixture
+def live_bytes() -> "LiveBytes":
+    """A counter of the bytes of tensors that are alive, to be entered."""
+    return LiveBytes()
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts, while it is entered, the storages that operations make or touch, each once, until they die.
+
+    `now` is their size, `peak` the largest since `reset`. What an operation allocates and frees
+    inside of itself is not seen, nor is what libraries hold for themselves. Slow: for tests and measurements.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 0
+        self.peak = 0
+        self._sizes: dict[int, int] = {}
+        self._watched: dict[int, Any] = {}
+
+    def reset(self) -> None:
+        """Forget the peak so far."""
+        self.peak = self.now
+
+    def watch(self, tensors: Iterable[Tensor]) -> None:
+        """Count these too, which were there before."""
+        for tensor in tensors:
+            if tensor.device.type != "meta":
+                self._count(tensor.untyped_storage())
+        self.peak = max(self.peak, self.now)
+
+    def __torch_dispatch__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Run the operation and count what it returns."""
+        result = func(*args, **(kwargs or {}))
+        self.watch(leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor))
+        return result
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        place, size = storage._cdata, storage.nbytes()
+        if place not in self._sizes:
+            self._watched[place] = weakref.ref(storage, lambda _: self._forget(place))
+        self.now += size - self._sizes.get(place, 0)  # a storage may have been resized
+        self._sizes[place] = size
+
+    def _forget(self, place: int) -> None:
+        self.now -= self._sizes.pop(place, 0)
+        self._watched.pop(place, None)
+
+
+class Ended(NamedTuple):
+    """How a process ended: `status` is negative for a signal."""
+
+    status: int | None
+    stderr: str
+    after_s: float
+
+
+@pytest.fixture(scope="session")
+def let_ranks_end(
+    on_ranks: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., list[Ended]]:
+    """`let_ranks_end(function, ranks=2)`: how fresh gloo processes end that run `function() -> status`.
+
+    For what `on_ranks` cannot: ranks that die. `meanwhile(pids)` runs in this process beside them. What is
+    left after `timeout_s` is killed, and its status is None.
+    """
+
+    def run(
+        function: Callable[[], int | None],
+        *,
+        ranks: int,
+        timeout_s: float = 60,
+        meanwhile: Callable[[list[int]], None] = lambda pids: None,
+    ) -> list[Ended]:
+        context = multiprocessing.get_context("fork")
+        port = find_port()
+        folder = tmp_path_factory.mktemp("ranks")
+        logs = [folder / f"stderr_{rank}" for rank in range(ranks)]
+        processes = [
+            context.Process(target=_end_as_rank, args=(function, rank, ranks, port, logs[rank]))
+            for rank in range(ranks)
+        ]
+        started_s = time.monotonic()
+        for process in processes:
+            process.start()
+        ends = [timeout_s] * ranks
+        waiting = dict(enumerate(processes))
+        meanwhile([process.pid or 0 for process in processes])
+        while waiting and time.monotonic() - started_s < timeout_s:
+            for rank, process in list(waiting.items()):
+                if process.exitcode is not None:
+                    ends[rank] = time.monotonic() - started_s
+                    del waiting[rank]
+            time.sleep(0.02)
+        for process in waiting.values():
+            process.kill()
+        return [
+            Ended(None if rank in waiting else process.exitcode, logs[rank].read_text(), ends[rank])
+            for rank, process in enumerate(processes)
+        ]
+
+    return run
+
+
+def _end_as_rank(function: Callable[[], int | None], rank: int, ranks: int, port: int, log: Path) -> None:
+    with log.open("w") as file:
+        os.dup2(file.fileno(), 2)
+    sys.stderr = os.fdopen(2, "w", buffering=1)
+    os.environ.update(rank_environment(rank, ranks, port))
+    torch.set_num_threads(1)  # a forked OpenMP pool would hang
+    status: int | None = 1
+    try:
+        status = function()
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(status or 0)
+
+
+def find_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
+
+
+def rank_environment(rank: int, ranks: int, port: int) -> dict[str, str]:
+    """What a launcher would set."""
+    return {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(ranks),
+        "LOCAL_RANK": str(rank),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+        "DS_ACCELERATOR": "cpu",
+    }

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shlex
 import signal
 import subprocess
 import sys
@@ -128,6 +127,24 @@ def test_the_exported_encoder_gives_timm_the_same_features(
 
 
 @pytest.mark.dist
+def test_a_hybrid_stopped_and_resumed_exports_what_straight_through_does(
+    arguments: Callable[..., list[str]], pretrain: Callable[..., list[int]], tmp_path: Path
+) -> None:
+    from cmae_scale.models import read_encoder
+    from cmae_scale.models.hybrid import HybridEncoder
+
+    settings = ["cmae.schedule.duration=4st", "zero_optimization.stage=3", "cmae.checkpoint.every=2st"]
+    settings.append('cmae.model.conv={"dims": [8, 12], "depths": [1, 1]}')
+    assert pretrain(arguments(*settings, out="straight"), ranks=2) == [0, 0]
+    assert pretrain([*arguments(*settings, out="stopped"), "--stop_at", "2"], ranks=2) == [0, 0]
+    assert pretrain(arguments(*settings, out="stopped"), ranks=2) == [0, 0]
+    straight, resumed = (read_encoder(tmp_path / out / "encoder") for out in ("straight", "stopped"))
+    assert isinstance(straight, HybridEncoder)
+    expected = straight.state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in resumed.state_dict().items())
+
+
+@pytest.mark.dist
 @pytest.mark.parametrize("workers", [1, 2])
 def test_stopped_and_resumed_equals_straight_through_bit_for_bit(
     arguments: Callable[..., list[str]], pretrain: Callable[..., list[int]], tmp_path: Path, workers: int
@@ -164,11 +181,12 @@ def test_a_signal_to_one_rank_saves_on_all_and_the_same_command_goes_on(
         from cmae_scale.engine.watch.journal import Journal
         from cmae_scale.pretrain import main
 
-        original = Journal.add
+        original, added = Journal.add, []
 
-        def add(self: Any, step: int, *args: Any, **options: Any) -> None:
-            original(self, step, *args, **options)
-            if step == 2 and os.environ["RANK"] == "1":
+        def add(self: Any, losses: Any) -> None:
+            original(self, losses)
+            added.append(None)
+            if len(added) == 3 and os.environ["RANK"] == "1":
                 os.kill(os.getpid(), number)
 
         Journal.add = add
@@ -201,6 +219,23 @@ def test_one_and_two_ranks_give_the_same_losses(
     assert pretrain(arguments(*settings, "zero_optimization.stage=2", out="two"), ranks=2) == [0, 0]
     one, two = (torch.tensor(losses_of(tmp_path / out)) for out in ("one", "two"))
     torch.testing.assert_close(two, one, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.dist
+def test_workers_and_restarts_change_no_loss(
+    arguments: Callable[..., list[str]], pretrain: Callable[..., list[int]], tmp_path: Path
+) -> None:
+    """The whole command, twice: straight through, and stopped and taken up by other numbers of workers."""
+
+    def settings(workers: int) -> list[str]:
+        same = ["cmae.schedule.duration=6st", "cmae.checkpoint.every=2st", "cmae.heads.norm=layer"]
+        return [*same, "torch_autocast.enabled=false", f"cmae.data.workers={workers}"]
+
+    assert pretrain(arguments(*settings(1), out="straight")) == [0]
+    assert pretrain([*arguments(*settings(3), out="restarted"), "--stop_at", "2"]) == [0]
+    assert pretrain([*arguments(*settings(2), out="restarted"), "--stop_at", "4"]) == [0]
+    assert pretrain(arguments(*settings(4), out="restarted")) == [0]
+    assert losses_of(tmp_path / "restarted") == losses_of(tmp_path / "straight")
 
 
 @pytest.mark.dist
@@ -255,7 +290,9 @@ def test_a_mistake_is_told_in_one_sentence_with_status_2(
     assert "Traceback" not in stderr
 
 
-@pytest.mark.parametrize("module", ["cmae_scale.pretrain", "data_prep.make_shards", "data_prep.check_shards"])
+@pytest.mark.parametrize(
+    "module", ["cmae_scale.pretrain", "cmae_scale.plan", "data_prep.make_shards", "data_prep.check_shards"]
+)
 @pytest.mark.parametrize("way", ["by module", "by path"])
 def test_help_has_examples(module: str, way: str, repository: Path, tmp_path: Path) -> None:
     path = repository / (module.replace(".", "/") + ".py")
@@ -282,5 +319,5 @@ def test_the_readmes_commands_are_the_ones_tested(repository: Path) -> None:
     readme = (repository / "README.md").read_text()
     assert "deepspeed cmae_scale/pretrain.py --deepspeed_config ds_configs/quickstart.json" in readme
     for line in readme.splitlines():
-        for file in (word for word in shlex.split(line, posix=False) if word.startswith("ds_configs/")):
+        for file in (word for word in line.split() if word.startswith("ds_configs/")):
             assert (repository / file.strip("`'\".,)")).exists(), line

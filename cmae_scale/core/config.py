@@ -24,7 +24,9 @@ _KINDS: dict[RunKind, type[CmaeConfig] | type[TransferConfig]] = {
 }
 _COMMANDS = {"cmae": "pretrain", "transfer": "transfer"}
 _LEAST = {"cmae": '"model" and "data"', "transfer": '"encoder", "task" and "data"'}
-_DURATIONS = frozenset({"duration", "warmup", "every", "evaluate_every"})  # in core/durations' grammar
+_DURATIONS = frozenset(
+    {"duration", "warmup", "every", "keep_every", "evaluate_every"}
+)  # in core/durations' grammar
 
 
 @dataclass(frozen=True)

@@ -49,6 +49,7 @@ class Timetable:
     total_steps: int
     warmup_steps: int
     save_every_steps: int
+    keep_every_steps: int | None = None
 
 
 def plan_timetable(
@@ -64,10 +65,15 @@ def plan_timetable(
             f"{batch_samples} images"
         )
     clock = replace(clock, total_steps=total)
-    saves = read_steps(cfg.checkpoint.every, clock=clock, place=f"{kind}.checkpoint.every")
+
+    def steps(text: str, place: str) -> int:
+        return read_steps(text, clock=clock, place=f"{kind}.{place}")
+
+    kept = cfg.checkpoint.keep_every
     return Timetable(
         steps_per_epoch=steps_per_epoch,
         total_steps=total,
-        warmup_steps=read_steps(cfg.schedule.warmup, clock=clock, place=f"{kind}.schedule.warmup"),
-        save_every_steps=max(1, saves),
+        warmup_steps=steps(cfg.schedule.warmup, "schedule.warmup"),
+        save_every_steps=max(1, steps(cfg.checkpoint.every, "checkpoint.every")),
+        keep_every_steps=None if kept is None else max(1, steps(kept, "checkpoint.keep_every")),
     )

@@ -25,7 +25,7 @@ class DataError(UserError):
 
 
 class DivergedError(UserError):
-    """The loss is no longer a finite number."""
+    """Steps go wrong: losses or gradients are no longer finite numbers, or the loss jumps."""
 
     exit_status = 1
     is_everywhere = True

@@ -1,20 +1,54 @@
-"""Files that appear whole or not at all, also through a crash of the machine."""
+"""Files that appear whole or not at all, through a crash of the machine and with several writers at once."""
 
+import hashlib
 import os
-from contextlib import suppress
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 PART = ".part"  # ending of what is still being written
 
 
 def write_text(path: Path, text: str) -> None:
     """Replace `path` by `text` at once: a reader sees the old content or the new, never a part."""
-    part = path.with_name(path.name + PART)
-    with part.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
+    with write_whole(path) as file:
+        file.write(text.encode())
+
+
+@contextmanager
+def write_whole(path: Path) -> Iterator[BinaryIO]:
+    """A file that appears at `path` when the block ends well, complete and on disk, and not otherwise.
+
+    Its part has a name of its own: one that outlives its killed parent for a moment, or is written on another
+    machine, meets no other.
+    """
+    part = _name_part(path)
+    try:
+        with part.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+    sync(path.parent)
+
+
+def write_first(path: Path, content: bytes) -> bool:
+    """Write `path` if nobody has; False if it is there already. Of several at once, one succeeds."""
+    part = _name_part(path)
+    try:
+        part.write_bytes(content)
+        os.link(part, path)  # unlike a rename, it refuses to replace, over NFS too
+    except FileExistsError:
+        return False
+    finally:
+        part.unlink(missing_ok=True)
+    sync(path.parent)
+    return True
 
 
 class LineFile:
@@ -31,7 +65,7 @@ class LineFile:
         try:
             size = self.path.stat().st_size if self.path.exists() else 0
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(self._waiting)
+                file.write(self._waiting if _ends_whole(self.path) else "\n" + self._waiting)
         except OSError as error:
             if size is not None:
                 with suppress(OSError):  # a part of them may have been written: they come again as a whole
@@ -41,12 +75,21 @@ class LineFile:
         return None
 
 
-def sync_tree(folder: Path) -> None:
-    """Force every file below `folder` and the folder itself to disk."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            sync(path)
-    sync(folder)
+def _ends_whole(path: Path) -> bool:
+    """Whether the last line has its end: that of a killed process may be torn."""
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - 1))
+        return size == 0 or file.read(1) == b"\n"
+
+
+def digest_file(path: Path) -> str:
+    """SHA-256 of a file's content, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def sync(path: Path) -> None:
@@ -56,3 +99,7 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def _name_part(path: Path) -> Path:
+    return path.with_name(f".{path.name.removeprefix('.')}.{secrets.token_hex(4)}{PART}")

@@ -12,7 +12,16 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 Duration = Annotated[str, Field(pattern=r"^\d+(\.\d+)?(ep|st|[kMG]?samples|%)$")]
 
-EncoderName = Literal["vit_tiny", "vit_small", "vit_base", "vit_large", "vit_huge"]
+EncoderName = Literal[
+    "vit_tiny",
+    "vit_small",
+    "vit_base",
+    "vit_large",
+    "vit_huge",
+    "convvit_small",
+    "convvit_base",
+    "convvit_large",
+]
 Attention = Literal["auto", "flash", "efficient", "cudnn", "math"]
 Remat = Literal["none", "selective", "full"]
 Pool = Literal["mean", "cls"]  # of an image's tokens: the patches' mean, or the class token
@@ -52,17 +61,27 @@ class FeatureDecoderConfig(DecoderConfig):
     shared: bool = False  # use the pixel decoder's first `depth` blocks. Source: paper table 4c
 
 
+class ConvConfig(Section):
+    """The two convolutional stages before the transformer of a hybrid encoder. Source: ConvMAE-Base."""
+
+    dims: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] = (256, 384)
+    depths: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] = (2, 2)
+    mlp_ratio: float = Field(4.0, gt=0)
+
+
 class ModelConfig(Section):
-    """The vision transformer of both branches (a named size or three numbers) and the two decoders."""
+    """The encoder of both branches (a named size or three numbers) and the two decoders."""
 
     encoder: EncoderName | None = None
     embed_dim: int | None = Field(None, ge=4, multiple_of=4)
     depth: int | None = Field(None, ge=1)
     num_heads: int | None = Field(None, ge=1)
+    conv: ConvConfig | None = None  # with three numbers: convolutional stages first, as in convvit_*
     mlp_ratio: float = Field(4.0, gt=0)
     patch_size: int = Field(16, ge=1)  # px. Source: ViT-S/B/L; ViT-H uses 14
     pixel_decoder: PixelDecoderConfig = PixelDecoderConfig()
     feature_decoder: FeatureDecoderConfig = FeatureDecoderConfig()
+    init: str | None = None  # start from these weights: a file or folder that cmae_scale.convert reads
     attention: Attention = "auto"  # which scaled-dot-product kernel; a named one that cannot run is an error
     remat: Remat = (
         "none"  # recompute in backward: selective keeps the matrix products, full only block inputs
@@ -75,9 +94,15 @@ class ModelConfig(Section):
             raise ValueError(
                 'write "encoder": "vit_base" (or another size), or all of embed_dim, depth, num_heads'
             )
-        if self.encoder is not None and explicit != (None, None, None):
+        if self.encoder is not None and (*explicit, self.conv) != (None, None, None, None):
             raise ValueError(
-                "encoder names a size already: drop embed_dim, depth and num_heads, or set encoder to null"
+                "encoder names a size already: drop embed_dim, depth, num_heads and conv, "
+                "or set encoder to null"
+            )
+        if self.is_hybrid and self.patch_size % 4:
+            raise ValueError(
+                f"a hybrid encoder merges 4 x 4 sites into a patch: patch_size {self.patch_size} must be "
+                "a multiple of 4"
             )
         if self.embed_dim is not None and self.num_heads is not None and self.embed_dim % self.num_heads:
             raise ValueError(f"embed_dim {self.embed_dim} is not a multiple of num_heads {self.num_heads}")
@@ -86,6 +111,11 @@ class ModelConfig(Section):
         if self.feature_decoder.shared and self.feature_decoder.embed_dim != self.pixel_decoder.embed_dim:
             raise ValueError("feature_decoder.shared needs the same embed_dim in both decoders")
         return self
+
+    @property
+    def is_hybrid(self) -> bool:
+        """Whether convolutional stages come before the transformer (else it is a plain one)."""
+        return self.conv is not None or (self.encoder is not None and self.encoder.startswith("convvit"))
 
 
 class HeadsConfig(Section):
@@ -204,7 +234,9 @@ class DataConfig(Section):
     prefetch: int = Field(2, ge=1)  # batches ready ahead of the model. Does not change results
     cache: str | None = None  # folder on a local disk that keeps what was read from remote shards
     cache_gib: float = Field(100.0, gt=0)  # its size; the least recently used goes first
-    read_timeout_s: float = Field(60.0, gt=0)  # a request of remote data that takes longer is made again
+    read_timeout_s: float = Field(
+        60.0, gt=0
+    )  # a request of remote data that takes longer is made again; a disk that takes longer ends the run
     read_retries: int = Field(8, ge=0)  # repetitions of a failed request: about half a minute of pauses
     allow_commands: bool = False  # shards may be "pipe:COMMAND {name}", which runs that command
 
@@ -231,7 +263,31 @@ class CheckpointConfig(Section):
 
     every: Duration = "5%"
     keep: int = Field(2, ge=1)  # newest states kept
-    resume: Literal["auto", "never"] = "auto"  # auto: go on from the newest state in the run folder, if any
+    keep_every: Duration | None = None  # states at multiples of this are kept too; null = none
+    # whether to go on from the newest state in the run folder. auto: if there is one; required: there must
+    # be one; anyway: as auto, and settings of the method may differ, which are listed; never: start anew
+    resume: Literal["auto", "required", "anyway", "never"] = "auto"
+
+
+class KnnConfig(Section):
+    """Weighted nearest neighbours of frozen features: what an encoder knows without any training.
+
+    Source: Wu et al. (arXiv:1805.01978) section 3.4; DINO eval_knn.py.
+    """
+
+    k: int = Field(20, ge=1)  # Source: DINO, best of 10, 20, 100, 200
+    temperature: float = Field(0.07, gt=0)  # a neighbour's vote is exp(cosine / temperature)
+    pool: Pool = "mean"
+
+
+class KnnMonitorConfig(KnnConfig):
+    """Nearest neighbours while pre-training goes on."""
+
+    every: Duration = "10%"
+    shards: str | tuple[str, ...] | None = None  # labelled, to vote; null = data.shards
+    val_shards: str | tuple[str, ...] | None = None  # labelled, to be classified; null = data.val_shards
+    train_fraction: float = Field(1.0, gt=0, le=1)  # only the first part of every voting shard
+    batch: int = Field(256, ge=1)  # images of a forward pass on a rank. Does not change results
 
 
 class KnnConfig(Section):
@@ -259,8 +315,39 @@ class MonitorConfig(Section):
     """What is written while training."""
 
     log_every: int = Field(20, ge=1)  # optimizer steps per line of metrics.jsonl
+    health: bool = True  # gradient norms by part, target distance, spread of queries and keys in each line;
+    # measured in the last step before it
+    breakdown: bool = False  # milliseconds per step of data, augment, forward, target, backward, ... by line
+    profile: Annotated[str, Field(pattern=r"^[1-9]\d*(-[1-9]\d*)?$")] | None = (
+        None  # steps "10-12", counted as in metrics.jsonl: torch profiler trace in RUN/profile, of rank 0
+    )
     pictures: int = Field(8, ge=0)  # held-out images in the reconstruction sheet; 0 = none
     knn: KnnMonitorConfig | None = None  # null = no nearest neighbours
+
+    @model_validator(mode="after")
+    def _profile_in_order(self) -> "MonitorConfig":
+        first, _, last = (self.profile or "").partition("-")
+        if last and int(last) < int(first):
+            raise ValueError(f'profile "{self.profile}" ends before it begins: write "{last}-{first}"')
+        return self
+
+
+class FaultsConfig(Section):
+    """What the run does when something goes wrong that it can survive."""
+
+    bad_step: Literal["skip", "stop", "rewind"] = "skip"  # a loss or gradient that is not finite, or a spike:
+    # leave the step out (one batch in a million is no loss), stop, or take up the newest state first (where
+    # memory is in doubt). Nothing of such a step reaches weights, target or moments under any of them
+    max_bad_steps: int = Field(3, ge=1)  # that many in a row are left out, the next stops the run: then it is
+    # not the batch. Source: DINOv3 stops after more than 2
+    spike: float | None = Field(None, gt=0)  # also bad: a loss that many standard deviations above the mean
+    # of about the last 100 steps; null = none, because a loss may rise without harm (a new learning rate)
+    step_timeout_s: float = Field(600.0, gt=0)  # no progress for so long ends the run with everyone's stacks;
+    # three times as long at the first step and while saving. As long as torch's collectives wait
+    peer_timeout_s: float = Field(
+        30.0, gt=0
+    )  # a rank that shows no life for so long ends the run (named after
+    # a third of it); a rank that died is noticed at once
 
 
 class CmaeConfig(Section):
@@ -276,6 +363,8 @@ class CmaeConfig(Section):
     schedule: ScheduleConfig = ScheduleConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     monitor: MonitorConfig = MonitorConfig()
+    faults: FaultsConfig = FaultsConfig()
+    compile: Literal["none", "blocks"] = "none"  # torch.compile for every transformer block; ZeRO 0 to 2
     out: str | None = None  # run folder; null = runs/<name of the run file>
     seed: int = Field(60, ge=0)  # Source: official config
 
@@ -302,6 +391,8 @@ class CmaeConfig(Section):
             )
         if self.target.mask_ratio and int(cells * (1 - self.target.mask_ratio)) < 1:
             raise ValueError(f"target.mask_ratio {self.target.mask_ratio} of {cells} cells keeps none")
+        if self.target.pool == "cls" and self.model.is_hybrid:
+            raise ValueError('a hybrid encoder has no class token: write target.pool "mean"')
         return self
 
     @property

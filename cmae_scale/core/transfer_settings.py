@@ -12,6 +12,7 @@ from cmae_scale.core.settings import (
     CheckpointConfig,
     DataConfig,
     Duration,
+    FaultsConfig,
     Fraction,
     KnnConfig,
     Pool,
@@ -153,6 +154,8 @@ class TransferMonitorConfig(Section):
 
     log_every: int = Field(20, ge=1)  # optimizer steps per line of metrics.jsonl
     evaluate_every: Duration = "1ep"  # and at the end
+    breakdown: bool = False  # as cmae.monitor.breakdown
+    profile: Annotated[str, Field(pattern=r"^[1-9]\d*(-[1-9]\d*)?$")] | None = None  # as cmae.monitor.profile
     batch: int = Field(256, ge=1)  # images of a forward pass of evaluation on a rank. Does not change results
 
 
@@ -166,5 +169,6 @@ class TransferConfig(Section):
     schedule: TransferScheduleConfig = TransferScheduleConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     monitor: TransferMonitorConfig = TransferMonitorConfig()
+    faults: FaultsConfig = FaultsConfig()
     out: str | None = None  # run folder; null = runs/<name of the run file>
     seed: int = Field(0, ge=0)  # Source: MAE main_finetune.py

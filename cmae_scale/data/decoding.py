@@ -8,16 +8,18 @@ import numpy as np
 import torch
 from jaxtyping import UInt8
 from PIL import Image
+from torch import Tensor
 from torch.nn import functional as F
 
 from cmae_scale.core.settings import ViewsConfig
 from cmae_scale.core.transfer_settings import CropConfig
+from cmae_scale.data.batch_memory import BatchMemory
 from cmae_scale.data.counter_rng import Purpose, draw_uniforms
 from cmae_scale.data.decode import CROP_DRAWS, decode_centre, random_crop_box
 from cmae_scale.data.masters import decode_master, decode_pixels
 from cmae_scale.data.rand_augment import RandAugmentation
 
-Pixels = UInt8[np.ndarray, "crops 3 side side"]
+Pixels = UInt8[Tensor, "crops 3 side side"]
 
 
 @dataclass(frozen=True)
@@ -46,8 +48,8 @@ class Decoding(Protocol):
     def side(self) -> int:
         """Their side, px."""
 
-    def decode(self, data: bytes, place: SamplePlace) -> Pixels:
-        """The pictures, RGB."""
+    def decode(self, data: bytes, place: SamplePlace, *, out: Pixels) -> None:
+        """Write the pictures, RGB, to `out`, whose channels lie last in memory."""
 
 
 @dataclass(frozen=True)
@@ -67,15 +69,16 @@ class MasterCrops:
         """Side of a master, px."""
         return self.views.master_px
 
-    def decode(self, data: bytes, place: SamplePlace) -> Pixels:
+    def decode(self, data: bytes, place: SamplePlace, *, out: Pixels) -> None:
         """Random resized crops."""
-        return decode_master(
+        decode_master(
             data,
             side=self.side,
             scale=self.views.crop_scale,
             ratio=self.views.crop_ratio,
             max_mpx=self.max_mpx,
             draws=[place.draw(Purpose.CROP, count=CROP_DRAWS, crop=crop) for crop in range(self.crops)],
+            out=out,
         )
 
 
@@ -96,7 +99,7 @@ class TrainingCrops:
         """Side of a crop, px."""
         return self.crop.img_px
 
-    def decode(self, data: bytes, place: SamplePlace) -> Pixels:
+    def decode(self, data: bytes, place: SamplePlace, *, out: Pixels) -> None:
         """One crop."""
         pixels = decode_pixels(data, max_mpx=self.max_mpx)
         height, width, _ = pixels.shape
@@ -109,9 +112,11 @@ class TrainingCrops:
         if flip < self.crop.flip_p:
             picture = picture.flip(-1)
         if self.augmentation is None:
-            return picture[None].numpy()
+            out.copy_(picture[None])
+            return
         image = Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy())
-        return np.asarray(self.augmentation.apply(image, numbers)).transpose(2, 0, 1)[None]
+        augmented = np.array(self.augmentation.apply(image, numbers))
+        out.copy_(torch.from_numpy(augmented).permute(2, 0, 1)[None])
 
     def _count_numbers(self) -> int:
         return 0 if self.augmentation is None else self.augmentation.num_draws
@@ -130,9 +135,10 @@ class CentreCrops:
         """Side of the centre, px."""
         return self.crop.img_px
 
-    def decode(self, data: bytes, place: SamplePlace) -> Pixels:
+    def decode(self, data: bytes, place: SamplePlace, *, out: Pixels) -> None:
         """One centre; nothing is random."""
-        return decode_centre(data, side=self.side, short=self.crop.short_px, max_mpx=self.max_mpx)[None]
+        centre = decode_centre(data, side=self.side, short=self.crop.short_px, max_mpx=self.max_mpx)
+        out.copy_(torch.from_numpy(centre.copy())[None])
 
 
 Allocate = Callable[[int], torch.Tensor]
@@ -141,8 +147,10 @@ Allocate = Callable[[int], torch.Tensor]
 def allocate_for(decoding: Decoding, *, pin: bool) -> Allocate:
     """From a number of rows to memory for their pictures; `pin` makes it page-locked, for copies to a GPU."""
 
-    def allocate(rows: int) -> torch.Tensor:
-        shape = (rows, decoding.crops, 3, decoding.side, decoding.side)
-        return torch.empty(shape, dtype=torch.uint8, pin_memory=pin)
+    memory = BatchMemory(pin=pin)
+
+    def allocate(rows: int) -> torch.Tensor:  # channels last, as decoders write them
+        shape = (rows, decoding.crops, decoding.side, decoding.side, 3)
+        return memory.take(shape).permute(0, 1, 4, 2, 3)
 
     return allocate

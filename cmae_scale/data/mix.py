@@ -8,6 +8,7 @@ what a row holds follows from the step alone.
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 
 from cmae_scale.core.errors import ConfigError
@@ -34,17 +35,17 @@ class MixPlan:
         """Streams of all parts."""
         return len(self.owners)
 
-    @property
+    @cached_property
     def global_batch(self) -> int:
         """Rows of a step."""
         return sum(part.global_batch for part in self.parts)
 
-    @property
+    @cached_property
     def stream_rows(self) -> int:
         """Rows of every global batch that one stream fills."""
         return self.global_batch // self.streams
 
-    @property
+    @cached_property
     def total(self) -> int:
         """Samples of all parts."""
         return sum(part.total for part in self.parts)
@@ -71,10 +72,14 @@ class MixPlan:
     def find_row(self, *, step: int, row: int) -> tuple[int, Place]:
         """The part that fills `row` of the global batch of `step`, and the place in that part's own plan."""
         stream, row_in_stream = divmod(row, self.stream_rows)
-        owner = self.owners[stream]
-        own_stream = self.owners[:stream].count(owner)
+        owner, own_stream = self._own_streams[stream]
         part = self.parts[owner]
         return owner, part.find_row(step=step, row=own_stream * part.stream_rows + row_in_stream)
+
+    @cached_property
+    def _own_streams(self) -> list[tuple[int, int]]:
+        """For each stream its owner and its number among the owner's streams: asked for every row."""
+        return [(owner, self.owners[:stream].count(owner)) for stream, owner in enumerate(self.owners)]
 
     def rows_of(self, *, rank: int, ranks: int, micro: int = 0, accumulation: int = 1) -> range:
         """Rows of every global batch that a micro-batch holds: ranks in order, then their micro-batches."""

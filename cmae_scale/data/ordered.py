@@ -6,6 +6,7 @@ from itertools import accumulate
 from math import ceil
 
 import numpy as np
+import torch
 
 from cmae_scale.core.errors import DataError
 from cmae_scale.core.settings import DataConfig
@@ -38,8 +39,8 @@ def open_ordered(
     stop = threading.Event()
     pieces = share_pieces(count_samples(shards, fraction), rank=rank, ranks=ranks)
 
-    def decode(row: RawRow) -> DecodedRow:
-        return _decode_exactly(row.block.samples[row.place], decoding=decoding, bad=bad)
+    def decode(row: RawRow, out: torch.Tensor) -> DecodedRow:
+        return _decode_exactly(row.block.samples[row.place], decoding=decoding, bad=bad, out=out)
 
     return BatchStream(
         _read_batches(shards, pieces, batch=batch, stop=stop),
@@ -101,11 +102,13 @@ def _as_batch(samples: list[StoredSample], step: int) -> RawBatch:
     return RawBatch(step, 0, [RawRow(block, place) for place in range(len(samples))])
 
 
-def _decode_exactly(sample: StoredSample, *, decoding: Decoding, bad: BadSamples) -> DecodedRow:
+def _decode_exactly(
+    sample: StoredSample, *, decoding: Decoding, bad: BadSamples, out: torch.Tensor
+) -> DecodedRow:
     try:
-        pixels = decoding.decode(sample.image, SamplePlace(0, 0, sample.number))
+        decoding.decode(sample.image, SamplePlace(0, 0, sample.number), out=out)
     except DataError as error:
         bad.add(sample.key, str(error))
-        blank = np.zeros((decoding.crops, 3, decoding.side, decoding.side), dtype=np.uint8)
-        return DecodedRow(blank, NO_LABEL, sample.key)
-    return DecodedRow(pixels, NO_LABEL if sample.label is None else sample.label, sample.key)
+        out.zero_()
+        return DecodedRow(NO_LABEL, sample.key)
+    return DecodedRow(NO_LABEL if sample.label is None else sample.label, sample.key)

@@ -9,6 +9,7 @@ own: how many ranks, threads or restarts there are cannot change what a row hold
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -59,22 +60,22 @@ class DataPlan:
                 f"write {plan_streams(self.global_batch, None)}, or leave it out"
             )
 
-    @property
+    @cached_property
     def total(self) -> int:
         """Samples in all shards."""
         return sum(self.shard_samples)
 
-    @property
+    @cached_property
     def stream_rows(self) -> int:
         """Rows of every global batch that one stream fills."""
         return self.global_batch // self.streams
 
-    @property
+    @cached_property
     def steps_per_epoch(self) -> int:
         """Whole steps that an epoch gives. At least one."""
         return self.total // self.streams // self.stream_rows
 
-    @property
+    @cached_property
     def run_samples(self) -> int:
         """Samples that an epoch uses of one run."""
         return self.steps_per_epoch * self.stream_rows

@@ -20,7 +20,7 @@ def copy_ahead(batches: Iterable[MasterBatch], device: torch.device) -> Iterator
     ahead: tuple[MasterBatch, torch.cuda.Event] | None = None
     for batch in batches:
         with torch.cuda.stream(side):
-            copied = replace(batch, images=batch.images.to(device, non_blocking=True))
+            copied = replace(batch, images=batch.images.to(device, non_blocking=True).contiguous())
             event = side.record_event()
         if ahead is not None:
             yield _hand_over(*ahead)

@@ -13,6 +13,7 @@ import logging
 import random
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from concurrent.futures import Future
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from cmae_scale.core.errors import ConfigError, DataError
@@ -130,7 +131,9 @@ class Remote:
         path = self._files._strip_protocol(place)
         if self._files.async_impl:
             return bytes(await self._files._cat_file(path, start=start, end=end))
-        return bytes(await asyncio.to_thread(self._files.cat_file, path, start=start, end=end))
+        # cached or not, by default fsspec fetches 5 MiB more than asked, for a reader that goes on
+        read = partial(self._files.cat_file, path, start=start, end=end, cache_type="none")
+        return bytes(await asyncio.to_thread(read))
 
     async def _info(self, place: str) -> dict[str, Any]:
         path = self._files._strip_protocol(place)
@@ -247,7 +250,10 @@ def _connect(scheme: str) -> Any:
     try:
         fsspec = importlib.import_module("fsspec")
         importlib.import_module(PACKAGES[scheme])
-        return fsspec.filesystem(scheme, skip_instance_cache=True, use_listings_cache=False)
+        options = {"skip_instance_cache": True, "use_listings_cache": False}
+        if scheme == "gs":  # the class behind gs:// asks what kind of bucket it is, and warns if it may not
+            return importlib.import_module("gcsfs.core").GCSFileSystem(**options)
+        return fsspec.filesystem(scheme, **options)
     except ImportError:
         raise ConfigError(
             f"reading {scheme}:// needs packages that are missing: pip install fsspec {PACKAGES[scheme]} "

@@ -26,14 +26,16 @@ from cmae_scale.data.mix import MixPlan
 from cmae_scale.data.shard_set import ShardSet
 
 NO_LABEL = -1
+CLOSE_S = 3.0  # how long to wait for a thread that should end: a preempted run has 30 s in all
+PIECES = 4  # that a batch is dealt to each decoder in: few hand-overs, and no long wait for the last one
 
 
 @dataclass(frozen=True)
 class MasterBatch:
     """One micro-batch of a rank: rows of the global batch of `step`, in their order.
 
-    `crops` is 1, or 2 when the target view is cut independently. `labels` are NO_LABEL where the shards have
-    none, `keys` are "shard/key".
+    `crops` is 1, or 2 when the target view is cut independently. The channels of `images` lie last in memory.
+    `labels` are NO_LABEL where the shards have none, `keys` are "shard/key".
     """
 
     images: UInt8[Tensor, "batch crops 3 side side"]
@@ -44,9 +46,8 @@ class MasterBatch:
 
 
 class DecodedRow(NamedTuple):
-    """What one row of a batch is filled with."""
+    """What one row of a batch holds beside its crops."""
 
-    crops: UInt8[np.ndarray, "crops 3 side side"]
     label: int
     key: str
 
@@ -114,8 +115,8 @@ def open_stream(
         stop=stop,
     )
 
-    def decode(row: RawRow) -> DecodedRow:
-        return decode_row(row, plan, decoding=decoding, bad=bad)
+    def decode(row: RawRow, out: Tensor) -> DecodedRow:
+        return decode_row(row, plan, decoding=decoding, bad=bad, out=out)
 
     return BatchStream(
         raw_batches,
@@ -127,20 +128,27 @@ def open_stream(
     )
 
 
-def decode_row(row: RawRow, plan: MixPlan, *, decoding: Decoding, bad: BadSamples) -> DecodedRow:
-    """The pictures of the row's sample, or of the first of its block that can be decoded.
+def decode_row(
+    row: RawRow,
+    plan: MixPlan,
+    *,
+    decoding: Decoding,
+    bad: BadSamples,
+    out: UInt8[Tensor, "crops 3 side side"],
+) -> DecodedRow:
+    """Write the pictures of the row's sample, or of the first of its block that can be decoded, to `out`.
 
     Random numbers are drawn per epoch and sample, so they do not depend on the row either. DataError if no
     sample of the block is readable.
     """
     for attempt, sample in enumerate(row.block.candidates(row.place, distance=plan.stream_rows)):
         try:
-            crops = decoding.decode(sample.image, SamplePlace(plan.seed, row.block.epoch, sample.number))
+            decoding.decode(sample.image, SamplePlace(plan.seed, row.block.epoch, sample.number), out=out)
         except DataError as error:
             if attempt == 0:  # a stand-in that is bad too is counted where it is due itself
                 bad.add(sample.key, str(error))
             continue
-        return DecodedRow(crops, NO_LABEL if sample.label is None else sample.label, sample.key)
+        return DecodedRow(NO_LABEL if sample.label is None else sample.label, sample.key)
     raise DataError(
         f"no image of a whole shuffle block can be decoded, {row.block.samples[0].key} to "
         f"{row.block.samples[-1].key}: run data_prep/check_shards.py"
@@ -153,7 +161,7 @@ class BatchStream:
     def __init__(
         self,
         raw_batches: Iterator[RawBatch],
-        decode: Callable[[RawRow], DecodedRow],
+        decode: Callable[[RawRow, Tensor], DecodedRow],
         *,
         allocate: Callable[[int], Tensor],
         workers: int,
@@ -166,7 +174,7 @@ class BatchStream:
         self._stop = stop
         self._room = threading.Semaphore(ahead)
         self._begun: SimpleQueue[_Filling | BaseException | None] = SimpleQueue()  # None: no more will come
-        self._jobs: SimpleQueue[tuple[_Filling, int] | None] = SimpleQueue()  # None: a decoder may go home
+        self._jobs: SimpleQueue[tuple[_Filling, range] | None] = SimpleQueue()  # None: a decoder may go home
         self._reader = threading.Thread(target=self._read, name="data reader", daemon=True)
         self._decoders = [
             threading.Thread(target=self._work, name=f"data decoder {number}", daemon=True)
@@ -196,14 +204,17 @@ class BatchStream:
         return batch
 
     def close(self) -> None:
-        """End all threads; images being decoded are finished, batches not consumed are dropped."""
+        """End all threads; images being decoded are finished, batches not consumed are dropped.
+
+        A reader that is stuck in a read (a store that does not answer) is left behind: it ends after it.
+        """
         self._stop.set()
         self._room.release()
-        self._reader.join()
+        self._reader.join(CLOSE_S)
         for _ in self._decoders:
             self._jobs.put(None)
         for thread in self._decoders:
-            thread.join()
+            thread.join(CLOSE_S)
 
     def __enter__(self) -> "BatchStream":
         return self
@@ -221,19 +232,21 @@ class BatchStream:
                     return
                 filling = _Filling(raw, self._allocate(len(raw.rows)))
                 self._begun.put(filling)
-                for row in range(len(raw.rows)):
-                    self._jobs.put((filling, row))
+                size = max(1, len(raw.rows) // (PIECES * len(self._decoders)))
+                for first in range(0, len(raw.rows), size):
+                    self._jobs.put((filling, range(first, min(first + size, len(raw.rows)))))
             self._begun.put(None)
         except BaseException as error:
             self._begun.put(error)
 
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:
-            filling, row = job
-            if self._stop.is_set():
-                continue
+            filling, rows = job
             try:
-                filling.put(row, self._decode(filling.raw.rows[row]))
+                for row in rows:
+                    if self._stop.is_set():
+                        break
+                    filling.put(row, self._decode(filling.raw.rows[row], filling.images[row]))
             except BaseException as error:
                 filling.fail(error)
 
@@ -243,8 +256,7 @@ class _Filling:
 
     def __init__(self, raw: RawBatch, images: Tensor) -> None:
         self.raw = raw
-        self._images = images
-        self._pixels = images.numpy()  # the same memory
+        self.images = images
         self._labels = np.full(len(raw.rows), NO_LABEL, dtype=np.int64)
         self._keys = [""] * len(raw.rows)
         self._missing = len(raw.rows)
@@ -253,7 +265,6 @@ class _Filling:
         self._done = threading.Event()
 
     def put(self, row: int, decoded: DecodedRow) -> None:
-        self._pixels[row] = decoded.crops
         self._labels[row] = decoded.label
         self._keys[row] = decoded.key
         with self._lock:
@@ -270,5 +281,5 @@ class _Filling:
         if self._error is not None:
             raise self._error
         return MasterBatch(
-            self._images, torch.from_numpy(self._labels), tuple(self._keys), self.raw.step, self.raw.micro
+            self.images, torch.from_numpy(self._labels), tuple(self._keys), self.raw.step, self.raw.micro
         )

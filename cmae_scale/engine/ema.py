@@ -1,11 +1,12 @@
 """The target branch follows the online branch: a moving average on whatever shards a rank holds."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
-from deepspeed.utils import safe_get_full_fp32_param, safe_get_local_fp32_param
 from torch import Tensor, nn
+
+from cmae_scale.core.collectives import sum_of_ranks
+from cmae_scale.engine.shards import drop_node_copies_, master_of, own_elements, shard_of
 
 Pair = tuple[str, nn.Parameter, nn.Parameter]  # name, online, target
 
@@ -23,11 +24,11 @@ class TargetEma:
         self.online = [online for _, online, _ in pairs]
         self.target = [target for _, _, target in pairs]
         for name, online, target in pairs:
-            assert _shard(online).shape == _shard(target).shape, (
+            assert shard_of(online).shape == shard_of(target).shape, (
                 f"{name}: online and target are split differently"
             )
-        # at the start of a run the target equals the online branch, whose fp32 values were not yet rounded
-        self.masters = [_master(parameter).clone() for parameter in self.online] if keep_master else None
+        both = zip(self.online, self.target, strict=True)
+        self.masters = [_starting_master(*pair) for pair in both] if keep_master else None
 
     @torch.no_grad()
     def update_(self, momentum: float) -> None:
@@ -37,34 +38,55 @@ class TargetEma:
         if self.masters is None:
             torch._foreach_lerp_(*self._shards(), 1 - momentum)
         else:
-            torch._foreach_lerp_(self.masters, [_master(p) for p in self.online], 1 - momentum)
-            torch._foreach_copy_([_shard(p) for p in self.target], self.masters)
+            torch._foreach_lerp_(self.masters, [master_of(p) for p in self.online], 1 - momentum)
+        self.renew_()
 
-    def state(self) -> dict[str, Tensor] | None:
-        """The fp32 masters of this rank by name; None when the target itself is fp32 (it is in the model)."""
-        return None if self.masters is None else dict(zip(self.names, self.masters, strict=True))
+    def named_masters(self) -> dict[str, Tensor]:
+        """The fp32 masters of this rank by parameter name; none where the target itself is fp32."""
+        return {} if self.masters is None else dict(zip(self.names, self.masters, strict=True))
 
-    def load_state(self, state: dict[str, Tensor] | None) -> None:
-        """Take back what `state` gave, after the model's weights were loaded."""
-        if self.masters is not None:
-            assert state is not None, "the checkpoint holds no fp32 masters of the target"
-            for name, master in zip(self.names, self.masters, strict=True):
-                master.copy_(state[name])
+    def named_averages(self, module: nn.Module) -> dict[str, Tensor]:
+        """The averages that are no parameters of `module`, by the name of what they follow; in fp32."""
+        inside = {id(parameter) for parameter in module.parameters()}
+        masters = self.named_masters()
+        return {
+            name: masters.get(name, target.data)
+            for name, target in zip(self.names, self.target, strict=True)
+            if id(target) not in inside
+        }
+
+    @torch.no_grad()
+    def renew_(self) -> None:
+        """Have the target's other copies agree with what was written to its masters, or to itself."""
+        if self.masters:
+            torch._foreach_copy_([shard_of(p) for p in self.target], self.masters)
+        drop_node_copies_(self.target)
+
+    @torch.no_grad()
+    def measure_distance(self) -> Tensor:
+        """|online - target| / |online| of all parameters that are averaged, in fp32, on all ranks.
+
+        Every rank must call it at the same step. Takes the memory of one parameter.
+        """
+        pairs = list(zip(self.online, self.masters or [shard_of(p) for p in self.target], strict=True))
+        squares = torch.zeros(2, device=pairs[0][1].device)
+        for online, target in pairs:
+            values = shard_of(online) if self.masters is None else master_of(online)
+            own, followed = own_elements(online, values), own_elements(online, target)
+            squares += torch.stack([(own - followed).square().sum(), own.square().sum()])
+        if hasattr(self.online[0], "ds_tensor"):
+            squares = sum_of_ranks(squares)
+        return (squares[0] / squares[1]).sqrt()
 
     def _shards(self) -> tuple[list[Tensor], list[Tensor]]:
-        return [_shard(p) for p in self.target], [_shard(p) for p in self.online]
+        return [shard_of(p) for p in self.target], [shard_of(p) for p in self.online]
 
 
-def _shard(parameter: nn.Parameter) -> Tensor:
-    """The elements of `parameter` that live on this rank: all of them below ZeRO-3."""
-    shard: Any = getattr(parameter, "ds_tensor", None)
-    return parameter.data if shard is None else shard.data
+def _starting_master(online: nn.Parameter, target: nn.Parameter) -> Tensor:
+    """The fp32 values that the target starts with.
 
-
-def _master(parameter: nn.Parameter) -> Tensor:
-    """The fp32 values behind the elements of `_shard(parameter)`."""
-    if hasattr(parameter, "ds_tensor"):
-        local = safe_get_local_fp32_param(parameter)
-    else:
-        local = safe_get_full_fp32_param(parameter)
-    return _shard(parameter).float() if local is None else local.reshape(_shard(parameter).shape)
+    In a new run it equals the online branch, whose fp32 values were not yet rounded. In a run that starts
+    from a whole model's weights it has its own where the two differ.
+    """
+    rounded = shard_of(target)
+    return torch.where(rounded == shard_of(online), master_of(online), rounded.float())

@@ -1,8 +1,11 @@
 """Pre-training as the loop knows it: what a step does with a rank's images, and what follows its update."""
 
-from collections.abc import Sequence
+import json
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -15,16 +18,18 @@ from cmae_scale.core.schedules import TargetMomentum
 from cmae_scale.core.settings import CmaeConfig
 from cmae_scale.data.stream import MasterBatch
 from cmae_scale.engine.inputs import draw_step
+from cmae_scale.engine.partition import build_model
 from cmae_scale.engine.session import Session, count_trainable, name_precision, start_session
 from cmae_scale.engine.start import Place, read_precision
 from cmae_scale.engine.states.stamp import build_stamp
 from cmae_scale.engine.step import METRIC_NAMES, accumulate_gradients
+from cmae_scale.engine.watch.health import Health
 from cmae_scale.engine.weights import gather_weights
 from cmae_scale.layers.attention import AttentionChoice, choose_attention, set_attention_
-from cmae_scale.models import build_cmae
-from cmae_scale.models.flops import count_flops
-from cmae_scale.models.sizes import read_size
+from cmae_scale.models.card import CARD_FILE, Library, build_card, describe_run, write_card
 from cmae_scale.models.weights import export_encoder
+from cmae_scale.sizing.flops import count_flops
+from cmae_scale.sizing.sizes import read_size
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,7 @@ class Pretraining:
     session: Session
     batch: BatchSizes
     momentum: TargetMomentum
+    health: Health | None = None
 
     @property
     def metric_names(self) -> tuple[str, ...]:
@@ -48,13 +54,21 @@ class Pretraining:
     def accumulate(self, masters: Sequence[MasterBatch], *, step: int) -> Float[Tensor, " metrics"]:
         """Gradients of this rank's micro-batches; views and masks are drawn for the whole global batch."""
         cfg, rank = self.session.run.cmae, self.session.place.world.rank
-        draws = draw_step(cfg, total=self.batch.total, step=step)
         first_rows = range(rank * self.batch.local, (rank + 1) * self.batch.local, self.batch.micro)
-        micro_batches = [
-            draws.prepare(part.images, first_row=row, cfg=cfg)
-            for part, row in zip(masters, first_rows, strict=True)
-        ]
-        return accumulate_gradients(self.session.engine, micro_batches, cfg=cfg, rank=rank)
+        with self.session.spans.span("augment"):
+            draws = draw_step(cfg, total=self.batch.total, step=step)
+            micro_batches = [
+                draws.prepare(part.images, first_row=row, cfg=cfg)
+                for part, row in zip(masters, first_rows, strict=True)
+            ]
+        return accumulate_gradients(
+            self.session.engine,
+            micro_batches,
+            cfg=cfg,
+            rank=rank,
+            spans=self.session.spans,
+            health=self.health,
+        )
 
     def follow_(self, *, step: int) -> None:
         """The target follows the weights that step `step` has moved."""
@@ -68,13 +82,18 @@ class Pretraining:
         """The online encoder's weights in fp32, on the CPU of every rank; all ranks call it together."""
         return gather_weights(self.session.engine.module.online_encoder)
 
-    def export(self) -> Path:
-        """Write the online encoder to RUN/encoder, for timm.create_model("local-dir:RUN/encoder")."""
+    def export(self, metrics: Mapping[str, Any]) -> Path:
+        """Write the online encoder to RUN/encoder: see `export_encoder`. Its card tells the `metrics`."""
         run = self.session.run
         folder = run.out / "encoder"
         weights = self.gather_encoder()
         if self.session.place.world.is_first:
-            export_encoder(weights, folder, model=run.cmae.model, views=run.cmae.views)
+            model = run.cmae.model
+            export_encoder(weights, folder, model=model, views=run.cmae.views)
+            if metrics or not (folder / CARD_FILE).exists():
+                facts = describe_run(run, metrics=metrics)
+                library: Library = "cmae-scale" if model.is_hybrid else "timm"
+                write_card(folder, build_card(run.out.name, facts=facts, library=library))
         return folder
 
 
@@ -82,16 +101,60 @@ def start_pretraining(run: Run, *, place: Place, data_order: str) -> Session:
     """The session of a pre-training run; `data_order` names the sample order, which a state belongs to."""
     precision = read_precision(run.deepspeed)
     attention = choose_run_attention(run.cmae, device=place.device, dtype=precision.compute)
-    model = build_cmae(run.cmae)
+    model, notices = build_model(run, device=place.device)
     set_attention_(model, attention)
-    return start_session(
+    session = start_session(
         run,
         place=place,
         model=model,
         pairs=model.target_pairs(),
         attention=attention,
-        stamp=build_stamp(run, ranks=place.world.size, precision=name_precision(precision), data=data_order),
+        stamp=build_stamp(
+            run,
+            kind=describe_kind(run, data_order=data_order),
+            ranks=place.world.size,
+            precision=name_precision(precision),
+        ),
+        notices=notices,
     )
+    if model.target_encoder is not None and model.target_projector is not None:
+        session.spans.watch_(model.target_encoder, model.target_projector, name="target")
+    return session
+
+
+def watch_health(session: Session) -> Health | None:
+    """Signs of learning and of collapse in a pre-training run; None where the run file wants none."""
+    cfg, model = session.run.cmae, session.engine.module
+    if not cfg.monitor.health:
+        return None
+    modules = {
+        "encoder": [model.online_encoder],
+        "pixel_decoder": [model.pixel_decoder],
+        "feature_decoder": [model.feature_decoder],
+        "heads": [model.projector, model.predictor],
+    }
+    parts = {
+        name: [p for module in group if module is not None for p in module.parameters()]
+        for name, group in modules.items()
+    }
+    has_chance = cfg.has_contrast and cfg.loss.contrast == "infonce"
+    chance = math.log(session.run.deepspeed["train_batch_size"]) if has_chance else None
+    return Health(parts, ema=session.ema, chance=chance)
+
+
+def describe_kind(run: Run, *, data_order: str) -> dict[str, Any]:
+    """What a pre-training run cannot change on the way without being another: samples, model and method."""
+    sections = json.loads(
+        run.cmae.model_dump_json(include={"model", "mask", "heads", "views", "loss", "target"})
+    )
+    for free in ("attention", "remat", "init"):  # change speed, memory or the beginning, not the model
+        del sections["model"][free]
+    return {
+        "train_batch_size": run.deepspeed["train_batch_size"],
+        "seed": run.cmae.seed,
+        "data": data_order,
+        **sections,
+    }
 
 
 def choose_run_attention(cfg: CmaeConfig, *, device: torch.device, dtype: torch.dtype) -> AttentionChoice:
@@ -110,16 +173,17 @@ def choose_run_attention(cfg: CmaeConfig, *, device: torch.device, dtype: torch.
 def describe(session: Session, *, images: int, times: Timetable) -> str:
     """What runs, in a few lines."""
     cfg, model = session.run.cmae, session.engine.module
-    name = cfg.model.encoder or f"ViT {cfg.model.embed_dim} wide, {cfg.model.depth} deep"
+    kind = "hybrid ViT" if cfg.model.is_hybrid else "ViT"
+    name = cfg.model.encoder or f"{kind} {cfg.model.embed_dim} wide, {cfg.model.depth} deep"
     method = "CMAE" if cfg.has_contrast else "MAE"
     device = session.place.device
     hardware = (
         torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
     )
+    batch_samples = session.run.deepspeed["train_batch_size"]
     lines = [
         f"{method} {name}: {count_trainable(model) / 1e6:.1f} M trainable parameters",
-        f"{images:,} images, {times.total_steps} steps of {session.stamp.train_batch_size}, "
-        f"{times.steps_per_epoch} an epoch",
+        f"{images:,} images, {times.total_steps} steps of {batch_samples}, {times.steps_per_epoch} an epoch",
         f"{session.place.world.size} x {device.type} ({hardware}), ZeRO {session.stamp.zero_stage}, "
         f"{session.stamp.precision}, attention {session.attention.name}, remat {cfg.model.remat}",
         f"run folder {session.run.out}"

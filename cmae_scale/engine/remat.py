@@ -4,12 +4,13 @@ from typing import Any
 
 import deepspeed
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from cmae_scale.core.errors import ConfigError
 from cmae_scale.core.settings import Remat
-from cmae_scale.layers.blocks import BlockRunner
+from cmae_scale.layers.blocks import BlockCall, BlockRunner
 
 # A linear layer on [batch, tokens, embed] dispatches to addmm (mm without bias), explicit attention to bmm.
 _aten = torch.ops.aten
@@ -60,17 +61,17 @@ def adapt_settings(remat: Remat, *, settings: dict[str, Any]) -> dict[str, Any]:
     return {**settings, "zero_optimization": {**zero, "memory_efficient_linear": False}}
 
 
-def _run_through_deepspeed(block: nn.Module, tokens: Tensor) -> Tensor:
+def _run_through_deepspeed(block: BlockCall, tokens: Tensor) -> Tensor:
     if not torch.is_grad_enabled():
         return _as_tensor(block(tokens))
     return _as_tensor(deepspeed.checkpointing.checkpoint(block, tokens))
 
 
-def _run_full(block: nn.Module, tokens: Tensor) -> Tensor:
+def _run_full(block: BlockCall, tokens: Tensor) -> Tensor:
     return _as_tensor(checkpoint(block, tokens, use_reentrant=False, preserve_rng_state=False))
 
 
-def _run_selective(block: nn.Module, tokens: Tensor) -> Tensor:
+def _run_selective(block: BlockCall, tokens: Tensor) -> Tensor:
     return _as_tensor(
         checkpoint(
             block, tokens, use_reentrant=False, preserve_rng_state=False, context_fn=_keep_matrix_products
@@ -79,7 +80,25 @@ def _run_selective(block: nn.Module, tokens: Tensor) -> Tensor:
 
 
 def _keep_matrix_products() -> Any:
-    return create_selective_checkpoint_contexts(_policy)  # type: ignore[no-untyped-call]
+    keep, replay = create_selective_checkpoint_contexts(_policy)  # type: ignore[no-untyped-call]
+    return keep, _ReplayKept(replay)
+
+
+class _ReplayKept(TorchDispatchMode):
+    """Gives back kept results in recomputation and lets everything else run.
+
+    torch's own mode wants recomputation to be the forward pass op by op. Under ZeRO-3 it is not: the hooks
+    that gather weights reshape more or fewer of them, as others are at hand.
+    """
+
+    def __init__(self, replay: Any) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._replay = replay
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _KEPT_OPS:
+            return self._replay.__torch_dispatch__(func, types, args, kwargs)
+        return func(*args, **(kwargs or {}))
 
 
 def _policy(context: Any, op: Any, *args: Any, **options: Any) -> CheckpointPolicy:

@@ -7,14 +7,16 @@ from typing import Any
 
 from torch import nn
 
+from cmae_scale.core.collectives import gather_objects
 from cmae_scale.core.config import Run, dump_run
 from cmae_scale.core.errors import ConfigError
 from cmae_scale.core.files import write_text
 from cmae_scale.engine.ema import Pair, TargetEma
+from cmae_scale.engine.memory_plan import check_memory_plan
 from cmae_scale.engine.start import Engine, Place, Precision, read_precision, start_engine
-from cmae_scale.engine.states.checkpoint import load_newest, save_state
+from cmae_scale.engine.states.checkpoint import Keeping, load_newest, save_state
 from cmae_scale.engine.states.stamp import Stamp
-from cmae_scale.engine.watch.monitors import settle_monitors
+from cmae_scale.engine.watch.spans import Spans
 from cmae_scale.layers.attention import AttentionChoice, use_attention
 
 
@@ -29,33 +31,44 @@ class Session:
     attention: AttentionChoice
     stamp: Stamp
     first_step: int
+    spans: Spans  # where the time goes, if the run file asks
     notices: list[str] = field(default_factory=list)  # what the user should know
+    extra: dict[str, Any] = field(default_factory=dict)  # JSON that belongs to the state, by who keeps it
 
     def use_attention(self) -> AbstractContextManager[None]:
         """Hold forward and backward passes to the attention kernel of the run file."""
         return use_attention(self.attention)
 
-    def save(self, step: int) -> str | None:
+    def save(self, step: int, *, keep_every_steps: int | None = None) -> str | None:
         """Commit the state after `step` steps. None, or what went wrong: older states are untouched then."""
         return save_state(
             self.engine,
             self.run.out / "checkpoints",
             step=step,
             stamp=self.stamp,
-            target_masters=self.ema.state(),
-            keep=self.run.settings.checkpoint.keep,
+            masters=self.ema.named_masters(),
+            averages=self.ema.named_averages(self.engine.module),
+            extra=self.extra,
+            keeping=Keeping(self.run.settings.checkpoint.keep, keep_every_steps),
             world=self.place.world,
         )
 
     def restore(self) -> bool:
         """Take up the newest whole state of the run folder. False when there is none at all."""
-        folder = self.run.out / "checkpoints"
-        loaded = load_newest(self.engine, folder, stamp=self.stamp, world=self.place.world)
+        loaded = load_newest(
+            self.engine,
+            self.run.out / "checkpoints",
+            stamp=self.stamp,
+            masters=self.ema.named_masters(),
+            averages=self.ema.named_averages(self.engine.module),
+            changes_allowed=self.run.settings.checkpoint.resume == "anyway",
+            world=self.place.world,
+        )
         if loaded is None:
             return False
-        self.first_step = loaded.step
-        self.ema.load_state(loaded.target_masters)
-        self.notices += [f"warning: {damage}, so an older state was taken" for damage in loaded.passed_over]
+        self.ema.renew_()
+        self.first_step, self.extra = loaded.step, loaded.extra
+        self.notices += loaded.notices
         return True
 
 
@@ -68,6 +81,7 @@ def start_session(
     attention: AttentionChoice,
     stamp: Stamp,
     groups: list[dict[str, Any]] | None = None,
+    notices: Sequence[str] = (),
 ) -> Session:
     """Everything of the run on this rank, at the newest state in the run folder or at step 0.
 
@@ -77,7 +91,7 @@ def start_session(
     another kind of run.
     """
     _open_folder(run, place)
-    notices = settle_monitors(run.deepspeed)
+    check_memory_plan(run.deepspeed, device=place.device.type, has_target=bool(pairs))
     engine = start_engine(model, run, groups=groups)
     session = Session(
         run=run,
@@ -88,10 +102,15 @@ def start_session(
         attention=attention,
         stamp=stamp,
         first_step=0,
-        notices=notices,
+        spans=Spans(place.device, is_on=run.settings.monitor.breakdown),
+        notices=list(notices),
     )
-    if run.settings.checkpoint.resume == "auto":
-        session.restore()
+    resume = run.settings.checkpoint.resume
+    if resume != "never" and not session.restore() and resume == "required":
+        raise ConfigError(
+            f"{run.out / 'checkpoints'} holds no state to go on from: name the run's folder with --out, or "
+            f"start anew with --set {run.kind}.checkpoint.resume=auto"
+        )
     return session
 
 
@@ -109,11 +128,13 @@ def count_trainable(module: nn.Module) -> int:
 
 
 def _open_folder(run: Run, place: Place) -> None:
+    """Write the resolved run file; where that fails, all ranks say so."""
+    failed = None
     if place.world.is_first:
         try:
             run.out.mkdir(parents=True, exist_ok=True)
             write_text(run.out / "config.json", dump_run(run))
         except OSError as error:
-            raise ConfigError(
-                f"cannot write into the run folder {run.out} ({error}): choose another with --out"
-            ) from None
+            failed = str(error)
+    if failed := gather_objects(failed)[0]:
+        raise ConfigError(f"cannot write into the run folder {run.out} ({failed}): choose another with --out")

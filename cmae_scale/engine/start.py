@@ -3,7 +3,7 @@
 import logging
 import os
 import socket
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
@@ -15,10 +15,15 @@ from pydantic import ValidationError
 from torch import nn
 
 from cmae_scale.core.config import Run
-from cmae_scale.core.errors import ConfigError
+from cmae_scale.core.errors import ConfigError, UserError
+from cmae_scale.core.precision import read_formats
 from cmae_scale.core.world import World, read_world
+from cmae_scale.engine.compiled import compile_blocks_
 from cmae_scale.engine.optim import build_lars, weight_decay_groups
 from cmae_scale.engine.remat import adapt_settings, choose_block_runner
+from cmae_scale.engine.safety.pulse import Pulse
+from cmae_scale.engine.safety.signals import StopRequest
+from cmae_scale.engine.watch.monitors import without_monitors
 
 Engine = Any  # deepspeed.DeepSpeedEngine, which ships no types
 
@@ -37,12 +42,20 @@ _SECTIONS = {
 }
 
 
+class PeerMissingError(UserError):
+    """Not all ranks came together."""
+
+    exit_status = 1
+
+
 @dataclass(frozen=True)
 class Place:
-    """Where this process computes."""
+    """Where this process computes, what it is doing, and whether it was asked to leave."""
 
     world: World
     device: torch.device
+    pulse: Pulse = field(default_factory=Pulse)
+    stop: StopRequest = field(default_factory=StopRequest)
 
 
 @dataclass(frozen=True)
@@ -58,7 +71,7 @@ class Precision:
         return self.parameters is not torch.float32
 
 
-def start_processes(*, timeout_s: float = 600.0) -> Place:
+def start_processes(*, timeout_s: float = 600.0, stop: StopRequest | None = None) -> Place:
     """Join the process group that the launcher prepared (or a group of one) and take this rank's device.
 
     On a CPU, gloo; the machine's cores are shared out among its ranks unless OMP_NUM_THREADS says otherwise.
@@ -73,14 +86,21 @@ def start_processes(*, timeout_s: float = 600.0) -> Place:
     else:
         accelerator.set_device(world.local_rank)
     deepspeed.ops.__compatible_ops__[_UNUSED_OP] = False
-    deepspeed.init_distributed(
-        dist_backend=accelerator.communication_backend_name()
-        if accelerator.device_name() != "cpu"
-        else "gloo",
-        timeout=timedelta(seconds=timeout_s),
-        verbose=False,
-    )
-    return Place(world=world, device=torch.device(accelerator.device_name(world.local_rank)))
+    on_cpu = accelerator.device_name() == "cpu"
+    try:
+        deepspeed.init_distributed(
+            dist_backend="gloo" if on_cpu else accelerator.communication_backend_name(),
+            timeout=timedelta(seconds=timeout_s),
+            verbose=False,
+        )
+    except torch.distributed.DistError as error:
+        raise PeerMissingError(
+            f"rank {world.rank} waited {timeout_s:.0f} s for all {world.size} ranks to come to "
+            f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')} ({_first_line(error)}): look "
+            "for one that did not start, or for a firewall"
+        ) from None
+    device = torch.device(accelerator.device_name(world.local_rank))
+    return Place(world=world, device=device, stop=stop or StopRequest())
 
 
 def stop_processes() -> None:
@@ -91,25 +111,9 @@ def stop_processes() -> None:
 
 def read_precision(settings: dict[str, Any]) -> Precision:
     """The number formats that a ds_config asks for."""
-    if settings.get("bf16", {}).get("enabled", False):
-        return Precision(torch.bfloat16, torch.bfloat16)
-    if settings.get("fp16", {}).get("enabled", False):
-        return Precision(torch.float16, torch.float16)
-    autocast = settings.get("torch_autocast", {})
-    if autocast.get("enabled", False):
-        names = {
-            "bfloat16": torch.bfloat16,
-            "bf16": torch.bfloat16,
-            "float16": torch.float16,
-            "fp16": torch.float16,
-        }
-        dtype = str(autocast.get("dtype", "bfloat16")).removeprefix("torch.")
-        if dtype not in names:
-            raise ConfigError(
-                f'torch_autocast.dtype: "{dtype}" is no autocast type: write "bfloat16" or "float16"'
-            )
-        return Precision(names[dtype], torch.float32)
-    return Precision(torch.float32, torch.float32)
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    formats = read_formats(settings)
+    return Precision(dtypes[formats.compute], dtypes[formats.parameters])
 
 
 def start_engine(model: nn.Module, run: Run, *, groups: list[dict[str, Any]] | None = None) -> Engine:
@@ -123,6 +127,8 @@ def start_engine(model: nn.Module, run: Run, *, groups: list[dict[str, Any]] | N
         settings = adapt_settings(run.cmae.model.remat, settings=run.deepspeed)
         decay = settings.get("optimizer", {}).get("params", {}).get("weight_decay", 0.0)
         groups = weight_decay_groups(model, weight_decay=decay)
+        if run.cmae.compile == "blocks":
+            compile_blocks_(model, remat=run.cmae.model.remat, settings=settings)
         model.set_remat_(choose_block_runner(run.cmae.model.remat, settings=settings))  # type: ignore[operator]
     elif "activation_checkpointing" in settings:
         raise ConfigError(
@@ -131,15 +137,19 @@ def start_engine(model: nn.Module, run: Run, *, groups: list[dict[str, Any]] | N
     if str(settings.get("optimizer", {}).get("type", "")).lower() == "lars":
         optimizer = build_lars(groups, settings=settings)
         settings = {name: value for name, value in settings.items() if name != "optimizer"}
-    _check(settings, run)
+    check_settings(settings, run)
     try:
         engine, *_ = deepspeed.initialize(
-            model=model, model_parameters=groups, optimizer=optimizer, config=settings
+            model=model,
+            model_parameters=groups,
+            optimizer=optimizer,
+            config=without_monitors(settings),
         )
     except (TypeError, ValueError, AttributeError, AssertionError, ValidationError) as error:
         raise ConfigError(f"{run.path}: DeepSpeed refuses these settings: {_first_line(error)}") from error
     _forget_rehearsal(engine)
     _split_frozen(engine)
+    _tell_skipped_steps(engine)
     return engine
 
 
@@ -152,6 +162,28 @@ def _forget_rehearsal(engine: Engine) -> None:
     inner = getattr(engine.optimizer, "optimizer", None)
     if inner is not None:
         inner.state.clear()
+
+
+def _tell_skipped_steps(engine: Engine) -> None:
+    """Have `engine.was_step_applied()` be true only where it is, with fp16 autocast at stage 0.
+
+    There torch's GradScaler leaves out the update of a step that overflows, and DeepSpeed, which asks
+    `optimizer.overflow`, does not hear of it: the moving average would go on without the weights.
+    """
+    scaler, optimizer = engine.torch_autocast_z0_gradscaler, engine.optimizer
+    if scaler is None:
+        return
+    take_step = scaler.step
+
+    def step(inner: Any) -> Any:
+        optimizer.overflow = True
+        return take_step(inner)
+
+    def note_update(*args: Any) -> None:
+        optimizer.overflow = False
+
+    scaler.step = step
+    optimizer.register_step_post_hook(note_update)
 
 
 def _split_frozen(engine: Engine) -> None:
@@ -168,7 +200,7 @@ def _split_frozen(engine: Engine) -> None:
     kept_whole[:] = [parameter for parameter in kept_whole if parameter.requires_grad]
 
 
-def _check(settings: dict[str, Any], run: Run) -> None:
+def check_settings(settings: dict[str, Any], run: Run) -> None:
     """Let DeepSpeed read the config before anything is built, and say its complaint in one sentence."""
     try:
         DeepSpeedConfig(dict(settings))

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from cmae_scale.core.collectives import gather_rows
 from cmae_scale.core.settings import CmaeConfig, LossConfig
+from cmae_scale.engine.watch.health import Health
+from cmae_scale.engine.watch.spans import Spans
 from cmae_scale.layers.masking import take_tokens
 from cmae_scale.layers.patches import patchify
 from cmae_scale.losses import byol, infonce, pixel_loss
@@ -38,7 +40,13 @@ def contrast_factor(loss: LossConfig) -> float:
 
 
 def accumulate_gradients(
-    engine: Any, micro_batches: Sequence[MicroBatch], *, cfg: CmaeConfig, rank: int
+    engine: Any,
+    micro_batches: Sequence[MicroBatch],
+    *,
+    cfg: CmaeConfig,
+    rank: int,
+    spans: Spans,
+    health: Health | None = None,
 ) -> Float[Tensor, " metrics"]:
     """This rank's mean losses of one optimizer step, after forward and backward of all micro-batches.
 
@@ -49,30 +57,36 @@ def accumulate_gradients(
     """
     keys = None
     if cfg.has_contrast and len(micro_batches) > 1:
-        keys = compute_keys(engine, micro_batches)
+        with spans.span("target"):
+            keys = compute_keys(engine, micro_batches)
     local = sum(len(micro.online) for micro in micro_batches)
     first_row = rank * local
-    losses = []
+    losses, queries = [], []
     for micro in micro_batches:
-        output = engine(
-            micro.online,
-            micro.target if cfg.has_contrast and keys is None else None,
-            noise=micro.noise,
-            target_noise=micro.target_noise,
-        )
-        pixel = pixel_loss(
-            output.pixels, _hidden_patches(micro, output.mask, cfg), norm_pix=cfg.loss.norm_pix
-        )
-        total, contrast = pixel, torch.zeros_like(pixel)
-        if cfg.has_contrast:
-            step_keys = gather_rows(output.key) if keys is None else keys
-            contrast = _contrast(output.query, step_keys, first_row=first_row, loss=cfg.loss)
-            total = pixel + contrast_factor(cfg.loss) * contrast
+        with spans.span("forward"):
+            output = engine(
+                micro.online,
+                micro.target if cfg.has_contrast and keys is None else None,
+                noise=micro.noise,
+                target_noise=micro.target_noise,
+            )
+            pixel = pixel_loss(
+                output.pixels, _hidden_patches(micro, output.mask, cfg), norm_pix=cfg.loss.norm_pix
+            )
+            total, contrast = pixel, torch.zeros_like(pixel)
+            if cfg.has_contrast:
+                keys = gather_rows(output.key) if keys is None else keys
+                contrast = _contrast(output.query, keys, first_row=first_row, loss=cfg.loss)
+                total = pixel + contrast_factor(cfg.loss) * contrast
+                queries.append(output.query.detach())
         first_row += len(micro.online)
-        engine.backward(total)
-        if micro is not micro_batches[-1]:
-            engine.step()
+        with spans.span("backward"):
+            engine.backward(total)
+            if micro is not micro_batches[-1]:
+                engine.step()
         losses.append(torch.stack([total.detach(), pixel.detach(), contrast.detach()]))
+    if health is not None and keys is not None:
+        health.look_at_features(torch.cat(queries), keys)
     return torch.stack(losses).mean(dim=0)
 
 

@@ -16,7 +16,7 @@ from cmae_scale.data.stream import MasterBatch
 from cmae_scale.engine.ema import Pair
 from cmae_scale.engine.session import Session, count_trainable, name_precision, start_session
 from cmae_scale.engine.start import Place, read_precision
-from cmae_scale.engine.states.stamp import Stamp
+from cmae_scale.engine.states.stamp import build_stamp
 from cmae_scale.engine.weights import gather_weights
 from cmae_scale.layers.attention import AttentionChoice
 
@@ -73,11 +73,10 @@ class Transfer:
         """Gradients of this rank's micro-batches, and the means of their losses."""
         engine, batch = self.session.engine, self.batch
         first_row = self.session.place.world.rank * batch.local
-        dtype = read_precision(self.session.run.deepspeed).parameters
         means = []
         for number, part in enumerate(masters, start=1):
             inputs, target = self.task.prepare(part, step=step, first_row=first_row, total=batch.total)
-            losses = self.task.losses(engine(inputs.to(dtype)), target)
+            losses = self.task.losses(engine(inputs), target)
             engine.backward(losses[0])
             if number < len(masters):
                 engine.step()
@@ -129,14 +128,16 @@ def start_transfer(
         model=task.model,
         pairs=pairs,
         attention=attention,
-        stamp=Stamp(
+        stamp=build_stamp(
+            run,
+            kind={
+                "train_batch_size": batch.total,
+                "seed": run.transfer.seed,
+                "data": data_order,
+                **settings,
+            },
             ranks=place.world.size,
-            zero_stage=stage,
             precision=name_precision(precision),
-            train_batch_size=batch.total,
-            seed=run.transfer.seed,
-            data=data_order,
-            model=settings,
         ),
         groups=task.groups(weight_decay=decay),
     )
@@ -146,9 +147,10 @@ def start_transfer(
 def describe_transfer(session: Session, *, images: int, held_out: int, steps: int) -> str:
     """What runs, in a few lines."""
     cfg, model = session.run.transfer, session.engine.module
+    total = session.run.deepspeed["train_batch_size"]
     lines = [
         f"{cfg.task.name} of {cfg.encoder.place}: {count_trainable(model) / 1e6:.2f} M trainable parameters",
-        f"{images:,} images, {held_out:,} held out, {steps} steps of {session.stamp.train_batch_size}",
+        f"{images:,} images, {held_out:,} held out, {steps} steps of {total}",
         f"{session.place.world.size} x {session.place.device.type}, ZeRO {session.stamp.zero_stage}, "
         f"{session.stamp.precision}, attention {session.attention.name}",
         f"run folder {session.run.out}"

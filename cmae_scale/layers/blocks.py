@@ -1,6 +1,6 @@
 """The transformer block of encoder and decoders, and the way blocks are run."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TypeAlias
 
@@ -10,24 +10,31 @@ from torch import Tensor, nn
 
 NORM_EPS = 1e-6  # of every LayerNorm. Source: timm VisionTransformer, facebookresearch/mae models_mae.py
 
-BlockRunner: TypeAlias = Callable[[nn.Module, Tensor], Tensor]
+BlockCall: TypeAlias = Callable[[Tensor], Tensor]  # a block, or one with its other arguments bound
+BlockRunner: TypeAlias = Callable[[BlockCall, Tensor], Tensor]
 
 
-def build_blocks(depth: int, *, embed_dim: int, num_heads: int, mlp_ratio: float) -> nn.Sequential:
-    """`depth` pre-norm blocks of timm without dropout, named 0, 1, ...
+def build_blocks(
+    depth: int,
+    *,
+    embed_dim: int,
+    num_heads: int,
+    mlp_ratio: float,
+    drop_path: Sequence[float] | None = None,
+) -> nn.Sequential:
+    """`depth` pre-norm blocks of timm without dropout, named 0, 1, ..., with a rate of drop path for each.
 
     Source: MAE models_mae.py: biases everywhere, no layer scale, drop path 0 in pre-training.
     """
     norm = partial(nn.LayerNorm, eps=NORM_EPS)
     return nn.Sequential(
         *(
-            Block(embed_dim, num_heads, mlp_ratio=mlp_ratio, qkv_bias=True, norm_layer=norm)
-            for _ in range(depth)
+            Block(embed_dim, num_heads, mlp_ratio=mlp_ratio, qkv_bias=True, norm_layer=norm, drop_path=rate)
+            for rate in drop_path or [0.0] * depth
         )
     )
 
 
-def run_block(block: nn.Module, tokens: Float[Tensor, "batch tokens embed"]) -> Tensor:
+def run_block(block: BlockCall, tokens: Float[Tensor, "batch tokens embed"]) -> Tensor:
     """The block's output, activations kept for backward: how a model runs unless told to rematerialise."""
-    output: Tensor = block(tokens)
-    return output
+    return block(tokens)

@@ -14,12 +14,12 @@ def sincos_positions(grid: int, embed_dim: int, *, cls: bool) -> Float[Tensor, "
     Source: official CMAE position embedding. MAE has the two halves the other way round, so weights of one
     are of no use with positions of the other: an import takes the stored positions.
     """
-    quarter = embed_dim // 4
-    frequency = 10000 ** -(torch.arange(quarter, dtype=torch.float64) / quarter)
-    angle = torch.arange(grid, dtype=torch.float64)[:, None] * frequency
+    quarter, cpu = embed_dim // 4, torch.device("cpu")  # also for a model that is laid out on meta
+    frequency = 10000 ** -(torch.arange(quarter, dtype=torch.float64, device=cpu) / quarter)
+    angle = torch.arange(grid, dtype=torch.float64, device=cpu)[:, None] * frequency
     axis = torch.cat([angle.sin(), angle.cos()], dim=1)
     rows = axis[:, None].expand(grid, grid, -1)
     columns = axis[None].expand(grid, grid, -1)
     patches = torch.cat([rows, columns], dim=2).reshape(grid * grid, embed_dim)
-    before = torch.zeros(int(cls), embed_dim, dtype=torch.float64)
+    before = torch.zeros(int(cls), embed_dim, dtype=torch.float64, device=cpu)
     return torch.cat([before, patches]).float()[None]

@@ -12,9 +12,9 @@ from cmae_scale.core.errors import ConfigError
 from cmae_scale.core.settings import Pool
 from cmae_scale.core.transfer_settings import CropConfig, FinetuneConfig
 from cmae_scale.layers.sync_norm import SyncBatchNorm
-from cmae_scale.models.flops import count_blocks
 from cmae_scale.models.pretrained import PretrainedEncoder, build_vit, set_head_
-from cmae_scale.models.weights import write_timm_folder
+from cmae_scale.models.weights import write_model
+from cmae_scale.sizing.flops import count_blocks
 
 PROBE_STD = 0.01  # of the probe's starting weights. Source: MAE main_linprobe.py
 _HEAD_PARTS = ("fc_norm.", "norm.", "head.")  # what comes after the blocks
@@ -67,7 +67,7 @@ class LinearProbe(nn.Module):
         if inputs.ndim == 4:
             with torch.no_grad():
                 inputs = self.encoder(inputs)
-        rows = self.norm(inputs.float()).to(self.norm.weight.dtype)
+        rows = self.norm(inputs.float())
         return torch.stack([head(rows) for head in self.heads], dim=1)
 
 
@@ -126,7 +126,7 @@ def export_classifier(
             "label_names": list(classes),
         },
     }
-    write_timm_folder(state, folder, config=config)
+    write_model(state, folder, config=config)
 
 
 def count_training_flops(model: VisionTransformer, *, trained_blocks: int) -> int:

@@ -6,14 +6,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from cmae_scale.core.settings import CmaeConfig, ModelConfig
+from cmae_scale.core.settings import CmaeConfig
 from cmae_scale.layers.blocks import BlockRunner, run_block
 from cmae_scale.layers.masking import TokenMask, mask_from_noise
+from cmae_scale.models.build import build_encoder
 from cmae_scale.models.decoder import FeatureDecoder, FeatureHead, PixelDecoder, TokenCompletion
-from cmae_scale.models.encoder import Encoder
+from cmae_scale.models.encoder import ImageEncoder
 from cmae_scale.models.heads import Predictor, Projector
-from cmae_scale.models.init import init_head_, init_transformer_
-from cmae_scale.models.sizes import read_size
+from cmae_scale.models.init import Settle, init_follower_, init_head_, init_transformer_, keep_whole
 
 
 class CMAEOutput(NamedTuple):
@@ -45,44 +45,39 @@ class CMAE(nn.Module):
 
     def __init__(self, cfg: CmaeConfig) -> None:
         super().__init__()
-        model, width = cfg.model, read_size(cfg.model).embed_dim
-        feature = model.feature_decoder
-        self.grid = cfg.views.img_px // model.patch_size
+        model, feature = cfg.model, cfg.model.feature_decoder
         self.mask_config, self.target_config = cfg.mask, cfg.target
-        self.online_encoder = self._build_encoder(model, final_norm=True)
+        self.online_encoder = build_encoder(model, img_px=cfg.views.img_px)
+        self.grid, width = self.online_encoder.grid, self.online_encoder.embed_dim
+        prefix = self.online_encoder.num_prefix_tokens
         self.pixel_decoder = PixelDecoder(
             model.pixel_decoder,
             width_in=width,
             grid=self.grid,
             values=3 * model.patch_size**2,
+            num_prefix_tokens=prefix,
             early_depth=feature.depth if cfg.has_contrast and feature.shared else 0,
         )
         self.feature_decoder: FeatureDecoder | FeatureHead | None = None
         self.projector: Projector | None = None
         self.predictor: Predictor | None = None
-        self.target_encoder: Encoder | None = None
+        self.target_encoder: ImageEncoder | None = None
         self.target_projector: Projector | None = None
         if cfg.has_contrast:
             if feature.depth and feature.shared:
-                self.feature_decoder = FeatureHead(feature.embed_dim, width)
+                self.feature_decoder = FeatureHead(feature.embed_dim, width, num_prefix_tokens=prefix)
             elif feature.depth:
-                self.feature_decoder = FeatureDecoder(feature, width_in=width, grid=self.grid)
+                self.feature_decoder = FeatureDecoder(
+                    feature, width_in=width, grid=self.grid, num_prefix_tokens=prefix
+                )
             self.projector = Projector(width, cfg.heads)
             self.predictor = Predictor(cfg.heads)
-            self.target_encoder = self._build_encoder(model, final_norm=cfg.target.final_norm)
+            self.target_encoder = build_encoder(
+                model, img_px=cfg.views.img_px, final_norm=cfg.target.final_norm
+            )
             self.target_projector = Projector(width, cfg.heads)
             self.target_encoder.requires_grad_(False)
             self.target_projector.requires_grad_(False)
-        self.init_()
-
-    def _build_encoder(self, model: ModelConfig, *, final_norm: bool) -> Encoder:
-        return Encoder(
-            read_size(model),
-            patch_size=model.patch_size,
-            grid=self.grid,
-            mlp_ratio=model.mlp_ratio,
-            final_norm=final_norm,
-        )
 
     def forward(
         self,
@@ -123,7 +118,7 @@ class CMAE(nn.Module):
             case FeatureHead() as head:
                 feature = head(early)
             case None:
-                feature = latents[:, 1:].mean(dim=1)
+                feature = self.online_encoder.pool(latents)
         return feature
 
     @torch.no_grad()
@@ -136,7 +131,7 @@ class CMAE(nn.Module):
         ratio = self.target_config.mask_ratio
         mask = self._draw_mask(images, noise, ratio=ratio) if ratio else None
         latents = self.target_encoder(images, mask)
-        feature = latents[:, 0] if self.target_config.pool == "cls" else latents[:, 1:].mean(dim=1)
+        feature = latents[:, 0] if self.target_config.pool == "cls" else self.target_encoder.pool(latents)
         key: Tensor = self.target_projector(feature)
         return key
 
@@ -164,14 +159,21 @@ class CMAE(nn.Module):
         return pairs
 
     @torch.no_grad()
-    def init_(self) -> None:
-        """Give every parameter its starting value; the target starts as a copy of the online branch."""
+    def init_(self, settle: Settle = keep_whole) -> None:
+        """Give every parameter its starting value; the target starts as a copy of the online branch.
+
+        `settle` gets each module in turn when its own parameters have their values. If it splits them over
+        ranks, it is the caller's to copy online to target, shard by shard.
+        """
         for transformer in (self.online_encoder, self.pixel_decoder, self.feature_decoder):
             if transformer is not None:
-                init_transformer_(transformer)
+                init_transformer_(transformer, settle)
         for head in (self.projector, self.predictor):
             if head is not None:
-                init_head_(head)
+                init_head_(head, settle)
+        for follower in (self.target_encoder, self.target_projector):
+            if follower is not None:
+                init_follower_(follower, settle)
         for pair in self.target_pairs():
             pair.target.copy_(pair.online)
 
@@ -179,12 +181,19 @@ class CMAE(nn.Module):
         """Run every block that gets gradients as `checkpoint_block(block, tokens)`; None undoes it."""
         for trained in (self.online_encoder, self.pixel_decoder, self.feature_decoder):
             for module in trained.modules() if trained is not None else ():
-                if isinstance(module, Encoder | TokenCompletion):
+                if isinstance(module, ImageEncoder | TokenCompletion):
                     module.run_block = checkpoint_block or run_block
 
 
-def build_cmae(cfg: CmaeConfig) -> CMAE:
-    """The model of a run file, on the CPU. Its weights follow from `cfg.seed` alone, so all ranks agree."""
+def build_cmae(cfg: CmaeConfig, *, settle: Settle = keep_whole) -> CMAE:
+    """The model of a run file, on the CPU. Its weights follow from `cfg.seed` alone, so all ranks agree.
+
+    It is laid out on the meta device and gets its values module by module; `settle` may put each module away
+    before the next takes memory (see `CMAE.init_`). Inside of `torch.device("meta")` it stays without values.
+    """
+    with torch.device("meta"):
+        model = CMAE(cfg)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(cfg.seed)
-        return CMAE(cfg)
+        model.init_(settle)
+    return model

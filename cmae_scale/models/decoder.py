@@ -14,7 +14,7 @@ from cmae_scale.layers.positions import sincos_positions
 
 
 class CompletedTokens(NamedTuple):
-    """The class token and one token for every patch, in row-major order."""
+    """The encoder's class token, if it has one, and one token for every patch, in row-major order."""
 
     last: Float[Tensor, "batch tokens embed"]  # after all blocks
     early: (
@@ -30,22 +30,31 @@ class TokenCompletion(nn.Module):
 
     pos_embed: Tensor
 
-    def __init__(self, cfg: DecoderConfig, *, width_in: int, grid: int, early_depth: int = 0) -> None:
+    def __init__(
+        self,
+        cfg: DecoderConfig,
+        *,
+        width_in: int,
+        grid: int,
+        num_prefix_tokens: int = 1,
+        early_depth: int = 0,
+    ) -> None:
         super().__init__()
+        self.num_prefix_tokens = num_prefix_tokens
         self.early_depth = early_depth
         self.narrow = nn.Linear(width_in, cfg.embed_dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, cfg.embed_dim))
-        self.register_buffer("pos_embed", sincos_positions(grid, cfg.embed_dim, cls=True))
+        self.register_buffer("pos_embed", sincos_positions(grid, cfg.embed_dim, cls=bool(num_prefix_tokens)))
         self.blocks = build_blocks(
             cfg.depth, embed_dim=cfg.embed_dim, num_heads=cfg.num_heads, mlp_ratio=cfg.mlp_ratio
         )
         self.run_block: BlockRunner = run_block
 
     def forward(self, latents: Float[Tensor, "batch visible width_in"], mask: TokenMask) -> CompletedTokens:
-        """Completed tokens from the encoder's output: its class token, then the patches that `mask` kept."""
-        visible = self.narrow(latents)
-        cls, patches = visible[:, :1], scatter_tokens(visible[:, 1:], mask, fill=self.mask_token)
-        tokens = (torch.cat([cls, patches], dim=1) + self.pos_embed).to(self.mask_token.dtype)
+        """Completed tokens from the encoder's output: class token if it has one, then the kept patches."""
+        visible, prefix = self.narrow(latents), self.num_prefix_tokens
+        patches = scatter_tokens(visible[:, prefix:], mask, fill=self.mask_token)
+        tokens = (torch.cat([visible[:, :prefix], patches], dim=1) + self.pos_embed).to(self.mask_token.dtype)
         early = None
         for depth, block in enumerate(self.blocks, start=1):
             tokens = self.run_block(block, tokens)
@@ -69,17 +78,31 @@ class PixelDecoder(nn.Module):
     """
 
     def __init__(
-        self, cfg: DecoderConfig, *, width_in: int, grid: int, values: int, early_depth: int = 0
+        self,
+        cfg: DecoderConfig,
+        *,
+        width_in: int,
+        grid: int,
+        values: int,
+        num_prefix_tokens: int = 1,
+        early_depth: int = 0,
     ) -> None:
         super().__init__()
-        self.completion = TokenCompletion(cfg, width_in=width_in, grid=grid, early_depth=early_depth)
+        self.num_prefix_tokens = num_prefix_tokens
+        self.completion = TokenCompletion(
+            cfg,
+            width_in=width_in,
+            grid=grid,
+            num_prefix_tokens=num_prefix_tokens,
+            early_depth=early_depth,
+        )
         self.norm = nn.LayerNorm(cfg.embed_dim, eps=NORM_EPS)
         self.predict = nn.Linear(cfg.embed_dim, values)
 
     def forward(self, latents: Float[Tensor, "batch visible width_in"], mask: TokenMask) -> PixelPrediction:
         """A vector in `patchify`'s order for each hidden patch."""
         tokens, early = self.completion(latents, mask)
-        hidden = take_tokens(tokens[:, 1:], mask.hidden)
+        hidden = take_tokens(tokens[:, self.num_prefix_tokens :], mask.hidden)
         return PixelPrediction(self.predict(self.norm(hidden)), early)
 
 
@@ -92,15 +115,16 @@ class FeatureHead(nn.Module):
     Differs: the linear comes after the mean; the two commute, and this costs 1/patches of it.
     """
 
-    def __init__(self, width_in: int, width_out: int) -> None:
+    def __init__(self, width_in: int, width_out: int, *, num_prefix_tokens: int = 1) -> None:
         super().__init__()
+        self.num_prefix_tokens = num_prefix_tokens
         self.norm = nn.LayerNorm(width_in, eps=NORM_EPS)
         self.predict = ExactLinear(width_in, width_out)
 
     def forward(self, tokens: Float[Tensor, "batch tokens embed"]) -> Float[Tensor, "batch width_out"]:
         """The image's feature; the class token takes no part."""
         with torch.autocast(tokens.device.type, enabled=False):
-            features: Tensor = self.predict(self.norm(tokens[:, 1:]).mean(dim=1))
+            features: Tensor = self.predict(self.norm(tokens[:, self.num_prefix_tokens :]).mean(dim=1))
         return features
 
 
@@ -112,10 +136,12 @@ class FeatureDecoder(nn.Module):
     official code has 768, the values of a patch, which is ViT-B's width.
     """
 
-    def __init__(self, cfg: DecoderConfig, *, width_in: int, grid: int) -> None:
+    def __init__(self, cfg: DecoderConfig, *, width_in: int, grid: int, num_prefix_tokens: int = 1) -> None:
         super().__init__()
-        self.completion = TokenCompletion(cfg, width_in=width_in, grid=grid)
-        self.head = FeatureHead(cfg.embed_dim, width_in)
+        self.completion = TokenCompletion(
+            cfg, width_in=width_in, grid=grid, num_prefix_tokens=num_prefix_tokens
+        )
+        self.head = FeatureHead(cfg.embed_dim, width_in, num_prefix_tokens=num_prefix_tokens)
 
     def forward(
         self, latents: Float[Tensor, "batch visible width_in"], mask: TokenMask

@@ -1,4 +1,4 @@
-"""The vision transformer of both branches."""
+"""What an encoder is, and the plain one: the vision transformer."""
 
 import torch
 from jaxtyping import Float
@@ -8,10 +8,30 @@ from cmae_scale.layers.blocks import NORM_EPS, BlockRunner, build_blocks, run_bl
 from cmae_scale.layers.masking import TokenMask, take_tokens
 from cmae_scale.layers.patches import PatchEmbed, patchify
 from cmae_scale.layers.positions import sincos_positions
-from cmae_scale.models.sizes import EncoderSize
+from cmae_scale.sizing.sizes import EncoderSize
 
 
-class Encoder(nn.Module):
+class ImageEncoder(nn.Module):
+    """What both branches ask of an encoder; `Encoder` and `hybrid.HybridEncoder` are the two that exist."""
+
+    embed_dim: int  # width of the tokens
+    grid: int  # patches along a side of the image
+    patch_size: int  # px
+    num_prefix_tokens: int  # tokens before the patches': 1 with a class token, else 0
+    run_block: BlockRunner  # how its blocks are run
+
+    def forward(
+        self, images: Float[Tensor, "batch channels side side"], mask: TokenMask | None
+    ) -> Float[Tensor, "batch tokens embed"]:
+        """Prefix tokens and kept patches (all of them without a mask), in the mask's order, normed."""
+        raise NotImplementedError
+
+    def pool(self, tokens: Float[Tensor, "batch tokens embed"]) -> Float[Tensor, "batch embed"]:
+        """Mean of the patches' tokens, the prefix left out. Source: CMAE equation 2, official cmae.py."""
+        return tokens[:, self.num_prefix_tokens :].mean(dim=1)
+
+
+class Encoder(ImageEncoder):
     """timm's VisionTransformer, run on the kept patches alone.
 
     It is put together from timm's blocks under timm's names: its state_dict loads into
@@ -34,7 +54,8 @@ class Encoder(nn.Module):
         final_norm: bool = True,
     ) -> None:
         super().__init__()
-        self.patch_size = patch_size
+        self.embed_dim, self.grid, self.patch_size = size.embed_dim, grid, patch_size
+        self.num_prefix_tokens = 1
         self.patch_embed = PatchEmbed(patch_size, size.embed_dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, size.embed_dim))
         self.register_buffer("pos_embed", sincos_positions(grid, size.embed_dim, cls=True))
@@ -57,7 +78,7 @@ class Encoder(nn.Module):
             patches = take_tokens(patches, mask.kept)
             positions = positions[0, mask.kept]
         embedded = self.patch_embed(patches) + positions
-        cls = (self.cls_token + cls_position).expand(len(images), -1, -1)
+        cls = (self.cls_token + cls_position).expand(images.shape[0], -1, -1)
         tokens = torch.cat([cls, embedded], dim=1).to(self.cls_token.dtype)
         for block in self.blocks:
             tokens = self.run_block(block, tokens)

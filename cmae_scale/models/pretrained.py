@@ -16,8 +16,8 @@ from cmae_scale.core.errors import ConfigError
 from cmae_scale.core.settings import ModelConfig, Pool, ViewsConfig
 from cmae_scale.models.encoder import Encoder
 from cmae_scale.models.init import init_transformer_
-from cmae_scale.models.sizes import EncoderSize
-from cmae_scale.models.weights import CONFIG_FILE, read_weights, timm_config
+from cmae_scale.models.weights import CONFIG_FILE, describe_encoder, read_weights
+from cmae_scale.sizing.sizes import EncoderSize
 
 TIMM, LOCAL = "timm:", "local-dir:"
 _POOLS = {"mean": "avg", "cls": "token"}
@@ -64,7 +64,7 @@ def online_encoder(
     state: Mapping[str, Tensor], *, model: ModelConfig, views: ViewsConfig
 ) -> PretrainedEncoder:
     """The encoder of a pre-training run from its weights, as its exported folder would give it."""
-    config = timm_config(model, views=views)
+    config = describe_encoder(model, views=views)
     return PretrainedEncoder(
         "online encoder", config["architecture"], config["model_args"], state, views.mean, views.std
     )

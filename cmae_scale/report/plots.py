@@ -48,6 +48,8 @@ _PANELS = (
     Panel("val_top1", "Validation", "top-1", VIOLET),
     Panel("lr", "Learning rate", "per optimizer step", GREEN),
     Panel("grad_norm", "Gradient norm", "L2, whole model", RED),
+    Panel("query_spread", "Spread of queries", "1 = all around, 0 = collapsed", BLUE),
+    Panel("target_distance", "Target behind online", "distance / length of the weights", ORANGE),
     Panel("samples_per_s", "Speed", "images / s, all ranks", TEAL),
     Panel("momentum", "Target momentum", "share kept per step", VIOLET),
 )
@@ -161,7 +163,7 @@ def _draw(axes: Any, panel: Panel, metrics: Sequence[Metrics], *, chance: float 
     axes.spines[["left", "bottom"]].set_color("#9ca3af")
     axes.tick_params(labelsize=8, color="#9ca3af", labelcolor=INK)
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    if panel.metric in ("lr", "samples_per_s"):  # zero means something
+    if panel.metric in ("lr", "samples_per_s", "query_spread"):  # zero means something
         axes.set_ylim(0, 1.15 * max(values) or 1)
     if panel.metric == "grad_norm" and min(values) > 0 and max(values) > 30 * min(values):
         axes.set_yscale("log")

@@ -8,11 +8,14 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from cmae_scale.core.files import write_text
 
-PACKAGES = ("torch", "torchvision", "webdataset", "pillow", "numpy", "simplejpeg")
+PACKAGES = (
+    *("torch", "torchvision", "deepspeed", "webdataset"),
+    *("pillow", "numpy", "simplejpeg", "nvidia-nvimgcodec-cu12"),
+)
 
 
 def summarise(values: Sequence[float]) -> dict[str, float | int]:
@@ -22,6 +25,21 @@ def summarise(values: Sequence[float]) -> dict[str, float | int]:
         "median": statistics.median(values),
         "min": min(values),
         "max": max(values),
+    }
+
+
+class Lap(NamedTuple):
+    """Seconds that something took, of processors and of the clock."""
+
+    cpu_s: float
+    wall_s: float
+
+
+def summarise_laps(laps: Sequence[Lap], *, per: str) -> dict[str, dict[str, float | int]]:
+    """How the seconds of some laps spread, CPU time and the clock's."""
+    return {
+        f"cpu_s_per_{per}": summarise([lap.cpu_s for lap in laps]),
+        f"wall_s_per_{per}": summarise([lap.wall_s for lap in laps]),
     }
 
 

@@ -10,6 +10,7 @@ from cmae_scale.augment.plain import normalise
 from cmae_scale.core.errors import ConfigError
 from cmae_scale.core.transfer_settings import CropConfig
 from cmae_scale.data.decoding import CentreCrops, SamplePlace
+from cmae_scale.data.masters import empty_crops
 
 MAX_MPX = 100.0
 
@@ -44,8 +45,9 @@ def open_classifier(folder: str) -> Classifier:
 @torch.no_grad()
 def guess(classifier: Classifier, data: bytes, *, count: int) -> list[tuple[str, float]]:
     """The `count` most probable classes of an encoded image, best first. DataError if it is none."""
-    pixels = CentreCrops(classifier.crop, MAX_MPX).decode(data, SamplePlace(0, 0, 0))
-    images = normalise(torch.from_numpy(pixels.copy()), mean=classifier.mean, std=classifier.std)
+    pixels = empty_crops(1, side=classifier.crop.img_px)
+    CentreCrops(classifier.crop, MAX_MPX).decode(data, SamplePlace(0, 0, 0), out=pixels)
+    images = normalise(pixels, mean=classifier.mean, std=classifier.std)
     shares = classifier.model(images).softmax(dim=1)[0]
     best = shares.topk(min(count, len(shares)))
     return [

@@ -29,7 +29,11 @@ def list_imagefolder(request: SourceRequest) -> dict[str, Source]:
         raise ConfigError(
             f"--root {root} holds splits, not classes: write --root {root / classes[0]} and so on"
         )
-    items = Listing(Item(name, label) for label, folder in enumerate(classes) for name in _walk(root, folder))
+    items = Listing(
+        Item(name, label)
+        for label, folder in enumerate(classes)
+        for name in _walk(root, folder, above=(_identify(root),))
+    )
     _at_least_one(items, root)
     return {"": Source(f"imagefolder {root}", items, tuple(classes), functools.partial(read_file, root))}
 
@@ -52,11 +56,15 @@ def _at_least_one(items: Sequence[Item], root: Path) -> None:
         raise ConfigError(f"--root {root} holds no image file ({', '.join(IMAGE_ENDINGS)})")
 
 
-def _walk(root: Path, folder: str) -> Iterator[str]:
+def _walk(root: Path, folder: str, *, above: tuple[tuple[int, int], ...] = ()) -> Iterator[str]:
     """Image files below root/folder, relative to root, in an order that depends on their names alone.
 
-    Holds the names of one folder (and of those above it) at a time.
+    Holds the names of one folder (and of those above it) at a time. Linked folders are followed; ConfigError
+    for one that leads back to a folder above it.
     """
+    above = (*above, _identify(root / folder))
+    if above[-1] in above[:-1]:
+        raise ConfigError(f"{root / folder} links to a folder that it lies in: remove the link")
     names, folders = [], set()
     with os.scandir(root / folder) as entries:
         for entry in entries:
@@ -71,6 +79,12 @@ def _walk(root: Path, folder: str) -> Iterator[str]:
     for name in names:
         inner = f"{folder}/{name}" if folder else name
         if name in folders:
-            yield from _walk(root, inner)
+            yield from _walk(root, inner, above=above)
         else:
             yield inner
+
+
+def _identify(folder: Path) -> tuple[int, int]:
+    """Equal for two paths to the same folder."""
+    status = folder.stat()
+    return status.st_dev, status.st_ino

@@ -9,6 +9,8 @@ import pytest
 from PIL import Image
 
 from cmae_scale.bench import main
+from cmae_scale.core.settings import DataConfig, ViewsConfig
+from cmae_scale.trials.loader_memory import measure_footprint
 from data_prep.make_shards import main as make_shards
 
 
@@ -45,7 +47,7 @@ def test_worlds_that_differ_are_an_error(
     shards: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     digests = iter("abcdefghijklmnopqr")
-    monkeypatch.setattr("cmae_scale.data.proof.digest_epochs", lambda *_, **__: [(next(digests), 40)])
+    monkeypatch.setattr("cmae_scale.trials.proof.digest_epochs", lambda *_, **__: [(next(digests), 40)])
     assert main(["stream", "--shards", shards, "--batch", "8", "--master_px", "32"]) == 2
     assert "the global batches differ" in capsys.readouterr().err
 
@@ -56,7 +58,8 @@ def test_the_race_reports_all_contestants_and_writes_a_record(
 ) -> None:
     record = tmp_path / "records" / "loader.json"
     argv = ["loader", "--shards", shards, "--folder", str(images), "--samples", "16", "--rounds", "2"]
-    assert main([*argv, "--batch", "8", "--workers", "1", "--master_px", "32", "--record", str(record)]) == 0
+    argv += ["--master_px", "32"]
+    assert main([*argv, "--batch", "8", "--workers", "1", "--epochs", "3", "--record", str(record)]) == 0
     content = json.loads(record.read_text())
     assert set(content) == {"commit", "hardware", "versions", "config", "results"}
     assert len(content["results"]) == 4
@@ -65,3 +68,27 @@ def test_the_race_reports_all_contestants_and_writes_a_record(
         assert spread["n"] == 2
         assert 0 < spread["min"] <= spread["median"] <= spread["max"]
     assert content["results"]["ours"]["times_ours"] == 1
+    assert len(content["results"]["ours"]["resident_mib"]) == 3
+
+
+def test_memory_does_not_grow_with_the_epochs(shards: str) -> None:
+    data = DataConfig(shards=shards, workers=2)
+    views = ViewsConfig(img_px=32, master_px=32, shift_px=0)
+    resident = measure_footprint(data, views=views, batch=8, epochs=60)
+    assert len(resident) == 60
+    assert max(resident[30:]) < max(resident[5:30]) * 1.01
+
+
+def test_making_shards_is_measured_beside_decoding(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = tmp_path / "shards.json"
+    argv = ["shards", "--folder", str(images), "--rounds", "2", "--record", str(record)]
+    assert main([*argv, "--scratch", str(tmp_path)]) == 0
+    results = json.loads(record.read_text())["results"]
+    assert results.keys() == {"copy and hash", "make_shards", "decode"}
+    assert all(result["wall_s_per_image"]["min"] > 0 for result in results.values())
+    assert "times as fast as decoding" in capsys.readouterr().out
+    assert {path.name for path in tmp_path.iterdir()} == {"images", "shards.json"}, "nothing is left behind"
+    assert main(["shards", "--folder", str(tmp_path / "nothing")]) == 2
+    assert "holds no class folders" in capsys.readouterr().err

@@ -20,6 +20,13 @@ def test_lines_that_a_full_disk_refuses_come_later_and_once(tmp_path: Path) -> N
     assert path.read_text() == "1\n2\n3\n4\n"
 
 
+def test_a_torn_line_of_a_killed_process_swallows_no_other(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('1\n{"step": 2')
+    assert LineFile(path).add("3\n") is None
+    assert path.read_text() == '1\n{"step": 2\n3\n'
+
+
 def test_a_lost_folder_is_told_and_loses_nothing(tmp_path: Path) -> None:
     lines = LineFile(tmp_path / "gone" / "metrics.jsonl")
     assert lines.add("1\n") is not None

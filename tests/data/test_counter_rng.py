@@ -64,3 +64,12 @@ def test_all_permutations_of_three_come_up_equally_often() -> None:
     counts = [orders.count(order) for order in set(orders)]
     assert len(counts) == 6
     assert all(abs(count - 1000) < 150 for count in counts)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("seed", [-1, -7, 2**63, 2**64 - 1])
+def test_seeds_beyond_63_bits_are_taken_exactly(seed: int) -> None:
+    """As numbers of one array they would become floats: all of them the same few, or none at all."""
+    words = draw_words(seed, Purpose.CROP, place=(1, 2, 3), count=4)
+    np.testing.assert_array_equal(words, draw_words(seed + 2**64, Purpose.CROP, place=(1, 2, 3), count=4))
+    assert (words != draw_words(seed - 1, Purpose.CROP, place=(1, 2, 3), count=4)).all()

@@ -22,12 +22,16 @@ from cmae_scale.data.counter_rng import Purpose, draw_uniforms
 from cmae_scale.data.decode import (
     CROP_DRAWS,
     Box,
+    Size,
     decode_centre,
     decode_image,
     image_extension,
+    is_plain_jpeg,
     open_image,
     random_crop_box,
+    read_plain_size,
 )
+from cmae_scale.data.masters import decode_pixels
 
 SCALE, RATIO = (0.2, 1.0), (0.75, 4 / 3)
 
@@ -275,3 +279,60 @@ def test_the_ten_oddities_all_load_upright_and_in_rgb(shared_data: Path) -> None
         "tiny_75x56.jpg": (75, 56),
         "wide_640x218.jpg": (640, 218),
     }
+
+
+HEADERS = [
+    {},
+    {"mode": "L"},
+    {"progressive": True},
+    {"icc_profile": b"colours" * 9},
+    {"comment": b"a comment"},
+    {"restart_marker_blocks": 3},
+    {"exif": b"Exif\0\0MM\0*\0\0\0\x08\0\0"},
+    {"mode": "CMYK"},
+]
+
+
+def encode_jpeg(*, mode: str = "RGB", **options: object) -> bytes:
+    file = io.BytesIO()
+    picture(56, 40).convert(mode).save(file, "JPEG", **options)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(("options", "is_plain"), [*zip(HEADERS, [True] * 6 + [False] * 2, strict=True)])
+def test_the_size_of_a_plain_jpeg_is_read_without_pillow(options: dict[str, object], is_plain: bool) -> None:
+    size = read_plain_size(encode_jpeg(**options))
+    assert size == (Size(56, 40) if is_plain else None)
+
+
+@pytest.mark.parametrize("form", ["PNG", "WEBP"])
+def test_other_images_have_no_plain_size(form: str) -> None:
+    file = io.BytesIO()
+    picture(56, 40).save(file, form)
+    assert read_plain_size(file.getvalue()) is None
+    assert read_plain_size(b"") is None
+    assert read_plain_size(b"\xff\xd8\xff\xe0") is None
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    st.sampled_from(HEADERS),
+    st.lists(st.tuples(st.floats(0, 0.999), st.integers(0, 255)), min_size=1, max_size=3),
+)
+def test_a_damaged_header_has_a_plain_size_only_if_pillow_agrees_or_no_decoder_reads_it(
+    options: dict[str, object], changes: list[tuple[float, int]]
+) -> None:
+    data = bytearray(encode_jpeg(**options))
+    header = data.index(b"\xff\xda") + 4
+    for place, value in changes:
+        data[3 + int(place * (header - 3))] = value
+    if (size := read_plain_size(bytes(data))) is None:
+        return
+    try:
+        image = open_image(bytes(data), max_mpx=1e9)
+    except DataError:
+        with pytest.raises(DataError):
+            decode_pixels(bytes(data), max_mpx=50.0)
+        return
+    assert image.size == size
+    assert is_plain_jpeg(image)

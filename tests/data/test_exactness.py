@@ -35,6 +35,7 @@ class WatchedStorage(LocalStorage):
     """Writes down every byte that is read of a tar."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.readings: list[Reading] = []
         self.openings = itertools.count()
 

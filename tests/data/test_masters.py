@@ -1,7 +1,10 @@
 """Master images: torchvision's resized crop bit for bit, Pillow's almost, whichever decoder is installed."""
 
 import io
+import subprocess
+import sys
 import tarfile
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +17,11 @@ from torchvision.transforms.v2 import functional as tv
 from cmae_scale.core.errors import DataError
 from cmae_scale.data import masters
 from cmae_scale.data.counter_rng import Purpose, draw_uniforms
-from cmae_scale.data.decode import CROP_DRAWS, decode_image, random_crop_box
+from cmae_scale.data.decode import CROP_DRAWS, Box, decode_image, random_crop_box
 from cmae_scale.data.masters import decode_master, decode_pixels, find_jpeg_decoder
+from cmae_scale.data.regions import RegionDecoders
 
+ROOT = Path(__file__).resolve().parents[2]
 SCALE, RATIO = (0.2, 1.0), (0.75, 4 / 3)
 
 
@@ -58,7 +63,7 @@ def test_a_master_is_torchvisions_resized_crop_bit_for_bit(width: int, height: i
             InterpolationMode.BICUBIC,
             antialias=True,
         )
-        assert torch.equal(torch.from_numpy(crop), expected)
+        assert torch.equal(crop, expected)
 
 
 def test_masters_of_photographs_are_pillows_but_for_rounding(shared_data: Path) -> None:
@@ -68,13 +73,16 @@ def test_masters_of_photographs_are_pillows_but_for_rounding(shared_data: Path) 
         image = decode_image(data, max_mpx=50.0)
         box = random_crop_box(image.width, image.height, scale=SCALE, ratio=RATIO, draws=draws(number))
         expected = image.crop(box).resize((256, 256), Image.Resampling.BICUBIC)
-        errors.append(np.abs(crop[0].astype(int) - np.asarray(expected).transpose(2, 0, 1)))
+        errors.append(np.abs(crop[0].numpy().astype(int) - np.asarray(expected).transpose(2, 0, 1)))
     difference = np.stack(errors)
     assert difference.mean() < 0.1, "of 255"
     assert (difference > 1).mean() < 1e-3
 
 
-@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}, {"quality": 30}])
+OPTIONS = [{}, {"progressive": True}, {"subsampling": 0}, {"subsampling": 1}, {"quality": 30}]
+
+
+@pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
 def test_the_pixels_do_not_depend_on_the_decoder_that_is_installed(
     monkeypatch: pytest.MonkeyPatch, mode: str, options: dict[str, object]
@@ -95,6 +103,69 @@ def test_real_photographs_too(shared_data: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(masters, "DECODE_JPEG", None)
     for data, pixels in zip(photographs, fast, strict=True):
         np.testing.assert_array_equal(pixels, decode_pixels(data, max_mpx=50.0))
+
+
+@pytest.mark.parametrize("options", [*OPTIONS, {"restart_marker_blocks": 5}, {"icc_profile": b"colours"}])
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_a_part_decoded_alone_is_that_part_of_the_whole(mode: str, options: dict[str, object]) -> None:
+    pytest.importorskip("nvidia.nvimgcodec")
+    data = encode(picture(203, 155).convert(mode), "JPEG", **options)
+    whole = np.array(decode_image(data, max_mpx=1.0))
+    corners = np.random.default_rng(1).integers(0, 150, (60, 4))
+    for left, top, width, height in corners.tolist():
+        box = Box(left, top, min(203, left + width + 1), min(155, top + height + 1))
+        part = RegionDecoders().decode(data, box)
+        assert part is not None
+        np.testing.assert_array_equal(part, whole[box.top : box.bottom, box.left : box.right])
+
+
+@pytest.mark.parametrize("scale", [(0.1, 0.4), (0.2, 1.0)])
+def test_masters_do_not_depend_on_which_decoders_are_installed(
+    monkeypatch: pytest.MonkeyPatch, scale: tuple[float, float]
+) -> None:
+    def decode(number: int) -> torch.Tensor:
+        data = encode(picture(203, 155), "JPEG")
+        return decode_master(data, side=48, scale=scale, ratio=RATIO, max_mpx=1.0, draws=[draws(number)])
+
+    pytest.importorskip("nvidia.nvimgcodec")
+    parts = []
+    decode_part = masters.REGIONS.decode
+    monkeypatch.setattr(masters.REGIONS, "decode", lambda *a: parts.append(decode_part(*a)) or parts[-1])
+    fast = [decode(number) for number in range(20)]
+    assert len(parts) > 5
+    assert all(part is not None for part in parts)
+    monkeypatch.setattr(masters.REGIONS, "decode", lambda *_: None)
+    assert all(torch.equal(crop, decode(number)) for number, crop in enumerate(fast))
+    monkeypatch.setattr(masters, "DECODE_JPEG", None)
+    assert all(torch.equal(crop, decode(number)) for number, crop in enumerate(fast))
+
+
+def test_a_file_that_was_cut_below_the_part_is_bad_too() -> None:
+    data = encode(picture(203, 155), "JPEG")
+    for share in (0.5, 0.9, 0.999):
+        cut = data[: int(len(data) * share)]
+        with pytest.raises(DataError, match="cannot be decoded"):
+            decode_master(cut, side=48, scale=(0.05, 0.1), ratio=RATIO, max_mpx=1.0, draws=[draws(0)])
+
+
+def test_a_region_decoder_that_does_not_start_is_no_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = encode(picture(203, 155), "JPEG")
+    for name in ("nvidia", "nvidia.nvimgcodec"):
+        monkeypatch.setitem(sys.modules, name, None)
+    assert RegionDecoders().decode(data, Box(0, 0, 16, 16)) is None
+
+
+def test_starting_region_decoders_is_silent(capfd: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("nvidia.nvimgcodec")
+    code = (
+        "from cmae_scale.data.regions import RegionDecoders, Box; import sys;"
+        "print(RegionDecoders().decode(open(sys.argv[1], 'rb').read(), Box(0, 0, 9, 9)).shape)"
+    )
+    with tempfile.NamedTemporaryFile(suffix=".jpg") as file:
+        file.write(encode(picture(64, 64), "JPEG"))
+        file.flush()
+        subprocess.run([sys.executable, "-c", code, file.name], check=True, cwd=ROOT)
+    assert capfd.readouterr() == ("(9, 9, 3)\n", "")
 
 
 def test_a_rotated_jpeg_is_upright() -> None:

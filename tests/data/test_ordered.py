@@ -11,6 +11,7 @@ from cmae_scale.core.settings import DataConfig
 from cmae_scale.core.transfer_settings import CropConfig
 from cmae_scale.data.bad_samples import BadSamples
 from cmae_scale.data.decoding import CentreCrops
+from cmae_scale.data.masters import empty_crops
 from cmae_scale.data.ordered import open_ordered, share_pieces
 from cmae_scale.data.shard_set import open_shards
 
@@ -86,7 +87,8 @@ def test_the_centre_is_torchvisions(write_folder: Callable[..., Path], tmp_path:
         file = io.BytesIO()
         picture = Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
         picture.save(file, "PNG")
-        ours = CentreCrops(CROP, 50.0).decode(file.getvalue(), None)  # type: ignore[arg-type]
+        ours = empty_crops(1, side=CROP.img_px)
+        CentreCrops(CROP, 50.0).decode(file.getvalue(), None, out=ours)  # type: ignore[arg-type]
         theirs = v2.Compose(
             [v2.Resize(20, v2.InterpolationMode.BICUBIC), v2.CenterCrop(16), v2.PILToTensor()]
         )(picture)

@@ -112,7 +112,7 @@ def test_parquet_is_staged_in_one_pass_and_leaves_nothing(tmp_path: Path, option
     made = read_all(tmp_path / "out")
     assert made.items() <= ORIGINALS.items()
     assert len(made) == (5 if "--limit" in options else COUNT)
-    assert {path.suffix for path in (tmp_path / "out").iterdir()} == {".tar", ".json"}
+    assert {path.suffix for path in (tmp_path / "out").iterdir()} == {".tar", ".offsets", ".json"}
 
 
 def test_parts_stage_only_what_they_need(tmp_path: Path) -> None:

@@ -19,7 +19,9 @@ from PIL import Image
 
 from cmae_scale.core.cli import run_command
 from cmae_scale.data.index import read_index
+from cmae_scale.data.offsets import offsets_name
 from cmae_scale.data.tar import RawSample, read_samples
+from data_prep.check_shards import main as check_shards
 from data_prep.make_shards import main
 
 Make = Callable[..., int]
@@ -244,6 +246,17 @@ def test_skipping_bad_files_goes_on_from_what_was_finished_before(
     assert contents(tmp_path / "fresh") == contents(tmp_path / "out")
 
 
+def test_where_samples_begin_is_noted_as_check_shards_notes_it(images: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert make(out, "--samples_per_shard", "7", root=images) == 0
+    made = contents(out)
+    assert sum(name.endswith(".offsets") for name in made) == len(read_index(out).shards) > 1
+    for path in out.glob("*.offsets"):
+        path.unlink()
+    assert run_command(check_shards, ["--write_index", str(out)]) == 0
+    assert contents(out) == made
+
+
 def test_a_shard_of_nothing_but_bad_files_is_left_out(tmp_path: Path) -> None:
     for name in ("1", "2", "3"):
         (tmp_path / "images").mkdir(exist_ok=True)
@@ -251,7 +264,7 @@ def test_a_shard_of_nothing_but_bad_files_is_left_out(tmp_path: Path) -> None:
     options = ("--skip_bad", "--samples_per_shard", "1")
     assert make(tmp_path / "out", *options, source="flat", root=tmp_path / "images") == 0
     only = read_index(tmp_path / "out").shards[0].name
-    assert contents(tmp_path / "out").keys() == {only, "index.json", "skipped.jsonl"}
+    assert contents(tmp_path / "out").keys() == {only, offsets_name(only), "index.json", "skipped.jsonl"}
     assert make(tmp_path / "out", *options, source="flat", root=tmp_path / "images") == 0
     assert len(read_all(tmp_path / "out")) == 1
 

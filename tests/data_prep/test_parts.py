@@ -16,12 +16,12 @@ from PIL import Image
 
 from cmae_scale.core.cli import run_command
 from cmae_scale.core.errors import ConfigError
+from cmae_scale.core.files import write_first
 from cmae_scale.data.index import read_index
 from data_prep.layout import Part
 from data_prep.ledger import OPTIONS_NAME
 from data_prep.locks import hold_merge, hold_part
 from data_prep.make_shards import main
-from data_prep.whole_files import write_first
 
 COUNT = 60
 

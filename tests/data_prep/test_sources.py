@@ -109,6 +109,20 @@ def test_linked_folders_are_followed(tmp_path: Path) -> None:
     assert source.read(source.items[0]) == b"real/a/1.jpg"
 
 
+def test_a_link_that_leads_in_a_circle_is_named(tmp_path: Path) -> None:
+    touch(tmp_path, "a/1.jpg", "a/deep/2.jpg")
+    (tmp_path / "a" / "deep" / "up").symlink_to("..")
+    for kind in ("flat", "imagefolder"):
+        with pytest.raises(ConfigError, match=r"a/deep/up links to a folder that it lies in: remove"):
+            list_source(kind, tmp_path)
+
+
+def test_two_links_to_one_folder_are_no_circle(tmp_path: Path) -> None:
+    touch(tmp_path, "a/1.jpg")
+    (tmp_path / "b").symlink_to("a")
+    assert [item.name for item in list_source("flat", tmp_path)[""].items] == ["a/1.jpg", "b/1.jpg"]
+
+
 def test_names_that_are_not_utf8_are_read(tmp_path: Path) -> None:
     folder = tmp_path / "a"
     folder.mkdir()

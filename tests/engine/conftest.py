@@ -74,14 +74,21 @@ def train_tiny() -> Callable[..., dict[str, Any]]:
 
 
 def run_steps(
-    run: Run, *, steps: int, first: int | None = None, save_at: int | None = None
+    run: Run,
+    *,
+    steps: int,
+    first: int | None = None,
+    save_at: int | None = None,
+    resave_at: int | None = None,
 ) -> dict[str, Any]:
+    """`resave_at`: at this step, before it is taken, save what was taken up into the run folder's "again"."""
     import torch
 
     from cmae_scale.core.schedules import TargetMomentum
     from cmae_scale.data.stream import MasterBatch
     from cmae_scale.engine.pretraining import Pretraining, start_pretraining
     from cmae_scale.engine.start import start_processes
+    from cmae_scale.engine.states.checkpoint import Keeping, save_state
     from cmae_scale.engine.weights import gather_weights
 
     place = start_processes()
@@ -92,6 +99,19 @@ def run_steps(
     rows = range(rank * batch.local, (rank + 1) * batch.local, batch.micro)
     losses, failed = {}, None
     for step in range(session.first_step if first is None else first, steps):
+        if step == resave_at:
+            again = save_state(
+                session.engine,
+                run.out / "again",
+                step=step,
+                stamp=session.stamp,
+                masters=session.ema.named_masters(),
+                averages={},
+                extra={},
+                keeping=Keeping(1),
+                world=place.world,
+            )
+            assert again is None, again
         pixels = torch.Generator().manual_seed(step)
         images = torch.randint(0, 256, (8, 1, 3, side, side), generator=pixels, dtype=torch.uint8)
         parts = [

@@ -5,6 +5,8 @@ import torch
 
 from cmae_scale.core.settings import CmaeConfig, DataConfig, EncoderName, LossConfig, ModelConfig
 from cmae_scale.models import CMAE
+from cmae_scale.models.hybrid_classifier import HybridClassifier
+from cmae_scale.sizing.sizes import read_size, read_stages
 
 
 def build(encoder: EncoderName, *, patch_size: int = 16, weight: float = 1.0) -> CMAE:
@@ -37,6 +39,35 @@ def test_cmae_trains_as_many_parameters_as_published(encoder: EncoderName, train
 
 def test_cmae_base_is_as_large_as_the_official_model() -> None:
     assert num_with_positions(build("vit_base")) == 208_845_824
+
+
+def test_the_hybrid_is_as_large_as_convmae() -> None:
+    """Source: Alpha-VL/ConvMAE's base model, counted; CMAE* has the official heads and feature decoder."""
+    mae, cmae = build("convvit_base", weight=0.0), build("convvit_base")
+    assert sum(tensor.numel() for tensor in mae.online_encoder.state_dict().values()) == 88_932_736
+    assert num_with_positions(mae) == 115_041_408
+    assert num_trained(mae) == 114_790_528
+    assert num_trained(cmae) == 124_253_056
+
+
+@pytest.mark.parametrize(
+    ("encoder", "num_classes", "total"),
+    [
+        ("convvit_base", 0, 84_605_824),
+        ("convvit_base", 1000, 85_374_824),
+        ("convvit_small", 0, 21_942_528),
+        ("convvit_large", 0, 321_952_384),
+    ],
+)
+def test_the_hybrid_classifier_is_as_large_as_convvit(
+    encoder: EncoderName, num_classes: int, total: int
+) -> None:
+    model = ModelConfig(encoder=encoder)
+    with torch.device("meta"):
+        classifier = HybridClassifier(
+            read_size(model), read_stages(model), patch_size=16, grid=14, num_classes=num_classes
+        )
+    assert sum(parameter.numel() for parameter in classifier.parameters()) == total
 
 
 @pytest.mark.parametrize(

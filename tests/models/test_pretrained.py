@@ -15,8 +15,8 @@ from cmae_scale.models.classifier import LinearProbe, build_classifier, export_c
 from cmae_scale.models.encoder import Encoder
 from cmae_scale.models.init import init_transformer_
 from cmae_scale.models.pretrained import build_vit, open_encoder
-from cmae_scale.models.sizes import read_size
 from cmae_scale.models.weights import export_encoder
+from cmae_scale.sizing.sizes import read_size
 
 MODEL = ModelConfig(embed_dim=24, depth=3, num_heads=2, patch_size=4)
 

@@ -11,22 +11,17 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from cmae_scale.core.errors import ConfigError
-from cmae_scale.core.settings import ModelConfig, ViewsConfig
-from cmae_scale.models.encoder import Encoder
+from cmae_scale.core.settings import ConvConfig, EncoderName, ModelConfig, ViewsConfig
+from cmae_scale.models import ImageEncoder, build, read_description, read_encoder
 from cmae_scale.models.init import init_transformer_
-from cmae_scale.models.sizes import read_size
-from cmae_scale.models.weights import export_encoder, read_weights
+from cmae_scale.models.weights import describe_encoder, export_encoder, read_weights
+from cmae_scale.sizing.sizes import read_size, read_stages
 
 TINY = ModelConfig(embed_dim=32, depth=2, num_heads=4, mlp_ratio=2.0, patch_size=4)
 
 
-def build_encoder(model: ModelConfig, views: ViewsConfig) -> Encoder:
-    encoder = Encoder(
-        read_size(model),
-        patch_size=model.patch_size,
-        grid=views.img_px // model.patch_size,
-        mlp_ratio=model.mlp_ratio,
-    )
+def build_encoder(model: ModelConfig, views: ViewsConfig) -> ImageEncoder:
+    encoder = build.build_encoder(model, img_px=views.img_px)
     init_transformer_(encoder)
     return encoder
 
@@ -60,6 +55,50 @@ def test_a_classifier_can_be_put_on_an_export(tmp_path: Path) -> None:
     export_encoder(build_encoder(TINY, views).state_dict(), tmp_path, model=TINY, views=views)
     classifier = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, num_classes=7)
     assert classifier(torch.zeros(2, 3, 24, 24)).shape == (2, 7)
+
+
+HYBRID = TINY.model_copy(update={"conv": ConvConfig(dims=(8, 12), depths=(1, 2), mlp_ratio=3.0)})
+
+
+@pytest.mark.parametrize("model", [TINY, HYBRID], ids=["plain", "hybrid"])
+def test_an_export_is_read_back_to_the_same_encoder(
+    rng: torch.Generator, tmp_path: Path, model: ModelConfig
+) -> None:
+    views = ViewsConfig(img_px=24, master_px=24, shift_px=1, mean=(0.5, 0.4, 0.3), std=(0.3, 0.2, 0.1))
+    encoder = build_encoder(model, views)
+    export_encoder(encoder.state_dict(), tmp_path, model=model, views=views)
+    loaded, about = read_encoder(tmp_path), read_description(tmp_path)
+    images = torch.randn(2, 3, 24, 24, generator=rng)
+    assert not loaded.training
+    assert torch.equal(loaded(images, None), encoder(images, None))
+    assert (about.img_px, about.mean, about.std) == (24, views.mean, views.std)
+    assert (about.model.embed_dim, about.model.conv) == (model.embed_dim, model.conv)
+    assert about.architecture == ("convvit" if model.is_hybrid else "vit_base_patch16_224")
+
+
+@pytest.mark.parametrize("name", ["convvit_small", "convvit_base", "convvit_large"])
+def test_a_named_hybrid_is_described_by_its_name_and_its_sizes(name: EncoderName) -> None:
+    about = describe_encoder(ModelConfig(encoder=name), views=ViewsConfig())
+    assert about["architecture"] == name
+    args = json.loads(json.dumps(about["model_args"]))
+    spelt = ModelConfig.model_validate_json(json.dumps({k: v for k, v in args.items() if k != "img_size"}))
+    named = ModelConfig(encoder=name)
+    assert (read_size(spelt), read_stages(spelt)) == (read_size(named), read_stages(named))
+
+
+def test_a_folder_that_describes_no_encoder_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="does not describe an encoder"):
+        read_encoder(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"architecture": "resnet50", "num_classes": 10}))
+    with pytest.raises(ConfigError, match="does not describe an encoder"):
+        read_encoder(tmp_path)
+
+
+def test_weights_of_another_size_are_an_error_that_says_which(tmp_path: Path) -> None:
+    views = ViewsConfig(img_px=24, master_px=24, shift_px=1)
+    export_encoder(build_encoder(TINY, views).state_dict(), tmp_path, model=HYBRID, views=views)
+    with pytest.raises(ConfigError, match=r"not those of its config\.json(.|\n)*blocks1\.0\.conv1"):
+        read_encoder(tmp_path)
 
 
 def test_low_precision_weights_are_exported_in_full_precision(tmp_path: Path) -> None:

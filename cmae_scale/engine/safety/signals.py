@@ -1,56 +1,81 @@
-"""Asked to leave: a signal to any rank becomes one decision of all ranks at the next step."""
+"""Asked to leave: what a signal to this process means, from the first line of a command to its last.
+
+Nothing here needs torch, so that a signal counts while that is still being imported.
+"""
 
 import signal
+import threading
 from types import FrameType
 from typing import Any
 
-import torch
-import torch.distributed as dist
-
-from cmae_scale.core.collectives import world_size
 from cmae_scale.core.errors import UserError
 
-# Slurm warns with SIGUSR1 (--signal) or SIGTERM; the deepspeed launcher passes on SIGTERM, to one rank after
-# the other with 30 s for each, so that a rank must not wait for its own signal.
-_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+# Slurm warns with SIGUSR1 (--signal) or SIGTERM; Ctrl-C reaches every process of a terminal
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+STOP_FILE = "the file stop"  # for schedulers that cannot signal: `touch RUN/stop`
+# from this process's own watch to its main thread. Its default is to be ignored, so it may come late
+_WAKE = signal.SIGURG
 
 
 class InterruptedRunError(UserError):
-    """The run was asked to leave and has saved its state after `step` steps."""
+    """The run was asked to leave after `step` steps. `failed` says why its state could not be saved."""
 
     exit_status = 75  # sysexits' EX_TEMPFAIL: start the same command again
     is_everywhere = True
 
-    def __init__(self, step: int) -> None:
-        super().__init__(f"asked to leave after step {step}: the same command goes on from there")
+    def __init__(self, name: str, *, step: int | None, failed: str | None = None) -> None:
+        self.step = step
+        if name == "SIGINT":
+            self.exit_status = 130  # as shells have it: a script around the run should end too
+        when = "before the first step" if step is None else f"after step {step}"
+        there = "there" if failed is None else f"an older state, for this one is not saved ({failed})"
+        super().__init__(f"asked to leave ({name}) {when}: the same command goes on from {there}")
+
+
+class DataWaitError(Exception):
+    """Leave the wait for data: the run was asked to leave meanwhile."""
 
 
 class StopRequest:
-    """Whether some rank was asked to leave. A second signal to the same rank ends it at once."""
+    """Whether this rank was asked to leave, by a signal or by word from another rank.
+
+    Before `hold()` there is nothing to save and nobody to agree with: the process leaves at once. What asking
+    again means is up to the watch, which hears signals also while the main thread cannot.
+    """
 
     def __init__(self) -> None:
-        self._name: str | None = None
+        self.name: str | None = None
+        self.is_waiting_for_data = False
+        self._is_held = False
+        self._told: str | None = None  # by another rank
         self._before: dict[int, Any] = {}
-        # on the CPU, so that asking costs no wait for the GPU
-        self._group: Any = dist.new_group(backend="gloo") if world_size() > 1 else None
 
     def __enter__(self) -> "StopRequest":
-        self._before = {number: signal.signal(number, self._note) for number in _SIGNALS}
+        self._before = {number: signal.signal(number, self._handle) for number in (*SIGNALS, _WAKE)}
         return self
 
     def __exit__(self, *error: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def is_agreed(self) -> bool:
-        """True on all ranks once any of them has been asked; every rank must ask at the same step."""
-        flag = torch.tensor([int(self._name is not None)])
-        if self._group is not None:
-            dist.all_reduce(flag, group=self._group)
-        return bool(flag)
+    def hold(self) -> None:
+        """From now on a signal is a request that all ranks agree on at their next step."""
+        self._is_held = True
+        if self.name is not None:  # it came before, and some import caught what it raised
+            raise InterruptedRunError(self.name, step=None)
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if self._name is not None:
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
-        self._name = signal.Signals(number).name
+    def tell(self, name: str) -> None:
+        """Word from another rank: signal `name`. Called by a thread; the main thread wakes from its wait."""
+        self._told = name
+        # so that it wakes from a wait: Python's handlers run there whichever thread is meant
+        signal.pthread_kill(threading.main_thread().ident or 0, _WAKE)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        name = self._told if number == _WAKE else signal.Signals(number).name
+        if self.name is None and name is not None:
+            self.name = name
+            if not self._is_held:
+                raise InterruptedRunError(name, step=None)
+        if self.is_waiting_for_data:
+            self.is_waiting_for_data = False
+            raise DataWaitError

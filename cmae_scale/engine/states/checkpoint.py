@@ -1,53 +1,47 @@
-"""Training states on disk: a state is committed by a rename, or it does not exist.
+"""Saving and taking up a run's state, by all ranks together: what one rank finds out, all ranks know.
 
-    checkpoints/
-      step_00000500/        DeepSpeed's own files, one per rank and kind
-        state.json          what they are: step, stamp, size and SHA-256 of every file
-      latest                name of the newest, for DeepSpeed's tools; this module trusts the folders alone
-      step_00001000.part/   left by an interrupted save: never read, removed by the next save
-
-All functions are called by all ranks together; what they find out on one rank, all ranks know.
+There is one kind of state. Every rank writes only what it holds, so saving needs no communication; a
+parameter's elements are stored by name and range, so any number of ranks at any ZeRO stage can take them up.
+Source: the need is DeepSpeed's: its own checkpoints are bound to rank count and stage, its universal ones do
+not cross between stages 1/2 and 3, and both are pickles.
 """
 
-import hashlib
-import json
-import re
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from cmae_scale.core.collectives import barrier, gather_objects
+from cmae_scale.core.collectives import gather_objects
 from cmae_scale.core.errors import ConfigError
-from cmae_scale.core.files import PART, sync, sync_tree, write_text
 from cmae_scale.core.world import World
+from cmae_scale.engine.states import commit
+from cmae_scale.engine.states.content import read_content, read_counters, write_content, write_counters
+from cmae_scale.engine.states.pieces import count_elements, list_pieces
+from cmae_scale.engine.states.shards import ShardReader, shard_name, write_shard
 from cmae_scale.engine.states.stamp import Stamp
 
-_COMMITTED = re.compile(r"step_(\d{8,})")
-_DESCRIPTION = "state.json"
-# what torch.save and the file system raise when a disk is full, read-only or gone
+# what PyTorch and the file system raise when a disk is full, read-only or gone
 _SAVE_ERRORS = (OSError, RuntimeError)
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A state that was taken up. `passed_over` says what was wrong with newer ones."""
+    """A state that was taken up. `notices` say what else the user should know about it."""
 
     step: int
-    target_masters: dict[str, Tensor] | None  # fp32 masters of this rank
-    passed_over: tuple[str, ...]
+    extra: dict[str, Any]
+    notices: tuple[str, ...]
 
 
-def list_states(folder: Path) -> list[Path]:
-    """Committed states, newest first. Half-written ones have another name."""
-    if not folder.is_dir():
-        return []
-    steps = {int(match[1]): path for path in folder.iterdir() if (match := _COMMITTED.fullmatch(path.name))}
-    return [steps[step] for step in sorted(steps, reverse=True)]
+@dataclass(frozen=True)
+class Keeping:
+    """Which states stay: the `newest`, and those at multiples of `every_steps`."""
+
+    newest: int
+    every_steps: int | None = None
 
 
 def save_state(
@@ -56,46 +50,48 @@ def save_state(
     *,
     step: int,
     stamp: Stamp,
-    target_masters: dict[str, Tensor] | None,
-    keep: int,
+    masters: Mapping[str, Tensor],
+    averages: Mapping[str, Tensor],
+    extra: Mapping[str, Any],
+    keeping: Keeping,
     world: World,
 ) -> str | None:
-    """Write the state after `step` optimizer steps and drop all but the newest `keep`. None, or what failed.
+    """Write the state after `step` optimizer steps and drop older ones. None, or what failed.
 
-    Ranks write into a ".part" folder; only when all have done so does the first rank sync it to disk, rename
-    it and point `latest` to it. So at every moment the previous state or the new one is whole. A full or lost
-    disk on any rank leaves the previous states as they are.
+    `masters` and `averages` are those of `list_pieces`, `extra` is JSON that `load_newest` gives back. A full
+    or lost disk on any rank leaves the previous states as they are.
     """
-    part = folder / f"step_{step:08d}{PART}"
-    failures: list[str] = []
-    with _noting(failures):
-        if world.is_first:
-            folder.mkdir(parents=True, exist_ok=True)
-            for leftover in folder.glob(f"*{PART}"):
-                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-            part.mkdir()
-    if failed := _join(failures):
+    part = commit.name_part(folder, step=step)
+    failed = _on_first(world, lambda: _open_part(part))
+    if failed:
         return failed
-    with _guarded_writes(engine, failures):
-        client = {"step": step, "target_masters": target_masters}
-        engine.save_checkpoint(str(folder), tag=part.name, client_state=client, save_latest=False)
-    files: dict[str, dict[str, Any]] = {}
-    if not _join(failures):
-        with _noting(failures):
-            files = describe_files(part, world=world)
-    described = {name: entry for share in gather_objects(files) for name, entry in share.items()}
-    failed = _join(failures)
-    if world.is_first:
-        with _noting(failures):
-            if failed:
-                shutil.rmtree(part, ignore_errors=True)
-            else:
-                description = {"step": step, "stamp": asdict(stamp), "files": described}
-                _commit(part, description=description, keep=keep)
-    return failed or _join(failures)
+    pieces = list_pieces(engine, masters=masters, averages=averages)
+    failure, entry = _try(lambda: _write_share(engine, pieces, part, world=world))
+    shares = gather_objects((failure, entry))
+    failed = _join(failure for failure, _ in shares)
+    if failed:
+        _on_first(world, lambda: shutil.rmtree(part, ignore_errors=True))
+        return failed
+    description = {
+        "step": step,
+        "stamp": asdict(stamp),
+        "counters": read_counters(engine),
+        "extra": dict(extra),
+        "files": {shard_name(rank): entry for rank, (_, entry) in enumerate(shares)},
+    }
+    return _on_first(world, lambda: _commit(part, description, keeping=keeping))
 
 
-def load_newest(engine: Any, folder: Path, *, stamp: Stamp, world: World) -> Loaded | None:
+def load_newest(
+    engine: Any,
+    folder: Path,
+    *,
+    stamp: Stamp,
+    masters: Mapping[str, Tensor],
+    averages: Mapping[str, Tensor],
+    changes_allowed: bool,
+    world: World,
+) -> Loaded | None:
     """Take up the newest state in `folder` that is whole; None when there is none at all.
 
     Every file's size and SHA-256 is checked before anything is read from it. Raises ConfigError when a state
@@ -103,15 +99,14 @@ def load_newest(engine: Any, folder: Path, *, stamp: Stamp, world: World) -> Loa
     lose them.
     """
     passed_over: list[str] = []
-    for path in list_states(folder):
-        damage = find_damage(path, world=world)
-        if damage is None:
-            description = json.loads((path / _DESCRIPTION).read_text())
-            step = int(description["step"])
-            stamp.check(description["stamp"], path=path, step=step)
-            _, client = engine.load_checkpoint(str(folder), tag=path.name)
-            return Loaded(step, client["target_masters"], tuple(passed_over))
-        passed_over.append(damage)
+    for path in commit.list_states(folder):
+        damage, description = check_state(path, world=world)
+        if damage is None and description is not None:
+            notices = [f"warning: {damage}, so an older state was taken" for damage in passed_over]
+            notices += stamp.compare(description["stamp"], path=path, changes_allowed=changes_allowed)
+            _take_up(engine, path, description, masters=masters, averages=averages)
+            return Loaded(description["step"], description["extra"], tuple(notices))
+        passed_over.append(damage or str(path))
     if passed_over:
         raise ConfigError(
             f"no state in {folder} is whole ({'; '.join(passed_over)}): restore one, or start over with "
@@ -120,99 +115,68 @@ def load_newest(engine: Any, folder: Path, *, stamp: Stamp, world: World) -> Loa
     return None
 
 
-def find_damage(path: Path, *, world: World) -> str | None:
-    """What is wrong with the state at `path`, or None. Ranks share the hashing."""
+def check_state(path: Path, *, world: World) -> tuple[str | None, dict[str, Any] | None]:
+    """What is wrong with the state at `path`, or None, and its description. Ranks share the hashing."""
+    description, damage = None, None
     try:
-        listed = json.loads((path / _DESCRIPTION).read_text())["files"]
-        names = sorted(listed)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        damage: str | None = f"{path / _DESCRIPTION} is damaged ({error})"
-    else:
-        damage = next(
-            (
-                f"{path / name} is damaged or missing"
-                for name in names[world.rank :: world.size]
-                if _describe_file(path / name) != listed[name]
-            ),
-            None,
+        description = commit.read_description(path)
+        damage = commit.find_damage(path, description, rank=world.rank, ranks=world.size)
+    except (ValueError, KeyError, TypeError) as error:
+        damage = str(error)
+    return next((found for found in gather_objects(damage) if found), None), description
+
+
+def _take_up(
+    engine: Any,
+    path: Path,
+    description: dict[str, Any],
+    *,
+    masters: Mapping[str, Tensor],
+    averages: Mapping[str, Tensor],
+) -> None:
+    state = ShardReader([path / name for name in sorted(description["files"])])
+    parameters = {name: count_elements(parameter) for name, parameter in engine.module.named_parameters()}
+    if state.parameters != parameters:
+        different = sorted(name for name, _ in set(state.parameters.items()) ^ set(parameters.items()))
+        raise ConfigError(
+            f"{path} is of another model (it differs in {', '.join(dict.fromkeys(different[:6]))}): "
+            "go on with the old settings, or start anew with --out or --set cmae.checkpoint.resume=never"
         )
-    return next((found for found in gather_objects(damage) if found), None)
+    write_content(engine, list_pieces(engine, masters=masters, averages=averages), state=state)
+    write_counters(engine, description["counters"])
 
 
-def describe_files(folder: Path, *, world: World) -> dict[str, dict[str, Any]]:
-    """Size and SHA-256 of this rank's share of the files below `folder`, by their place in it."""
-    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-    described = {}
-    for name in names[world.rank :: world.size]:
-        entry = _describe_file(folder / name)
-        assert entry is not None
-        described[name] = entry
-    return described
+def _open_part(part: Path) -> None:
+    part.parent.mkdir(parents=True, exist_ok=True)
+    commit.clear_leftovers(part.parent)
+    part.mkdir()
 
 
-def _describe_file(path: Path) -> dict[str, Any] | None:
-    if not path.is_file():
-        return None
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256") if hasattr(hashlib, "file_digest") else _digest(file)
-        return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+def _write_share(engine: Any, pieces: Any, part: Path, *, world: World) -> commit.FileEntry:
+    path = part / shard_name(world.rank)
+    write_shard(path, read_content(engine, pieces, rank=world.rank, ranks=world.size))
+    return commit.describe_file(path)
 
 
-def _digest(file: Any) -> Any:
-    """hashlib.file_digest of Python 3.11, for 3.10."""
-    digest = hashlib.sha256()
-    while block := file.read(2**20):
-        digest.update(block)
-    return digest
+def _commit(part: Path, description: dict[str, Any], *, keeping: Keeping) -> None:
+    commit.write_description(part, description)
+    final = commit.commit(part)
+    commit.point_latest(final)
+    commit.drop_old(final.parent, keep=keeping.newest, keep_every_steps=keeping.every_steps)
 
 
-def _commit(part: Path, *, description: dict[str, Any], keep: int) -> None:
-    folder, final = part.parent, part.with_name(part.name.removesuffix(PART))
-    write_text(part / _DESCRIPTION, json.dumps(description, indent=2) + "\n")
-    sync_tree(part)
-    if final.exists():
-        shutil.rmtree(final)
-    part.rename(final)
-    sync(folder)
-    write_text(folder / "latest", final.name)
-    for old in list_states(folder)[keep:]:
-        shutil.rmtree(old)
-
-
-@contextmanager
-def _noting(failures: list[str]) -> Iterator[None]:
-    """Let a write that fails on this rank wait to be told until all ranks are asked."""
+def _try(work: Callable[[], Any]) -> tuple[str | None, Any]:
+    """What `work` returns, or the first line of why it failed."""
     try:
-        yield
+        return None, work()
     except _SAVE_ERRORS as error:
-        failures.append(str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__)
+        return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__, None
 
 
-@contextmanager
-def _guarded_writes(engine: Any, failures: list[str]) -> Iterator[None]:
-    """Keep a failed write of one rank from leaving the others waiting in DeepSpeed's barriers."""
-    writer = engine.checkpoint_engine
-    original = writer.save
-
-    def save(state_dict: Any, path: str) -> None:  # DeepSpeed passes them by name
-        with _noting(failures):
-            original(state_dict, path)
-
-    copy_scripts = engine._copy_recovery_script  # conversion scripts that DeepSpeed puts beside its files
-
-    def copy(save_path: str) -> None:
-        with _noting(failures):
-            copy_scripts(save_path)
-
-    writer.save, engine._copy_recovery_script = save, copy
-    try:
-        yield
-    finally:
-        del writer.save, engine._copy_recovery_script
-        barrier()
+def _on_first(world: World, work: Callable[[], Any]) -> str | None:
+    """Let the first rank do it. None, or what failed there; every rank gets the same answer."""
+    return _join(gather_objects(_try(work)[0] if world.is_first else None))
 
 
-def _join(failures: list[str]) -> str | None:
-    """The failures of all ranks, or None; every rank gets the same answer."""
-    told = [failure for share in gather_objects(failures) for failure in share]
-    return "; ".join(dict.fromkeys(told)) or None
+def _join(failures: Any) -> str | None:
+    return "; ".join(dict.fromkeys(failure for failure in failures if failure)) or None

@@ -1,60 +1,88 @@
-"""What a training state was written by: under another value, resuming would fail or be another run."""
+"""What a training state was written by, and what of that may change when it is taken up again."""
 
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from cmae_scale.core.config import Run
+from cmae_scale.core.config import Run, dump_run
 from cmae_scale.core.errors import ConfigError
 
-STATE_FORMAT = 1
+STATE_FORMAT = 2
+SHOWN = 8  # changed settings
+
+# settings that change where and how fast a run runs, or what it tells, never what it computes
+_FREE = (
+    "cmae.out",
+    "cmae.data.workers",
+    "cmae.data.prefetch",
+    "cmae.data.cache",
+    "cmae.monitor",
+    "cmae.checkpoint",
+)
 
 
 @dataclass(frozen=True)
 class Stamp:
-    """The kind of run. Two states with equal stamps continue one another."""
+    """The kind of run, and the run itself. `kind` must stay: with another one it would be another run."""
 
+    kind: dict[str, Any]
     ranks: int
     zero_stage: int
     precision: str
-    train_batch_size: int
-    seed: int
-    data: str  # fingerprint of the sample order
-    model: dict[str, Any]
+    run: dict[str, Any]  # the resolved run file
     format: int = STATE_FORMAT
 
-    def check(self, written: dict[str, Any], *, path: Path, step: int) -> None:
-        """Raise ConfigError unless the state at `path`, whose stamp is `written`, is of this kind."""
-        for name, value in json.loads(json.dumps(asdict(self))).items():
-            if written.get(name) != value:
-                raise ConfigError(
-                    f"{path} (step {step}) was written with {name} {_brief(written.get(name), value)}, "
-                    f"this run has {_brief(value, written.get(name))}: go on with the old value, or start "
-                    "anew with --out or --set cmae.checkpoint.resume=never"
-                )
+    def compare(self, written: dict[str, Any], *, path: Path, changes_allowed: bool) -> list[str]:
+        """What the user should know who goes on from the state at `path`, whose stamp is `written`.
+
+        Raises ConfigError for a state of another kind, unless `changes_allowed`.
+        """
+        if written.get("format") != self.format:
+            raise ConfigError(
+                f"{path} has format {written.get('format')}, this version writes {self.format}: finish "
+                "the run with the version that began it, or start anew with --out"
+            )
+        mine = json.loads(json.dumps(asdict(self)))
+        broken = list(_differences(written["kind"], mine["kind"]))
+        if broken and not changes_allowed:
+            place, old, new = broken[0]
+            raise ConfigError(
+                f"{path} was written with {place} {old}, this run has {new}: go on with the old value, start "
+                "anew with --out, or, if you mean it, --set cmae.checkpoint.resume=anyway"
+            )
+        notices = []
+        for name, label in (("ranks", "ranks"), ("zero_stage", "ZeRO stage"), ("precision", "precision")):
+            if written[name] != mine[name]:
+                notices.append(f"the state was written with {label} {written[name]}, now {mine[name]}")
+        changed = [
+            f"{place} {old} -> {new}"
+            for place, old, new in _differences(written["run"], mine["run"])
+            if not place.startswith(_FREE)
+        ]
+        if changed:
+            more = f" and {len(changed) - SHOWN} more" if len(changed) > SHOWN else ""
+            notices.append(f"settings changed since {path.name}: {', '.join(changed[:SHOWN])}{more}")
+        return notices
 
 
-def build_stamp(run: Run, *, ranks: int, precision: str, data: str) -> Stamp:
-    """The stamp of states that `run` writes on `ranks` processes."""
-    cmae = json.loads(run.cmae.model_dump_json(include={"model", "mask", "heads", "views", "loss", "target"}))
-    for free in ("attention", "remat"):  # change speed and memory, not the model
-        del cmae["model"][free]
+def build_stamp(run: Run, *, kind: dict[str, Any], ranks: int, precision: str) -> Stamp:
+    """The stamp of states that `run`, resolved, writes on `ranks` processes."""
     return Stamp(
+        kind=kind,
         ranks=ranks,
         zero_stage=run.deepspeed.get("zero_optimization", {}).get("stage", 0),
         precision=precision,
-        train_batch_size=run.deepspeed["train_batch_size"],
-        seed=run.cmae.seed,
-        data=data,
-        model=cmae,
+        run=json.loads(dump_run(run)),
     )
 
 
-def _brief(value: Any, other: Any) -> str:
-    """The part of `value` that differs from `other`."""
-    if isinstance(value, dict) and isinstance(other, dict):
-        for name in value:
-            if value[name] != other.get(name):
-                return f"{name} {_brief(value[name], other.get(name))}"
-    return str(value)
+def _differences(old: Any, new: Any, place: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Places where two JSON values differ, with both values; what one of them lacks is None there."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for name in dict.fromkeys([*old, *new]):
+            inner = f"{place}.{name}" if place else name
+            yield from _differences(old.get(name), new.get(name), inner)
+    elif old != new:
+        yield place, old, new

@@ -1,6 +1,7 @@
 """What a run says while it goes on: metrics.jsonl, DeepSpeed's monitors and the progress line."""
 
 import json
+import math
 import resource
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,8 +21,12 @@ from cmae_scale.data.bad_samples import BadSamples
 from cmae_scale.engine.hardware import read_peak_flops
 from cmae_scale.engine.optim import read_learning_rate
 from cmae_scale.engine.session import Session
+from cmae_scale.engine.watch.advice import Advisor
 from cmae_scale.engine.watch.bad_list import BadList
+from cmae_scale.engine.watch.health import Health
 from cmae_scale.engine.watch.meter import Meter
+from cmae_scale.engine.watch.monitors import Event, Monitors
+from cmae_scale.engine.watch.trace import StepTrace, read_steps
 
 Metrics = dict[str, float | int | None]
 
@@ -33,7 +38,13 @@ class Journal:
     """Collects every step and writes a line when asked. All ranks call its methods; the first one writes."""
 
     def __init__(
-        self, session: Session, *, times: Timetable, metric_names: Sequence[str], image_flops: int
+        self,
+        session: Session,
+        *,
+        times: Timetable,
+        metric_names: Sequence[str],
+        image_flops: int,
+        health: Health | None = None,
     ) -> None:
         self.session = session
         self.times = times
@@ -42,6 +53,8 @@ class Journal:
         self._lines = LineFile(self.path)
         self.meter = Meter(metric_names)
         self.image_flops = image_flops
+        self.health = health
+        self._advisor = Advisor(warmup_steps=times.warmup_steps)
         peak = read_peak_flops(session.place.device)
         self.peak_flops = None if peak is None else peak * session.place.world.size
         self.last: Metrics = {}
@@ -49,41 +62,76 @@ class Journal:
         self._listed = 0  # bad samples of all ranks at the last line
         self.progress: Progress | None = None
         if session.place.world.is_first:
-            drop_later_lines(self.path, step=session.first_step)
             self.progress = Progress(times.total_steps, first_step=session.first_step)
+        self.monitors = Monitors(session.run.deepspeed, is_first=session.place.world.is_first, say=self.say)
         self._opened_s = time.monotonic()
-        self._start_interval(session.first_step)
+        self.go_to(session.first_step)
 
     def say(self, text: str) -> None:
         """Lines for people."""
         if self.progress is not None:
             self.progress.say(text)
 
+    def watch(self, steps: range) -> Iterator[int]:
+        """The same steps, looked at closely where the run file asks: for a log line, for a profiler."""
+        trace = self._open_trace()
+        log_every = self.session.run.settings.monitor.log_every
+        try:
+            for step in steps:
+                if self.health is not None:
+                    self.health.is_due = (step + 1) % log_every == 0 or step + 1 == steps.stop
+                if trace is not None:
+                    trace.before(step)
+                yield step
+                if trace is not None and (told := trace.after(step)):
+                    self.say(told)
+        finally:
+            if trace is not None and (told := trace.close()):
+                self.say(told)
+
+    def look_at_gradients(self) -> None:
+        """Between a step's backward passes and its update."""
+        if self.health is not None:
+            self.health.look_at_gradients(self.session.engine)
+
     @contextmanager
     def waiting_for_data(self) -> Iterator[None]:
         """Count the time spent inside as time the model waited for images."""
         started_s = time.perf_counter()
-        yield
+        with self.session.spans.span("data"):
+            yield
         self._waited_s += time.perf_counter() - started_s
 
-    def add(self, step: int, losses: Float[Tensor, " metrics"], *, keys: Sequence[str]) -> None:
+    def go_to(self, step: int) -> None:
+        """Begin, or begin again, after `step` steps: what was told of later ones is taken back."""
+        if self.session.place.world.is_first:
+            drop_later_lines(self.path, step=step)
+        self.meter = Meter(self.meter.names)
+        self._start_interval(step)
+
+    def add(self, losses: Float[Tensor, " metrics"]) -> None:
         """Remember a step. Waits for nothing."""
-        self.meter.add(step, losses, keys=keys)
+        self.meter.add(losses)
 
     def write(self, done: int, *, scheduled: Mapping[str, float], bad: BadSamples) -> None:
         """The line of the steps since the last one; `done` optimizer steps are done.
 
-        The only place of the loop where the host waits for the device. Raises, on all ranks, DivergedError
-        when a loss was not finite and DataError when too many samples of all ranks are bad.
+        The host waits for the device here, else only where an update needs its norm. Raises DataError on all
+        ranks when too many samples of all of them are bad.
         """
+        with self.session.spans.span("log"):
+            self._write(done, scheduled=scheduled, bad=bad)
+
+    def _write(self, done: int, *, scheduled: Mapping[str, float], bad: BadSamples) -> None:
         means = self.meter.read()
         elapsed_s = time.perf_counter() - self._started_s
-        samples = (done - self._first) * self.batch_samples
+        samples = (done - self.written) * self.batch_samples
         totals = sum_of_ranks(
             torch.tensor([float(bad.count), self._waited_s], device=self.session.place.device)
         )
         bad_samples, waited_s = int(totals[0]), float(totals[1])
         images_per_s = samples / elapsed_s
+        health = {} if self.health is None else self.health.read(contrast=means.get("contrast"))
         metrics: Metrics = {
             "step": done,
             "samples": done * self.batch_samples,
@@ -92,18 +140,22 @@ class Journal:
             "lr": read_learning_rate(self.session.engine),
             **scheduled,
             "grad_norm": read_grad_norm(self.session.engine),
+            **health,
             "samples_per_s": round(images_per_s, 2),
             "mfu": self.peak_flops and round(images_per_s * self.image_flops / self.peak_flops, 4),
             "data_wait_s": round(waited_s / self.session.place.world.size, 4),
             "peak_gib": round(read_peak_gib(self.session.place.device), 3),
             "bad_samples": bad_samples,
+            **self.session.spans.read(done - self.written),
         }
         self.last = metrics
         if self.progress is not None:
             if failed := self._lines.add(json.dumps(metrics) + "\n"):
                 self.say(f"warning: {self.path} cannot be written ({failed}); its lines wait in memory")
-            write_monitors(self.session.engine, metrics)
+            self.monitors.write(list_events(metrics))
             self.progress.report(done, self._figures(metrics))
+            for advice in self._advisor.hear(metrics):
+                self.say(advice)
         self._start_interval(done)
         if bad_samples > self._listed:
             self.bad_list.add(bad.take_new())
@@ -121,7 +173,7 @@ class Journal:
             }
             if failed := self._lines.add(json.dumps(metrics) + "\n"):
                 self.say(f"warning: {self.path} cannot be written ({failed}); its lines wait in memory")
-            write_monitors(self.session.engine, flatten_metrics(metrics))
+            self.monitors.write(list_events(flatten_metrics(metrics)))
             shown = [f"{name} {value:.4f}" for name, value in found.items() if isinstance(value, float)]
             self.say(f"step {done}: {', '.join(shown)}")
         self._start_interval(done)
@@ -132,23 +184,35 @@ class Journal:
         steps = f"{self.times.total_steps} steps"
         if not self.last:
             return f"{steps} were done already"
-        figures = ", ".join(f"{name} {self.last[name]:.4f}" for name in self.meter.names)
+        figures = ", ".join(f"{name} {_show(self.last[name])}" for name in self.meter.names)
         return f"done: {steps}, {self.last['samples']:,} images, {seconds}; at the end {figures}"
 
     def close(self) -> None:
-        """End the progress line."""
+        """End the progress line, and what the monitors still have to write."""
+        self.monitors.close()
         if self.progress is not None:
             self.progress.close()
 
+    def _open_trace(self) -> StepTrace | None:
+        profile = self.session.run.settings.monitor.profile
+        if profile is None or not self.session.place.world.is_first:
+            return None
+        return StepTrace(
+            read_steps(profile),
+            folder=self.session.run.out / "profile",
+            device=self.session.place.device,
+            spans=self.session.spans,
+        )
+
     def _figures(self, metrics: Metrics) -> dict[str, str]:
         return {
-            **{name: f"{metrics[name]:.4f}" for name in self.meter.names},
+            **{name: _show(metrics[name]) for name in self.meter.names},
             "lr": f"{metrics['lr']:.2e}",
             "images/s": f"{metrics['samples_per_s']:.1f}",
         }
 
     def _start_interval(self, done: int) -> None:
-        self._first = done
+        self.written = done  # steps that lines have told of
         self._started_s = time.perf_counter()
         self._waited_s = 0.0
 
@@ -179,9 +243,9 @@ def flatten_metrics(metrics: Mapping[str, Any]) -> Metrics:
 
 
 def read_grad_norm(engine: Any) -> float | None:
-    """Norm of the last step's whole gradient before clipping; None where DeepSpeed does not compute it."""
+    """Norm of the last step's whole gradient before clipping; None where unknown or not finite."""
     norm = engine.get_global_grad_norm()
-    return None if norm is None else float(norm)
+    return None if norm is None or not math.isfinite(norm) else float(norm)
 
 
 def read_peak_gib(device: torch.device) -> float:
@@ -191,14 +255,15 @@ def read_peak_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts KiB
 
 
-def write_monitors(engine: Any, metrics: Metrics) -> None:
-    """Hand the metrics to whatever monitors the run file's DeepSpeed sections turned on."""
-    if engine.monitor.enabled:
-        samples = metrics["samples"]
-        engine.monitor.write_events(
-            [
-                (f"Train/Samples/{name}", metrics[name], samples)
-                for name in metrics
-                if name not in _UNMONITORED and metrics[name] is not None
-            ]
-        )
+def list_events(metrics: Metrics) -> list[Event]:
+    """The metrics as DeepSpeed's monitors take them."""
+    samples = int(metrics["samples"] or 0)
+    return [
+        (f"Train/Samples/{name}", value, samples)
+        for name, value in metrics.items()
+        if name not in _UNMONITORED and value is not None
+    ]
+
+
+def _show(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"

@@ -1,0 +1,166 @@
+"""A file of weights of any known origin, under our names, with its sizes, checked to be whole."""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from cmae_scale.core.errors import ConfigError
+from cmae_scale.core.settings import CmaeConfig
+from cmae_scale.layers.blocks import NORM_EPS
+from cmae_scale.models.cmae import CMAE
+from cmae_scale.models.formats.channels import MEAN, STD, swap_to_rgb
+from cmae_scale.models.formats.names import WHOSE, Layout, find_layout, to_ours
+from cmae_scale.models.formats.shapes import HeadCounts, ShapeReader
+from cmae_scale.models.weights import CONFIG_FILE, read_weights
+
+PROCESSOR_FILE = "preprocessor_config.json"  # Hugging Face's, of how images are prepared
+
+# what a fine-tuned model no longer has: the norm before the mean, the sum of stages
+PRETRAINING_ONLY = tuple(
+    f"online_encoder.{name}." for name in ("norm", "stage1_output_decode", "stage2_output_decode")
+)
+
+
+@dataclass(frozen=True)
+class ModelFile:
+    """Tensors under our names: `online_encoder`, and whichever of the other parts the file has."""
+
+    path: Path
+    layout: Layout
+    tensors: dict[str, Tensor]
+    cfg: CmaeConfig  # sizes spelt out; settings of parts that the file lacks mean nothing
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    is_bgr: bool
+    notices: tuple[str, ...]  # what had to be assumed
+
+    @property
+    def parts(self) -> list[str]:
+        """First names of the tensors: "online_encoder", "pixel_decoder", ..., "classifier"."""
+        return sorted({name.split(".")[0] for name in self.tensors})
+
+    def part(self, name: str) -> dict[str, Tensor]:
+        """One part's tensors under its own names; empty where the file lacks it."""
+        prefix = f"{name}."
+        return {n.removeprefix(prefix): tensor for n, tensor in self.tensors.items() if n.startswith(prefix)}
+
+    def to_rgb(self) -> "ModelFile":
+        """The same for RGB images: see `channels.swap_to_rgb`."""
+        if not self.is_bgr:
+            return self
+        tensors = swap_to_rgb(self.tensors, mean=self.mean, std=self.std)
+        notice = "trained on BGR images; its patch embeddings now take RGB, with the same features"
+        return replace(self, tensors=tensors, is_bgr=False, notices=(*self.notices, notice))
+
+
+def read_model_file(path: Path, *, heads: HeadCounts | None = None) -> ModelFile:
+    """The model in a file, or in a folder with a config.json of ours, timm's or Hugging Face's.
+
+    Raises ConfigError for names that its layout does not have, for missing tensors and for wrong shapes,
+    with a list of them.
+    """
+    tensors, described = read_weights(path), _read_config(path)
+    layout = find_layout(list(tensors))
+    renamed = to_ours(tensors, layout)
+    if renamed.unknown:
+        raise ConfigError(f"{path} has tensors with none of the {WHOSE[layout]}: {_some(renamed.unknown)}")
+    reader = ShapeReader(renamed.tensors, heads=_fill_in(heads or HeadCounts(), described))
+    try:
+        written = described.get("cmae") if layout == "ours" else None
+        cfg = CmaeConfig.model_validate_json(json.dumps(written)) if written else reader.config()
+    except ValidationError as error:
+        raise ConfigError(f"{path}: its sizes make no model: {_first_line(error)}") from None
+    check_whole(renamed.tensors, cfg, path=path)
+    return ModelFile(
+        path=path,
+        layout=layout,
+        tensors=renamed.tensors,
+        cfg=cfg,
+        mean=_read_moments(described, "mean", MEAN),
+        std=_read_moments(described, "std", STD),
+        is_bgr=layout == "cmae" or described.get("channels") == "bgr",
+        notices=(
+            *reader.notices,
+            *(f"left out: {name}" for name in renamed.left_out),
+            *_compare_arithmetic(described, path=path),
+        ),
+    )
+
+
+def check_whole(tensors: Mapping[str, Tensor], cfg: CmaeConfig, *, path: Path) -> None:
+    """Raise ConfigError unless every part is there as a whole, with the shapes of `cfg`."""
+    with torch.device("meta"):
+        expected = {name: tuple(tensor.shape) for name, tensor in CMAE(cfg).state_dict().items()}
+    parts = {name.split(".")[0] for name in tensors}
+    optional = PRETRAINING_ONLY if "classifier" in parts else ()
+    missing = [
+        name
+        for name in expected
+        if name.split(".")[0] in parts and name not in tensors and not name.startswith(optional)
+    ]
+    if missing:
+        raise ConfigError(f"{path} lacks {len(missing)} tensors (under our names): {_some(missing)}")
+    wrong = [
+        f"{name} {list(tensor.shape)} instead of {list(expected[name])}"
+        for name, tensor in tensors.items()
+        if name in expected and tuple(tensor.shape) != expected[name]
+    ]
+    if wrong:
+        raise ConfigError(f"{path}: {len(wrong)} tensors do not fit the others: {_some(wrong)}")
+    surplus = [name for name in tensors if name not in expected and not name.startswith("classifier.")]
+    if surplus:
+        raise ConfigError(f"{path} has {len(surplus)} tensors too many (under our names): {_some(surplus)}")
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    """What a folder's own JSON files say; of a single file nothing is known but its tensors."""
+    described: dict[str, Any] = {}
+    for name in (PROCESSOR_FILE, CONFIG_FILE) if path.is_dir() else ():
+        file = path / name
+        if file.is_file():
+            try:
+                described |= json.loads(file.read_text(encoding="utf-8"))
+            except (OSError, ValueError, TypeError) as error:
+                raise ConfigError(f"{file} cannot be read as a JSON object: {error}") from None
+    return described
+
+
+def _fill_in(heads: HeadCounts, described: Mapping[str, Any]) -> HeadCounts:
+    """Numbers of heads that the user gave, else those of a config.json of timm's or Hugging Face's."""
+    args = described.get("model_args") or {}
+    return HeadCounts(
+        encoder=heads.encoder or args.get("num_heads") or described.get("num_attention_heads"),
+        pixel_decoder=heads.pixel_decoder or described.get("decoder_num_attention_heads"),
+        feature_decoder=heads.feature_decoder,
+    )
+
+
+def _compare_arithmetic(described: Mapping[str, Any], *, path: Path) -> list[str]:
+    """What a Hugging Face model computes otherwise than ours: told, or refused where it would matter."""
+    if (act := described.get("hidden_act", "gelu")) != "gelu":
+        raise ConfigError(f'{path} has the activation "{act}", encoders here have "gelu"')
+    eps = described.get("layer_norm_eps", NORM_EPS)
+    return [] if eps == NORM_EPS else [f"its norms add {eps:g} to the variance, ours {NORM_EPS:g}"]
+
+
+def _read_moments(
+    described: Mapping[str, Any], name: str, default: tuple[float, float, float]
+) -> tuple[float, float, float]:
+    given = (described.get("pretrained_cfg") or {}).get(name, described.get(f"image_{name}"))
+    return default if given is None else (float(given[0]), float(given[1]), float(given[2]))
+
+
+def _some(names: Iterable[str], most: int = 12) -> str:
+    listed = list(names)
+    more = f" and {len(listed) - most} more" if len(listed) > most else ""
+    return ", ".join(listed[:most]) + more
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[-1].strip()

@@ -1,0 +1,94 @@
+"""What is inconsistent in a run, before it has cost anything: one sentence each, with the remedy."""
+
+from collections.abc import Iterator
+
+from cmae_scale.core.config import Run
+from cmae_scale.core.durations import Timetable
+from cmae_scale.planning.layouts import Layout
+from cmae_scale.sizing.flops import count_kept
+from cmae_scale.sizing.parameters import count_parameters
+from cmae_scale.sizing.zero import Job
+
+FEW_KEYS = 1024  # Source: MoCo v3 (arXiv:2104.02057) table 1 starts here; the paper's own batch is 4096
+FEW_NORMED = 32  # images that a BatchNorm's statistics should come from at least
+LEAST_SEEN = 0.1  # share of patches. Source: MAE figure 5: accuracy falls beyond nine tenths hidden
+BUCKET = 50_000_000  # numbers in a buffer for gradients: 100 to 200 MB, as long as a message has to be
+LR_RANGE = (
+    1e-5,
+    1e-2,
+)  # of AdamW's peak on these models. Source: MAE 2.4e-3, MoCo v3 2.4e-3, quickstart 1e-3
+
+
+def find_faults(run: Run, *, job: Job, times: Timetable, layouts: list[Layout], own: Layout) -> list[str]:
+    """All warnings; `run` is resolved, `own` is its own choice among `layouts`."""
+    return [
+        *_schedule_faults(run, times=times),
+        *_batch_faults(run, job=job),
+        *_memory_faults(job, layouts=layouts, own=own),
+    ]
+
+
+def _schedule_faults(run: Run, *, times: Timetable) -> Iterator[str]:
+    cfg, steps = run.cmae, times.total_steps
+    if times.warmup_steps >= steps:
+        yield (
+            f"cmae.schedule.warmup {cfg.schedule.warmup} is {times.warmup_steps} steps, the run has {steps}: "
+            f"the peak learning rate is never reached; write a shorter one, such as 10%"
+        )
+    if times.save_every_steps > steps:
+        yield (
+            f"cmae.checkpoint.every {cfg.checkpoint.every} is {times.save_every_steps} steps, the run has "
+            f"{steps}: only its end is saved; write for instance 5%"
+        )
+    momentum = cfg.target.momentum
+    if cfg.has_contrast and steps * (1 - momentum) < 1:
+        memory = "forever" if momentum == 1 else f"for 1 / (1 - {momentum}) = {1 / (1 - momentum):.0f} steps"
+        yield (
+            f"cmae.target.momentum {momentum} remembers {memory}, the run has {steps}: the target stays near "
+            f"its random start; write at most {max(0.0, 1 - 10 / steps):.3g}, or train longer"
+        )
+    low, high = LR_RANGE
+    if not low <= run.peak_lr <= high:
+        yield (
+            f"the peak learning rate {run.peak_lr:.2g} is outside of {low:g} to {high:g}, where such models "
+            f"train: change cmae.schedule.base_lr ({cfg.schedule.base_lr:g} per 256 images) or lr"
+        )
+
+
+def _batch_faults(run: Run, *, job: Job) -> Iterator[str]:
+    cfg, batch, ranks = run.cmae, job.batch, job.zero.ranks
+    if cfg.has_contrast and cfg.loss.contrast == "infonce" and batch.total < FEW_KEYS:
+        yield (
+            f"train_batch_size {batch.total} gives InfoNCE {batch.total - 1} negatives (paper: 4095): raise "
+            "it (accumulation counts fully), or write cmae.loss.contrast=byol, which needs none"
+        )
+    together = batch.micro * ranks
+    if cfg.has_contrast and cfg.heads.norm == "sync_batch" and together < min(FEW_NORMED, batch.total):
+        yield (
+            f"the heads' BatchNorm sees {together} images at a time ({batch.micro} x {ranks} ranks): raise "
+            "train_micro_batch_size_per_gpu, or write cmae.heads.norm=layer"
+        )
+    grid = cfg.views.img_px // cfg.model.patch_size
+    kept = count_kept(grid, cell=cfg.mask.cell, ratio=cfg.mask.ratio)
+    if kept < LEAST_SEEN * grid**2:
+        yield (f"cmae.mask.ratio {cfg.mask.ratio} leaves the encoder {kept} of {grid**2} patches: write 0.65")
+
+
+def _memory_faults(job: Job, *, layouts: list[Layout], own: Layout) -> Iterator[str]:
+    trained, bucket = count_parameters(job.cfg).trained, job.zero.reduce_bucket
+    if job.device == "cuda" and bucket > trained and own.peak.buckets > 0.5 * 2**30:
+        yield (
+            f"the buffers that gradients are sent in take {own.peak.buckets / 2**30:.1f} GiB, more than "
+            f"the gradients: write zero_optimization.reduce_bucket_size={min(BUCKET, trained)}"
+        )
+    if own.fits:
+        return
+    if own.largest is not None:
+        yield (
+            f"{own.device_bytes / 2**30:.1f} GiB do not fit: write train_micro_batch_size_per_gpu="
+            f"{own.largest.micro} with gradient_accumulation_steps={own.largest.accumulation}"
+        )
+    elif not any(layout.largest for layout in layouts):
+        yield "no choice fits, not even one image at a time: take more or larger GPUs, or offload_optimizer"
+    else:
+        yield "not even one image fits like this: take the recommended stage and rematerialisation"

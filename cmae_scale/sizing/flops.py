@@ -1,0 +1,93 @@
+"""Floating-point operations per image of each part, in closed form: what a training step must at least do."""
+
+from typing import NamedTuple
+
+from cmae_scale.core.settings import CmaeConfig, DecoderConfig, ModelConfig
+from cmae_scale.sizing.sizes import COARSE, FINE, KERNEL, read_size, read_stages
+
+
+class ForwardFlops(NamedTuple):
+    """Matrix products of one image's forward pass, two operations per multiply-add, by part.
+
+    Norms, activations, softmax and augmentation are left out, as in the field's figures for utilisation.
+    """
+
+    online_encoder: int
+    pixel_decoder: int
+    feature_decoder: int
+    heads: int  # projector and predictor
+    target: int  # encoder and projector
+
+    @property
+    def training(self) -> int:
+        """A training step's share: backward costs twice the forward pass, and the target has none.
+
+        Recomputed activations do not count: they are a way to save memory, not work that had to be done.
+        """
+        return (
+            3 * (self.online_encoder + self.pixel_decoder + self.feature_decoder + self.heads) + self.target
+        )
+
+
+def count_flops(cfg: CmaeConfig) -> ForwardFlops:
+    """The parts' operations for a run's model, views and masks."""
+    model = cfg.model
+    width, values = read_size(model).embed_dim, 3 * model.patch_size**2
+    prefix = 0 if model.is_hybrid else 1
+    grid = cfg.views.img_px // model.patch_size
+    patches = grid**2
+    kept = count_kept(grid, cell=cfg.mask.cell, ratio=cfg.mask.ratio)
+
+    def encoder(seen: int) -> int:
+        return count_encoder(model, seen=seen, patches=patches)
+
+    def completion(decoder: DecoderConfig) -> int:
+        blocks = count_blocks(
+            decoder.depth, width=decoder.embed_dim, mlp_ratio=decoder.mlp_ratio, tokens=patches + prefix
+        )
+        return 2 * (kept + prefix) * width * decoder.embed_dim + blocks
+
+    pixels = completion(model.pixel_decoder) + 2 * (patches - kept) * model.pixel_decoder.embed_dim * values
+    if not cfg.has_contrast:
+        return ForwardFlops(encoder(kept), pixels, feature_decoder=0, heads=0, target=0)
+    feature = model.feature_decoder
+    features = 2 * feature.embed_dim * width if feature.depth else 0  # one vector: it comes after the mean
+    if feature.depth and not feature.shared:
+        features += completion(feature)
+    hidden, out = cfg.heads.hidden_dim, cfg.heads.out_dim
+    projector, predictor = 2 * hidden * (width + out), 2 * hidden * (out + out)
+    seen = count_kept(grid, cell=cfg.mask.cell, ratio=cfg.target.mask_ratio)
+    return ForwardFlops(
+        encoder(kept), pixels, features, heads=projector + predictor, target=encoder(seen) + projector
+    )
+
+
+def count_kept(grid: int, *, cell: int, ratio: float) -> int:
+    """Patches of a grid x grid image that masking keeps. Source: official cmae_vit.py."""
+    return int((grid // cell) ** 2 * (1 - ratio)) * cell**2
+
+
+def count_encoder(model: ModelConfig, *, seen: int, patches: int) -> int:
+    """Operations of the encoder on `seen` of an image's `patches`."""
+    size, stages = read_size(model), read_stages(model)
+    width = size.embed_dim
+    prefix = 0 if stages else 1
+    blocks = count_blocks(size.depth, width=width, mlp_ratio=model.mlp_ratio, tokens=seen + prefix)
+    if stages is None:
+        return 2 * seen * 3 * model.patch_size**2 * width + blocks
+    total, before = blocks + 2 * seen * width**2, 3 * (model.patch_size // FINE) ** 2
+    for dim, depth, side in zip(stages.dims, stages.depths, (FINE, COARSE), strict=True):
+        pointwise = 2 * dim**2 + 2 * dim * int(dim * stages.mlp_ratio)
+        # the depthwise convolution alone runs over hidden patches too
+        block = 2 * seen * side**2 * pointwise + 2 * patches * side**2 * dim * KERNEL**2
+        embed, fuse = seen * side**2 * before * dim, seen * side**2 * dim * width
+        total += depth * block + 2 * (embed + fuse)
+        before = (FINE // COARSE) ** 2 * dim
+    return total + 2 * seen * before * width
+
+
+def count_blocks(depth: int, *, width: int, mlp_ratio: float, tokens: int) -> int:
+    """Operations of transformer blocks on `tokens` tokens: linear layers and attention's two products."""
+    linear = 2 * tokens * width * width * 4 + 2 * tokens * width * int(width * mlp_ratio) * 2
+    attention = 2 * tokens * tokens * width * 2
+    return depth * (linear + attention)

@@ -1,0 +1,49 @@
+"""Making shards beside decoding the same images and beside merely copying and hashing them."""
+
+import hashlib
+import os
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from cmae_scale.data.masters import decode_pixels
+from cmae_scale.report.records import Lap
+
+COPY = "copy and hash"
+MAKE = "make_shards"
+DECODE = "decode"
+
+
+def race_shards(
+    files: Sequence[Path], *, make: Callable[[Path], None], scratch: Path, rounds: int
+) -> dict[str, list[Lap]]:
+    """Seconds per image of each, interleaved, after a round that warms up and does not count.
+
+    `make` writes shards of the files into the folder that it is given, in this process.
+    """
+
+    def copy(folder: Path) -> None:
+        digest = hashlib.sha256()
+        with (folder / "copy").open("wb") as out:
+            for path in files:
+                data = path.read_bytes()
+                out.write(data)
+                digest.update(data)
+            out.flush()
+            os.fsync(out.fileno())
+
+    def decode(_: Path) -> None:
+        for path in files:
+            decode_pixels(path.read_bytes(), max_mpx=50.0)
+
+    laps: dict[str, list[Lap]] = {COPY: [], MAKE: [], DECODE: []}
+    for number in range(rounds + 1):
+        for name, work in {COPY: copy, MAKE: make, DECODE: decode}.items():
+            with tempfile.TemporaryDirectory(dir=scratch) as folder:
+                cpu_s, wall_s = time.process_time(), time.perf_counter()
+                work(Path(folder))
+                cpu_s, wall_s = time.process_time() - cpu_s, time.perf_counter() - wall_s
+            if number > 0:
+                laps[name].append(Lap(cpu_s / len(files), wall_s / len(files)))
+    return laps

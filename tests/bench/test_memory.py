@@ -1,0 +1,30 @@
+"""What training takes of this machine's memory, as its kernel counts it, beside the prediction."""
+
+from pathlib import Path
+
+import pytest
+
+from cmae_scale.core.batches import plan_batch
+from cmae_scale.core.config import read_run
+from cmae_scale.planning.forecast import describe_job
+from cmae_scale.sizing.memory import predict_peak
+from cmae_scale.trials.footprint import measure_footprint
+
+
+@pytest.mark.bench
+@pytest.mark.parametrize(
+    "changes",
+    [
+        ["torch_autocast.enabled=false", "zero_optimization.stage=0"],
+        ["cmae.model.remat=full", "zero_optimization.stage=2"],
+    ],
+    ids=["fp32", "autocast, remat full"],
+)
+def test_resident_memory_is_within_a_tenth_of_the_prediction(
+    changes: list[str], repository: Path, tmp_path: Path
+) -> None:
+    sizes = ["train_batch_size=4", "train_micro_batch_size_per_gpu=4", f"cmae.out={tmp_path}/run"]
+    run = read_run(repository / "ds_configs" / "vits.json", [*sizes, *changes])
+    [measured] = measure_footprint(run, ranks=1, steps=2)
+    job = describe_job(run, batch=plan_batch(run.deepspeed, ranks=1), ranks=1, device="cpu")
+    assert predict_peak(job).total_bytes == pytest.approx(measured.grown_bytes, rel=0.10)

@@ -1,0 +1,96 @@
+"""Memory of real steps on real ranks beside the prediction: the tensors that are alive, not what the
+allocator makes of them (that is `python -m cmae_scale.bench memory`)."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from cmae_scale.core.batches import plan_batch
+from cmae_scale.core.config import Run
+from cmae_scale.core.precision import read_formats
+from cmae_scale.sizing.memory import plan_moments, predict_peak
+from cmae_scale.sizing.zero import Job, is_optimizer_fused, read_zero
+
+# wide enough that matrices dominate: DeepSpeed keeps small tensors whole under stage 3
+MODEL = {
+    "model": {
+        "embed_dim": 384,
+        "depth": 3,
+        "num_heads": 6,
+        "patch_size": 4,
+        "pixel_decoder": {"depth": 2, "embed_dim": 384, "num_heads": 6},
+        "feature_decoder": {"depth": 1, "embed_dim": 384, "num_heads": 6},
+    },
+    "views": {"img_px": 24, "master_px": 24, "shift_px": 1},
+    "heads": {"hidden_dim": 384, "out_dim": 64},
+}
+FP32: dict[str, Any] = {}
+AUTOCAST = {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}
+BF16 = {"bf16": {"enabled": True}}
+
+
+def measure(run: Run, live: Any, *, steps: int = 3) -> dict[str, int]:
+    """Peak of the tensors alive over all steps and what stays between two, on this rank."""
+    from cmae_scale.engine.start import start_processes
+    from cmae_scale.trials.footprint import train_on_noise
+
+    place = start_processes()
+    with live:
+        batch = plan_batch(run.deepspeed, ranks=place.world.size)
+        left = train_on_noise(run, place=place, batch=batch, steps=steps)
+        del left.session.notices[:]  # it lives until here
+        return {"peak": live.peak, "idle": live.now}
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize(
+    ("stage", "ranks", "accumulation", "precision", "remat"),
+    [
+        (0, 1, 1, FP32, "none"),
+        pytest.param(
+            *(0, 2, 1, BF16, "none"),
+            marks=pytest.mark.xfail(
+                reason="predicted 352 MB, taken 268 MB: too high, the cause is not found"
+            ),
+        ),
+        (1, 2, 1, AUTOCAST, "none"),
+        (1, 2, 2, AUTOCAST, "selective"),
+        (2, 2, 2, FP32, "none"),
+        (2, 1, 1, AUTOCAST, "full"),
+        (3, 2, 1, AUTOCAST, "none"),
+        (3, 2, 1, BF16, "full"),
+    ],
+)
+def test_the_predicted_peak_is_that_of_a_real_step(
+    tiny_run: Callable[..., Run],
+    on_ranks: Callable[..., list[Any]],
+    live_bytes: Any,
+    stage: int,
+    ranks: int,
+    accumulation: int,
+    precision: dict[str, Any],
+    remat: str,
+) -> None:
+    run = tiny_run(
+        ranks=ranks,
+        stage=stage,
+        accumulation=accumulation,
+        cmae={**MODEL, "model": {**MODEL["model"], "remat": remat}},
+        train_batch_size=64,
+        zero_optimization={"stage": stage, "reduce_bucket_size": 1_000_000, "overlap_comm": stage in (1, 3)},
+        **precision,
+    )
+    formats = read_formats(run.deepspeed)
+    job = Job(
+        cfg=run.cmae,
+        formats=formats,
+        zero=read_zero(run.deepspeed, ranks=ranks),
+        batch=plan_batch(run.deepspeed, ranks=ranks),
+        kernel="fused" if formats.compute == "float32" else "explicit",
+        is_fused=is_optimizer_fused(run.deepspeed),
+    )
+    measured = on_ranks(lambda: measure(run, live_bytes), ranks=ranks, timeout_s=300)[0]
+    idle = next(moment for moment in plan_moments(job) if moment.name == "average")
+    assert predict_peak(job).total_bytes == pytest.approx(measured["peak"], rel=0.06)
+    assert idle._replace(views=0, working=0).total_bytes == pytest.approx(measured["idle"], rel=0.03)
