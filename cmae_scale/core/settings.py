@@ -290,27 +290,6 @@ class KnnMonitorConfig(KnnConfig):
     batch: int = Field(256, ge=1)  # images of a forward pass on a rank. Does not change results
 
 
-class KnnConfig(Section):
-    """Weighted nearest neighbours of frozen features: what an encoder knows without any training.
-
-    Source: Wu et al. (arXiv:1805.01978) section 3.4; DINO eval_knn.py.
-    """
-
-    k: int = Field(20, ge=1)  # Source: DINO, best of 10, 20, 100, 200
-    temperature: float = Field(0.07, gt=0)  # a neighbour's vote is exp(cosine / temperature)
-    pool: Pool = "mean"
-
-
-class KnnMonitorConfig(KnnConfig):
-    """Nearest neighbours while pre-training goes on."""
-
-    every: Duration = "10%"
-    shards: str | tuple[str, ...] | None = None  # labelled, to vote; null = data.shards
-    val_shards: str | tuple[str, ...] | None = None  # labelled, to be classified; null = data.val_shards
-    train_fraction: float = Field(1.0, gt=0, le=1)  # only the first part of every voting shard
-    batch: int = Field(256, ge=1)  # images of a forward pass on a rank. Does not change results
-
-
 class MonitorConfig(Section):
     """What is written while training."""
 

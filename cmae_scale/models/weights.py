@@ -46,11 +46,6 @@ def write_model(state: Mapping[str, Tensor], folder: Path, *, config: Mapping[st
 
     Each file appears only whole, weights first; an older export is replaced.
     """
-    write_timm_folder(state, folder, config=timm_config(model, views=views))
-
-
-def write_timm_folder(state: Mapping[str, Tensor], folder: Path, *, config: Mapping[str, Any]) -> None:
-    """Write weights and timm's description of them; each file whole, weights first, over an older export."""
     folder.mkdir(parents=True, exist_ok=True)
     part = folder / (WEIGHTS_FILE + PART)
     tensors = {name: _stored(tensor) for name, tensor in state.items()}
