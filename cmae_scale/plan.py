@@ -43,11 +43,6 @@ def plan(argv: Sequence[str] | None) -> None:
     from cmae_scale.planning.page import write_page
 
     run = read_run(args.deepspeed_config, read_overrides(args))
-    if run.cmae.model.is_hybrid:
-        raise ConfigError(
-            f"{run.path}: memory and parameters are counted for plain vision transformers only, not for a "
-            "hybrid encoder: plan a ViT of its width and depth instead, such as ds_configs/vitb.json"
-        )
     machine = choose_machine(args.gpu, count=args.gpus)
     batch = plan_batch(run.deepspeed, ranks=machine.ranks)
     images, steps_per_epoch = count_images(run, batch=batch.total, given=args.images)

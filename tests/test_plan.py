@@ -17,8 +17,7 @@ from cmae_scale.planning.forecast import describe_job
 from cmae_scale.sizing.memory import plan_moments, predict_peak
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-HYBRID = REPOSITORY / "ds_configs" / "convvitb.json"
-CONFIGS = sorted(set((REPOSITORY / "ds_configs").glob("*.json")) - {HYBRID})
+CONFIGS = sorted((REPOSITORY / "ds_configs").glob("*.json"))
 IMAGENET = ["--images", "1281167"]
 
 
@@ -195,13 +194,6 @@ def test_the_table_of_run_files_says_what_is_predicted() -> None:
             peaks.append(f"{predict_peak(job).total_bytes / 1e9:.2g}")
         assert between == f"{held[0]} / {held[1]} GB"
         assert fullest == f"{peaks[0]} / {peaks[1]} GB"
-
-
-def test_a_hybrid_encoder_is_not_planned_as_if_it_were_a_plain_one(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    assert main(["--deepspeed_config", str(HYBRID), "--images", "1000"]) == 2
-    assert "hybrid encoder" in capsys.readouterr().err
 
 
 def test_offloading_moves_bytes_to_main_memory(capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 from cmae_scale.core.settings import CmaeConfig, DecoderConfig, ModelConfig
-from cmae_scale.sizing.sizes import COARSE, FINE, KERNEL, read_size, read_stages
+from cmae_scale.sizing.sizes import COARSE, FINE, KERNEL, count_prefix, read_size, read_stages
 
 
 class ForwardFlops(NamedTuple):
@@ -33,7 +33,7 @@ def count_flops(cfg: CmaeConfig) -> ForwardFlops:
     """The parts' operations for a run's model, views and masks."""
     model = cfg.model
     width, values = read_size(model).embed_dim, 3 * model.patch_size**2
-    prefix = 0 if model.is_hybrid else 1
+    prefix = count_prefix(model)
     grid = cfg.views.img_px // model.patch_size
     patches = grid**2
     kept = count_kept(grid, cell=cfg.mask.cell, ratio=cfg.mask.ratio)
@@ -71,7 +71,7 @@ def count_encoder(model: ModelConfig, *, seen: int, patches: int) -> int:
     """Operations of the encoder on `seen` of an image's `patches`."""
     size, stages = read_size(model), read_stages(model)
     width = size.embed_dim
-    prefix = 0 if stages else 1
+    prefix = count_prefix(model)
     blocks = count_blocks(size.depth, width=width, mlp_ratio=model.mlp_ratio, tokens=seen + prefix)
     if stages is None:
         return 2 * seen * 3 * model.patch_size**2 * width + blocks

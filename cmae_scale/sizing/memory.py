@@ -4,19 +4,21 @@ A test compares it with the tensors that are alive in real steps of every stage,
 memory` with what the operating system counts.
 """
 
+from itertools import accumulate
 from typing import NamedTuple
 
 from cmae_scale.core.settings import CmaeConfig
 from cmae_scale.sizing.activations import (
     BlockShape,
+    EncoderStage,
     count_activations,
-    count_passing,
     count_transient,
     decoder_block,
-    encoder_block,
+    plan_encoder,
 )
 from cmae_scale.sizing.flops import count_kept
-from cmae_scale.sizing.parameters import count_parameters
+from cmae_scale.sizing.parameters import count_encoder, count_parameters
+from cmae_scale.sizing.sizes import count_prefix
 from cmae_scale.sizing.zero import Device, Job, Standing, count_standing
 
 _FP32 = 4
@@ -70,7 +72,8 @@ def plan_moments(job: Job) -> list[Moment]:
 def _plan_passes(job: Job, held: Standing, *, idle: Moment) -> list[Moment]:
     """The last micro-batch's forward and backward pass."""
     cfg, micro, parts = job.cfg, job.batch.micro, count_activations(job.cfg, method=job.method)
-    encoder, decoder, target = _block_shapes(cfg)
+    encoder, target = _plan_encoders(job)
+    decoder = count_transient(_decoder_shape(cfg), method=job.method)
     logits = 2 * _FP32 * job.batch.total * micro if cfg.has_contrast else 0
     carried = held.gradients + (held.carried if job.batch.accumulation > 1 else 0)
     # stage 1 gives its buckets back after the whole step, stage 2 after each pass
@@ -79,11 +82,17 @@ def _plan_passes(job: Job, held: Standing, *, idle: Moment) -> list[Moment]:
     sending = held.buckets + held.sending
     forward = idle._replace(weights=held.weights + held.gathered, gradients=carried, buckets=open_buckets)
     backward = forward._replace(weights=held.weights + held.regathered, buckets=sending)
-    left, arrived = _plan_arrival(job, held)
+    arrival = _plan_arrival(job, held)
+    left = (
+        sum(stage.kept * share for stage, share in zip(encoder, arrival.encoder_left, strict=True))
+        + sum(parts[1:]) * arrival.decoders_left
+    )
+    # the stage that backward is in by then
+    entered = max((place for place, share in enumerate(arrival.encoder_left) if share), default=0)
     return [
         forward._replace(
             name="forward of the target",
-            working=micro * count_passing(target, formats=job.formats) if cfg.has_contrast else 0,
+            working=micro * max(stage.passing for stage in target) if cfg.has_contrast else 0,
         ),
         forward._replace(name="end of forward", activations=micro * sum(parts), working=logits),
         backward._replace(
@@ -91,19 +100,22 @@ def _plan_passes(job: Job, held: Standing, *, idle: Moment) -> list[Moment]:
             # a GPU gives whole buffers at once, on a CPU nothing has been written to new ones yet
             buckets=sending if job.device == "cuda" else open_buckets,
             activations=micro * sum(parts),
-            working=logits + micro * count_transient(decoder, method=job.method),
+            working=logits + micro * decoder,
         ),
         backward._replace(
             name="first full bucket",
-            gradients=max(carried, arrived.at_bucket),
-            activations=round(micro * (parts.online_encoder * left.encoder + sum(parts[1:]) * left.decoders)),
-            working=micro * count_transient(decoder if left.decoders else encoder, method=job.method),
+            gradients=max(carried, arrival.at_bucket),
+            activations=round(micro * left),
+            working=micro * (decoder if arrival.decoders_left else encoder[entered].transient),
         ),
-        backward._replace(
-            name="backward of the encoder",
-            gradients=max(carried, held.gradients + arrived.at_encoder),
-            activations=micro * parts.online_encoder,
-            working=micro * count_transient(encoder, method=job.method),
+        *(
+            backward._replace(
+                name=f"backward of the {encoder[place].name}",
+                gradients=max(carried, held.gradients + arrival.at_stages[place]),
+                activations=micro * sum(stage.kept for stage in encoder[: place + 1]),
+                working=micro * encoder[place].transient,
+            )
+            for place in reversed(range(len(encoder)))
         ),
         backward._replace(
             name="end of backward",
@@ -114,33 +126,41 @@ def _plan_passes(job: Job, held: Standing, *, idle: Moment) -> list[Moment]:
     ]
 
 
-class _Arrived(NamedTuple):
-    """Gradients, beyond those that stand, when the first bucket is full and when the encoder's begin."""
+class _Arrival(NamedTuple):
+    """When the first bucket is full: gradients and shares of the activations that backward has not freed yet.
+
+    And the gradients that are there when backward enters a stage of the encoder. All beyond those that stand;
+    stages in forward order.
+    """
 
     at_bucket: int
-    at_encoder: int
+    at_stages: tuple[int, ...]
+    decoders_left: float
+    encoder_left: tuple[float, ...]
 
 
-class _Left(NamedTuple):
-    """Shares of the activations that backward has not freed yet."""
-
-    decoders: float
-    encoder: float
-
-
-def _plan_arrival(job: Job, held: Standing) -> tuple[_Left, _Arrived]:
+def _plan_arrival(job: Job, held: Standing) -> _Arrival:
     """What is left of the activations when the first bucket is full, and which gradients have come.
 
-    Backward meets the decoders first. Stage 0 piles gradients up as they come. Stages 1 and 2 gather a bucket
-    full of them, then lay out this rank's share: on a GPU all of it at once.
+    Backward meets the decoders first, the encoder's first stage last. Stage 0 piles gradients up as they
+    come. Stages 1 and 2 gather a bucket full of them, then lay out this rank's share: on a GPU all at once.
     """
-    counts = count_parameters(job.cfg)
-    encoder, decoders = counts.online_encoder, counts.trained - counts.online_encoder
+    trained, stages = count_parameters(job.cfg).trained, count_encoder(job.cfg.model, final_norm=True)
+    before = [0, *accumulate(stages)]  # parameters of earlier stages
+    come = [trained - until for until in before[1:]]  # when backward enters the stage
     if job.zero.stage not in (1, 2) or job.device == "cpu":
-        return _Left(0, 0), _Arrived(0, round(held.reduced * decoders / counts.trained))
-    bucket = min(job.zero.reduce_bucket, counts.trained)
-    left = _Left(max(0, 1 - bucket / decoders), min(1, (counts.trained - bucket) / encoder))
-    return left, _Arrived(held.reduced, held.reduced if left.decoders else 0)
+        piled = tuple(round(held.reduced * numbers / trained) for numbers in come)
+        return _Arrival(0, piled, decoders_left=0, encoder_left=(0,) * len(stages))
+    bucket = min(job.zero.reduce_bucket, trained)
+    return _Arrival(
+        at_bucket=held.reduced,
+        at_stages=tuple(held.reduced if bucket < numbers else 0 for numbers in come),
+        decoders_left=max(0, 1 - bucket / (trained - sum(stages))),
+        encoder_left=tuple(
+            min(1, max(0, (trained - bucket - earlier) / numbers))
+            for earlier, numbers in zip(before[:-1], stages, strict=True)
+        ),
+    )
 
 
 def predict_peak(job: Job) -> Moment:
@@ -148,17 +168,20 @@ def predict_peak(job: Job) -> Moment:
     return max(plan_moments(job), key=lambda moment: moment.total_bytes)
 
 
-def _block_shapes(cfg: CmaeConfig) -> tuple[BlockShape, BlockShape, BlockShape]:
-    """The blocks of the online encoder, of the wider decoder, and of the target encoder."""
+def _plan_encoders(job: Job) -> list[tuple[EncoderStage, ...]]:
+    """The stages of the online and of the target encoder."""
+    cfg = job.cfg
     grid = cfg.views.img_px // cfg.model.patch_size
-    kept, seen = (
-        count_kept(grid, cell=cfg.mask.cell, ratio=ratio) for ratio in (cfg.mask.ratio, cfg.target.mask_ratio)
-    )
-    return (
-        encoder_block(cfg, tokens=kept + 1),
-        decoder_block(cfg.model.pixel_decoder, tokens=grid**2 + 1),
-        encoder_block(cfg, tokens=seen + 1),
-    )
+    return [
+        plan_encoder(cfg, seen=count_kept(grid, cell=cfg.mask.cell, ratio=ratio), method=job.method)
+        for ratio in (cfg.mask.ratio, cfg.target.mask_ratio)
+    ]
+
+
+def _decoder_shape(cfg: CmaeConfig) -> BlockShape:
+    """A block of the wider decoder."""
+    patches = (cfg.views.img_px // cfg.model.patch_size) ** 2
+    return decoder_block(cfg.model.pixel_decoder, tokens=patches + count_prefix(cfg.model))
 
 
 def _view_bytes(cfg: CmaeConfig) -> int:

@@ -61,3 +61,8 @@ def read_stages(model: ModelConfig) -> ConvStages | None:
         return NAMED_STAGES.get(model.encoder)
     conv = model.conv
     return None if conv is None else ConvStages(conv.dims, conv.depths, conv.mlp_ratio)
+
+
+def count_prefix(model: ModelConfig) -> int:
+    """Tokens before the patches': a plain transformer has its class token, a hybrid none."""
+    return 0 if model.is_hybrid else 1

@@ -12,7 +12,13 @@ from cmae_scale.core.batches import BatchSizes
 from cmae_scale.core.precision import NumberFormats
 from cmae_scale.core.settings import CmaeConfig
 from cmae_scale.sizing.activations import Kernel, Method
-from cmae_scale.sizing.parameters import count_buffers, count_parameters, count_rounded
+from cmae_scale.sizing.parameters import (
+    count_buffers,
+    count_parameters,
+    count_reordered,
+    count_rounded,
+    count_sent_rounded,
+)
 
 Device = Literal["cuda", "cpu"]
 
@@ -128,9 +134,9 @@ def _hold_everything(job: Job) -> Standing:
     is_coarse = size < _FP32  # the engine runs on rounded weights and keeps fp32 masters beside them
     return Standing(
         weights=size * trained + _FP32 * count_buffers(job.cfg),
-        gathered=_rounded_bytes(job),
+        gathered=_copied_bytes(job),
         # blocks that are computed again round their weights again
-        regathered=_rounded_bytes(job) if job.cfg.model.remat == "none" else 0,
+        regathered=_copied_bytes(job) if job.cfg.model.remat == "none" else _reordered_bytes(job),
         optimizer=(_ADAM + _FP32 * is_coarse) * trained,
         target=(size + _FP32 * is_coarse) * target,
         gradients=0,
@@ -159,9 +165,9 @@ def _split_optimizer(job: Job) -> Standing:
         reduced = part * (1 + accumulates)
     return Standing(
         weights=size * trained + _FP32 * count_buffers(job.cfg),
-        gathered=_rounded_bytes(job),
+        gathered=_copied_bytes(job),
         # blocks that are computed again round their weights again
-        regathered=_rounded_bytes(job) if job.cfg.model.remat == "none" else 0,
+        regathered=_copied_bytes(job) if job.cfg.model.remat == "none" else _reordered_bytes(job),
         # an fp32 master of this rank's part, also where the weights are fp32 already
         optimizer=(_ADAM + _FP32) * part * on_device,
         target=(size + _FP32 * is_coarse) * target,
@@ -188,7 +194,7 @@ def _split_weights(job: Job) -> Standing:
     zero, is_coarse, part = job.zero, size < _FP32, job.zero.share(trained)
     on_device, stays = not zero.offloads_optimizer, not zero.offloads_parameters
     whole = min(trained + target, zero.max_reuse // 2 + min(zero.prefetch, zero.max_live))
-    alone = _rounded_bytes(job) // 2 if stays else size * whole  # one rank's parts are the weights themselves
+    alone = _copied_bytes(job) // 2 if stays else size * whole  # one rank's parts are the weights themselves
     return Standing(
         weights=size * part * stays + _FP32 * count_buffers(job.cfg),
         gathered=size * whole if zero.ranks > 1 else alone,
@@ -226,23 +232,30 @@ def _sizes(job: Job) -> tuple[int, int, int]:
     return job.formats.parameter_bytes, counts.trained, counts.target
 
 
-def _rounded_bytes(job: Job) -> int:
-    """Of the copies that autocast makes of whole weights and keeps for backward."""
-    return job.formats.compute_bytes * count_rounded(job.cfg) if job.formats.is_autocast else 0
+def _copied_bytes(job: Job) -> int:
+    """Of the copies of whole weights that are kept for backward: autocast's, or those in another order."""
+    if not job.formats.is_autocast:
+        return _reordered_bytes(job)
+    return job.formats.compute_bytes * count_rounded(job.cfg)
+
+
+def _reordered_bytes(job: Job) -> int:
+    """Of the copies that stand outside of blocks, so that no recomputation makes them again."""
+    return job.formats.compute_bytes * count_reordered(job.cfg.model)
 
 
 def _bucket_bytes(job: Job, *, sizes: tuple[int, int], is_doubled: bool) -> int:
     """Bytes of the buffers that gradients are sent in; `sizes` of a number are for products and for the rest.
 
-    Under autocast DeepSpeed has one for the linear layers, sent in its format, and one for the rest. On
+    Under autocast DeepSpeed has one for most products' weights, sent in its format, and one for the rest. On
     a GPU a buffer is taken whole, however small the model; on a CPU only pages that are written count.
     """
     zero, counts = job.zero, count_parameters(job.cfg)
     if not zero.is_contiguous:
         return min(zero.reduce_bucket, counts.trained) * sizes[1]
-    linear = count_rounded(job.cfg) if job.formats.is_autocast else 0
+    narrow = count_sent_rounded(job.cfg) if job.formats.is_autocast else 0
     total = 0
-    for numbers, size in ((linear, sizes[0]), (counts.trained - linear, sizes[1])):
+    for numbers, size in ((narrow, sizes[0]), (counts.trained - narrow, sizes[1])):
         whole = zero.reduce_bucket * (2 if is_doubled else 1) * (numbers > 0)
         total += size * (whole if job.device == "cuda" else min(whole, numbers))
     return total

@@ -27,6 +27,7 @@ from cmae_scale.core.schedules import TargetMomentum
 from cmae_scale.core.settings import CmaeConfig
 from cmae_scale.data.stream import MasterBatch
 from cmae_scale.engine.pretraining import Pretraining, start_pretraining, watch_health
+from cmae_scale.engine.session import Session
 from cmae_scale.engine.start import Place, start_processes, stop_processes
 from cmae_scale.planning.forecast import describe_job
 from cmae_scale.sizing.memory import Moment, predict_peak
@@ -166,8 +167,8 @@ def measure_footprint(
     return [found[rank] for rank in range(ranks)]
 
 
-def train_on_noise(run: Run, *, place: Place, batch: BatchSizes, steps: int) -> Pretraining:
-    """Steps on random images that hold what the training loop holds, as long as it does; and what is left."""
+def train_on_noise(run: Run, *, place: Place, batch: BatchSizes, steps: int) -> Session:
+    """The session after steps on random images that hold what the training loop holds, as long as it does."""
     cfg = run.cmae
     session = start_pretraining(run, place=place, data_order="noise")
     momentum = TargetMomentum(cfg.target.momentum, total_steps=steps)
@@ -184,7 +185,7 @@ def train_on_noise(run: Run, *, place: Place, batch: BatchSizes, steps: int) -> 
             method.accumulate(parts, step=step)
             session.engine.step()
             method.follow_(step=step)
-    return method
+    return session
 
 
 def _be_rank(run: Run, ranks: int, steps: int, answers: Any) -> None:

@@ -25,6 +25,8 @@ MODEL = {
     "views": {"img_px": 24, "master_px": 24, "shift_px": 1},
     "heads": {"hidden_dim": 384, "out_dim": 64},
 }
+PLAIN: dict[str, Any] = {}
+HYBRID = {"conv": {"dims": (128, 192), "depths": (2, 1)}}
 FP32: dict[str, Any] = {}
 AUTOCAST = {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}
 BF16 = {"bf16": {"enabled": True}}
@@ -38,34 +40,32 @@ def measure(run: Run, live: Any, *, steps: int = 3) -> dict[str, int]:
     place = start_processes()
     with live:
         batch = plan_batch(run.deepspeed, ranks=place.world.size)
-        left = train_on_noise(run, place=place, batch=batch, steps=steps)
-        del left.session.notices[:]  # it lives until here
-        return {"peak": live.peak, "idle": live.now}
+        session = train_on_noise(run, place=place, batch=batch, steps=steps)
+        found = {"peak": live.peak, "idle": live.now}
+        del session  # until here
+    return found
 
 
 @pytest.mark.dist
 @pytest.mark.parametrize(
-    ("stage", "ranks", "accumulation", "precision", "remat"),
+    ("encoder", "stage", "ranks", "accumulation", "precision", "remat"),
     [
-        (0, 1, 1, FP32, "none"),
-        pytest.param(
-            *(0, 2, 1, BF16, "none"),
-            marks=pytest.mark.xfail(
-                reason="predicted 352 MB, taken 268 MB: too high, the cause is not found"
-            ),
-        ),
-        (1, 2, 1, AUTOCAST, "none"),
-        (1, 2, 2, AUTOCAST, "selective"),
-        (2, 2, 2, FP32, "none"),
-        (2, 1, 1, AUTOCAST, "full"),
-        (3, 2, 1, AUTOCAST, "none"),
-        (3, 2, 1, BF16, "full"),
+        (PLAIN, 0, 1, 1, FP32, "none"),
+        (PLAIN, 0, 2, 1, BF16, "none"),
+        (PLAIN, 1, 2, 1, AUTOCAST, "none"),
+        (PLAIN, 1, 2, 2, AUTOCAST, "selective"),
+        (PLAIN, 2, 2, 2, FP32, "none"),
+        (PLAIN, 2, 1, 1, AUTOCAST, "full"),
+        (PLAIN, 3, 2, 1, AUTOCAST, "none"),
+        (PLAIN, 3, 2, 1, BF16, "full"),
+        (HYBRID, 2, 2, 1, AUTOCAST, "none"),
     ],
 )
 def test_the_predicted_peak_is_that_of_a_real_step(
     tiny_run: Callable[..., Run],
     on_ranks: Callable[..., list[Any]],
     live_bytes: Any,
+    encoder: dict[str, Any],
     stage: int,
     ranks: int,
     accumulation: int,
@@ -76,7 +76,7 @@ def test_the_predicted_peak_is_that_of_a_real_step(
         ranks=ranks,
         stage=stage,
         accumulation=accumulation,
-        cmae={**MODEL, "model": {**MODEL["model"], "remat": remat}},
+        cmae={**MODEL, "model": {**MODEL["model"], **encoder, "remat": remat}},
         train_batch_size=64,
         zero_optimization={"stage": stage, "reduce_bucket_size": 1_000_000, "overlap_comm": stage in (1, 3)},
         **precision,
@@ -88,6 +88,8 @@ def test_the_predicted_peak_is_that_of_a_real_step(
         zero=read_zero(run.deepspeed, ranks=ranks),
         batch=plan_batch(run.deepspeed, ranks=ranks),
         kernel="fused" if formats.compute == "float32" else "explicit",
+        # storages count whole, as on a GPU; but stage 0 updates one tensor after the other here
+        device="cpu" if stage == 0 else "cuda",
         is_fused=is_optimizer_fused(run.deepspeed),
     )
     measured = on_ranks(lambda: measure(run, live_bytes), ranks=ranks, timeout_s=300)[0]

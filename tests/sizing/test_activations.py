@@ -12,7 +12,7 @@ from cmae_scale.engine.step import MicroBatch, _hidden_patches
 from cmae_scale.layers.attention import AttentionChoice, set_attention_, use_attention
 from cmae_scale.losses import infonce, pixel_loss
 from cmae_scale.models import build_cmae
-from cmae_scale.sizing.activations import Kernel, Method, count_activations
+from cmae_scale.sizing.activations import Kernel, Method, count_activations, plan_encoder
 
 FORMATS = {
     "fp32": NumberFormats("float32", "float32"),
@@ -37,6 +37,10 @@ SMALL: dict[str, Any] = {
     "mask": {"ratio": 0.65, "cell": 1},
     "heads": {"hidden_dim": 40, "out_dim": 16},
     "data": {"shards": "x"},
+}
+HYBRID: dict[str, Any] = {
+    **SMALL["model"],
+    "conv": {"dims": (20, 28), "depths": (1, 2), "mlp_ratio": 2.5},
 }
 
 
@@ -103,3 +107,54 @@ def test_so_it_is_for_other_models(live_bytes: Any, changes: dict[str, Any], for
     assert measure(live_bytes, cfg, formats=FORMATS[formats], kernel="explicit") == pytest.approx(
         predicted, rel=0.02
     )
+
+
+@pytest.mark.parametrize("remat", get_args(Remat))
+@pytest.mark.parametrize("formats", FORMATS)
+def test_so_it_is_for_a_hybrid(live_bytes: Any, formats: str, remat: Remat) -> None:
+    cfg = CmaeConfig.model_validate({**SMALL, "model": {**HYBRID, "remat": remat}})
+    predicted = sum(count_activations(cfg, method=Method(FORMATS[formats], "explicit", remat)))
+    assert measure(live_bytes, cfg, formats=FORMATS[formats], kernel="explicit") == pytest.approx(
+        predicted, rel=0.02
+    )
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"loss": {"weight": 0.0}},
+        {"model": {**HYBRID, "feature_decoder": {"depth": 1, "embed_dim": 32, "shared": True}}},
+        {"mask": {"ratio": 0.5, "cell": 2}, "target": {"mask_ratio": 0.5, "final_norm": True}},
+        {"model": {**HYBRID, "patch_size": 16, "conv": {"dims": (12, 36), "depths": (3, 1)}}},
+    ],
+    ids=["mae", "shared", "cells", "other sizes"],
+)
+@pytest.mark.parametrize("formats", ["fp32", "autocast"])
+def test_so_it_is_for_other_hybrids(live_bytes: Any, changes: dict[str, Any], formats: str) -> None:
+    cfg = CmaeConfig.model_validate({**SMALL, "model": HYBRID, **changes})
+    predicted = sum(count_activations(cfg, method=Method(FORMATS[formats], "explicit", "none")))
+    assert measure(live_bytes, cfg, formats=FORMATS[formats], kernel="explicit") == pytest.approx(
+        predicted, rel=0.02
+    )
+
+
+@pytest.mark.parametrize("formats", FORMATS)
+def test_so_it_is_at_the_fullest_moment_of_a_hybrid_target(live_bytes: Any, formats: str) -> None:
+    cfg = CmaeConfig.model_validate({**SMALL, "model": HYBRID})
+    side, patches = cfg.views.img_px, (cfg.views.img_px // cfg.model.patch_size) ** 2
+    encoder = build_cmae(cfg).target_encoder
+    assert encoder is not None
+    if formats == "bf16":
+        encoder.bfloat16()
+    peaks = []
+    for images in (4, 12):
+        views = torch.randn(images, 3, side, side)
+        autocast = torch.autocast("cpu", dtype=torch.bfloat16, enabled=formats == "autocast")
+        with live_bytes, torch.no_grad(), autocast:
+            live_bytes.watch([views, *encoder.parameters(), *encoder.buffers()])
+            before = live_bytes.now
+            live_bytes.reset()
+            encoder(views, None)
+            peaks.append(live_bytes.peak - before)
+    stages = plan_encoder(cfg, seen=patches, method=Method(FORMATS[formats], "explicit", "none"))
+    assert (peaks[1] - peaks[0]) / 8 == pytest.approx(max(stage.passing for stage in stages), rel=0.02)
