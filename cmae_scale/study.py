@@ -64,6 +64,8 @@ def study(argv: Sequence[str] | None) -> None:
         line = [*shlex.split(args.launcher), str(HERE / f"{cell.command}.py"), *cell.arguments]
         print(f"[{number}/{len(cells)}] {cell.name}: {shlex.join(line)}", flush=True)
         status = subprocess.run(line, check=False).returncode  # noqa: S603 -- the user's own command
+        if status in (75, 130):  # asked to leave, and saved
+            raise SystemExit(status)
         if status or not cell.is_done:
             raise ConfigError(
                 f"{cell.name} ended with status {status}: see above; the same command goes on from there"

@@ -91,6 +91,9 @@ def resolve_run(run: Run, *, batch: BatchSizes, total_steps: int, warmup_steps: 
     """
     tree = json.loads(json.dumps(run.deepspeed))
     tree[TOTAL], tree[MICRO], tree[STEPS] = batch.total, batch.micro, batch.accumulation
+    # DeepSpeed clips at a norm of 1 unless told otherwise (its runtime/constants.py). The official code and
+    # MAE clip nowhere
+    tree.setdefault("gradient_clipping", 0.0)
     if "optimizer" not in tree:
         raise ConfigError(f'{run.path}: "optimizer" is missing: write {{"type": "AdamW", "params": {{...}}}}')
     tree["optimizer"].setdefault("params", {}).setdefault("lr", "auto")

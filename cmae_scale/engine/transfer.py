@@ -73,10 +73,11 @@ class Transfer:
         """Gradients of this rank's micro-batches, and the means of their losses."""
         engine, batch = self.session.engine, self.batch
         first_row = self.session.place.world.rank * batch.local
+        dtype = read_precision(self.session.run.deepspeed).parameters
         means = []
         for number, part in enumerate(masters, start=1):
             inputs, target = self.task.prepare(part, step=step, first_row=first_row, total=batch.total)
-            losses = self.task.losses(engine(inputs), target)
+            losses = self.task.losses(engine(inputs.to(dtype)), target)
             engine.backward(losses[0])
             if number < len(masters):
                 engine.step()

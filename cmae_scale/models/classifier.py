@@ -67,7 +67,7 @@ class LinearProbe(nn.Module):
         if inputs.ndim == 4:
             with torch.no_grad():
                 inputs = self.encoder(inputs)
-        rows = self.norm(inputs.float())
+        rows = self.norm(inputs.float()).to(self.norm.weight.dtype)
         return torch.stack([head(rows) for head in self.heads], dim=1)
 
 

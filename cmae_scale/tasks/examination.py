@@ -60,7 +60,10 @@ class Examination:
         found: list[dict[str, Any]] = []
         if self.judge.world.is_first and metrics.is_file():
             found = [line for line in read_metrics(metrics) if "val_top1" in line]
-        found = gather_objects(found)[0]
+        found = [
+            {name: value for name, value in line.items() if name == "step" or name.startswith("val_")}
+            for line in gather_objects(found)[0]
+        ]
         if found:
             self.last = found[-1]
             self.best = max(found, key=lambda line: float(line["val_top1"]))  # the first of equals

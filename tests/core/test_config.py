@@ -127,6 +127,19 @@ def test_the_resolved_file_reads_back_as_the_same_run(run_file: Path, tmp_path: 
     assert read_back.deepspeed == resolved.deepspeed
 
 
+@pytest.mark.parametrize(("overrides", "clipping"), [([], 0.0), (["gradient_clipping=3.0"], 3.0)])
+def test_gradients_are_clipped_only_where_the_run_file_says_so(
+    run_file: Path, overrides: list[str], clipping: float
+) -> None:
+    """DeepSpeed's own default is to clip at a norm of 1."""
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    run = read_run(run_file, overrides)
+    batch = plan_batch(run.deepspeed, ranks=1)
+    resolved = resolve_run(run, batch=batch, total_steps=10, warmup_steps=1)
+    assert DeepSpeedConfig(dict(resolved.deepspeed)).gradient_clipping == clipping
+
+
 def test_scheduler_totals_follow_the_schedule(run_file: Path) -> None:
     run = read_run(
         run_file,

@@ -193,6 +193,10 @@ def test_a_restart_in_the_middle_changes_nothing(
 def test_low_precision_follows_full_precision(
     train: Callable[..., list[dict[str, Any]]], stage: int, precision: dict[str, Any]
 ) -> None:
-    low = train(ranks=2, stage=stage, **precision)
+    # clipped: in full steps of so small a model, rounding errors grow with every step
+    clipping = {"gradient_clipping": 1.0}
+    low = train(ranks=2, stage=stage, **clipping, **precision)
     # bf16 has 8 bits, 0.4 % a product, and the temperature divides a cosine's error by 0.07
-    torch.testing.assert_close(mean_losses(low), mean_losses(train(cmae=None)), rtol=0.05, atol=0.05)
+    torch.testing.assert_close(
+        mean_losses(low), mean_losses(train(cmae=None, **clipping)), rtol=0.05, atol=0.05
+    )

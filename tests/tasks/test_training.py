@@ -140,9 +140,6 @@ def test_the_exported_probe_says_what_the_probe_said(
         assert float(ours.split()[0]) == pytest.approx(float(theirs.split()[0]), abs=2e-3)
 
 
-@pytest.mark.xfail(
-    reason="losses part by 1e-5 after four steps, 2e-4 at 30 times the rate: the cause is not found"
-)
 def test_heads_of_a_sweep_train_as_if_alone(
     arguments: Callable[..., list[str]], transfer: Command, tmp_path: Path
 ) -> None:

@@ -288,7 +288,7 @@ def test_changed_settings_are_listed(
     [notice] = answer["notices"]
     assert notice.startswith("settings changed since step_00000002: ")
     for change in (
-        "gradient_clipping None -> 3.0",
+        "gradient_clipping 0.0 -> 3.0",
         "cmae.mask.ratio 0.5 -> 0.75",
         "cmae.model.remat none -> full",
     ):
