@@ -295,8 +295,11 @@ class Watch:
             faulthandler.dump_traceback(sys.stderr, all_threads=True)
 
     def _wait_for_others(self) -> None:
+        """Until every rank has called and ended, a while at most: one may have yet to say who it is."""
         deadline_s = time.monotonic() + Roster.GRACE_S
-        while self._roster.unfinished() and time.monotonic() < deadline_s:
+        while self._desk is not None and time.monotonic() < deadline_s:
+            if len(self._roster.members) == self._world.size and not self._roster.unfinished():
+                break
             time.sleep(0.05)
 
     def _tell_pending(self) -> None:

@@ -164,6 +164,26 @@ def test_an_error_that_all_ranks_share_ends_each_by_itself(
     assert not notes(tmp_path)
 
 
+def test_a_rank_that_is_late_to_call_still_ends_by_the_error_that_all_share(
+    watched: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from cmae_scale.engine.safety import watch
+
+    original = watch.call_desk
+
+    def call_late(*args: Any, **options: Any) -> Any:
+        if read_world().rank:
+            time.sleep(1)
+        return original(*args, **options)
+
+    monkeypatch.setattr(watch, "call_desk", call_late)
+
+    def work(rank: int, pulse: Pulse) -> None:
+        raise DataError("the shard is cut")
+
+    assert [(end.status, end.stderr) for end in watched(work)] == [(2, "")] * 3
+
+
 def test_data_that_only_one_rank_cannot_read_ends_the_others(watched: Callable[..., Any]) -> None:
     def work(rank: int, pulse: Pulse) -> None:
         if rank == 1:
