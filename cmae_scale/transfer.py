@@ -57,6 +57,8 @@ def transfer(argv: Sequence[str] | None) -> None:
         with attend(run, stop) as place:
             compute = read_precision(run.deepspeed).compute
             bench = open_bench(run.transfer, world=place.world, device=place.device, compute=compute)
+            if place.world.is_first and bench.encoder.notices:
+                print("\n".join(bench.encoder.notices), flush=True)
             if run.transfer.task.knn is not None:
                 look_for_neighbours(run, bench)
             else:

@@ -1,20 +1,19 @@
-"""Classifiers on an encoder: a whole timm model to fine-tune, or linear heads on frozen features."""
+"""Classifiers on an encoder: a whole network to fine-tune, or linear heads on frozen features."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from jaxtyping import Float
-from timm.models import VisionTransformer
 from torch import Tensor, nn
 
 from cmae_scale.core.errors import ConfigError
 from cmae_scale.core.settings import Pool
 from cmae_scale.core.transfer_settings import CropConfig, FinetuneConfig
 from cmae_scale.layers.sync_norm import SyncBatchNorm
-from cmae_scale.models.pretrained import PretrainedEncoder, build_vit, set_head_
+from cmae_scale.models.networks import POOLS, Network, build_network, list_blocks
+from cmae_scale.models.pretrained import PretrainedEncoder
 from cmae_scale.models.weights import write_model
-from cmae_scale.sizing.flops import count_blocks
 
 PROBE_STD = 0.01  # of the probe's starting weights. Source: MAE main_linprobe.py
 _HEAD_PARTS = ("fc_norm.", "norm.", "head.")  # what comes after the blocks
@@ -22,12 +21,13 @@ _HEAD_PARTS = ("fc_norm.", "norm.", "head.")  # what comes after the blocks
 
 def build_classifier(
     encoder: PretrainedEncoder, cfg: FinetuneConfig, *, img_px: int, classes: int, seed: int
-) -> VisionTransformer:
+) -> Network:
     """The model to fine-tune: with mean pooling a fresh norm after the mean, and a head near zero.
 
-    With `cfg.blocks`, all parameters but those of the last blocks and of what follows them are frozen.
+    With `cfg.blocks`, all parameters but those of the transformer's last blocks and of what follows them are
+    frozen.
     """
-    model = build_vit(
+    model = build_network(
         encoder,
         img_px=img_px,
         pool=cfg.pool,
@@ -37,10 +37,11 @@ def build_classifier(
     )
     set_head_(model.head, std=cfg.head_std, seed=seed)
     if cfg.blocks is not None:
-        depth = len(model.blocks)
+        listed, blocks = list_blocks(model)
+        depth = len(blocks)
         if cfg.blocks > depth:
             raise ConfigError(f"transfer.task.finetune.blocks {cfg.blocks}: {encoder.place} has {depth}")
-        trained = tuple(f"blocks.{number}." for number in range(depth - cfg.blocks, depth)) + _HEAD_PARTS
+        trained = tuple(f"{listed}.{number}." for number in range(depth - cfg.blocks, depth)) + _HEAD_PARTS
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name.startswith(trained))
     return model
@@ -53,13 +54,12 @@ class LinearProbe(nn.Module):
     Differs: the batch norm's moments are of the batch of all ranks, there of one GPU.
     """
 
-    def __init__(self, encoder: VisionTransformer, *, classes: int, heads: int, seed: int) -> None:
+    def __init__(self, encoder: Network, *, classes: int, heads: int, seed: int) -> None:
         super().__init__()
         self.encoder = encoder.requires_grad_(False)
         self.norm = SyncBatchNorm(encoder.num_features, eps=1e-6).requires_grad_(False)
         self.heads = nn.ModuleList(nn.Linear(encoder.num_features, classes) for _ in range(heads))
         for head in self.heads:
-            assert isinstance(head, nn.Linear)
             set_head_(head, std=PROBE_STD, seed=seed)
 
     def forward(self, inputs: Float[Tensor, "batch ..."]) -> Float[Tensor, "batch heads classes"]:
@@ -96,20 +96,21 @@ def export_classifier(
 ) -> None:
     """Write a folder that `timm.create_model("local-dir:FOLDER", pretrained=True)` loads, head and all.
 
-    The names of the classes are in its configuration as timm's `label_names`.
+    Of a hybrid, `read_classifier` does. The names of the classes are there as timm's `label_names`.
     """
-    pooling = {"mean": "avg", "cls": "token"}[pool]
+    has_pool_norm = has_new_norm or encoder.has_own_pool_norm
+    args = {name: value for name, value in encoder.args.items() if name != "final_norm" or not has_pool_norm}
     config = {
         "architecture": encoder.architecture,
         "num_classes": len(classes),
         "num_features": int(state["head.weight"].shape[1]),
-        "global_pool": pooling,
+        "global_pool": POOLS[pool],
         "label_names": list(classes),
         "model_args": {
-            **encoder.args,
+            **args,
             "img_size": crop.img_px,
-            "global_pool": pooling,
-            "fc_norm": has_new_norm or encoder.has_own_pool_norm,
+            **({} if encoder.is_hybrid else {"global_pool": POOLS[pool]}),
+            "fc_norm": has_pool_norm,
         },
         "pretrained_cfg": {
             "num_classes": len(classes),
@@ -121,7 +122,7 @@ def export_classifier(
             "crop_mode": "center",
             "mean": list(mean),
             "std": list(std),
-            "first_conv": "patch_embed.proj",
+            "first_conv": "patch_embed1.proj" if encoder.is_hybrid else "patch_embed.proj",
             "classifier": "head",
             "label_names": list(classes),
         },
@@ -129,12 +130,8 @@ def export_classifier(
     write_model(state, folder, config=config)
 
 
-def count_training_flops(model: VisionTransformer, *, trained_blocks: int) -> int:
-    """Operations of an image's training step: backward costs twice the forward pass of what is trained."""
-    patches: int = model.patch_embed.num_patches
-    values: int = 3 * model.patch_embed.patch_size[0] * model.patch_embed.patch_size[1]
-    mlp: float = model.blocks[0].mlp.fc1.out_features / model.embed_dim
-    tokens: int = patches + model.num_prefix_tokens
-    block = count_blocks(1, width=model.embed_dim, mlp_ratio=mlp, tokens=tokens)
-    forward: int = 2 * patches * values * model.embed_dim + len(model.blocks) * block
-    return forward + 2 * min(trained_blocks, len(model.blocks)) * block
+def set_head_(head: nn.Module, *, std: float, seed: int) -> None:
+    """Start a classifier near zero, equally on all ranks. Source: official config, MAE (std 2e-5, bias 0)."""
+    assert isinstance(head, nn.Linear)
+    nn.init.trunc_normal_(head.weight, std=std, generator=torch.Generator().manual_seed(seed))
+    nn.init.zeros_(head.bias)

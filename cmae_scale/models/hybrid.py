@@ -16,6 +16,9 @@ from cmae_scale.layers.sites import KeptSites, SiteProjection, place_sites
 from cmae_scale.models.encoder import ImageEncoder
 from cmae_scale.sizing.sizes import COARSE, FINE, KERNEL, ConvStages, EncoderSize
 
+# what follows the last block in pre-training, and what a fine-tuned hybrid no longer has
+ENDS = ("norm", "stage1_output_decode", "stage2_output_decode")
+
 
 class StemProjection(PatchProjection):
     """The first convolution, on image tiles; its starting values are torch's own, unlike a ViT's."""
@@ -93,7 +96,7 @@ class StageOutputs(NamedTuple):
 
 
 class HybridTrunk(nn.Module):
-    """The three stages, which pre-training and fine-tuning share. Its parts have ConvMAE's names.
+    """The three stages, and with `fuses` their sum, for pre-training and what follows. ConvMAE's names.
 
     A subclass brings `pos_embed`, fixed or trained.
     """
@@ -109,6 +112,7 @@ class HybridTrunk(nn.Module):
         grid: int,
         mlp_ratio: float = 4.0,
         drop_path: float = 0.0,
+        fuses: bool,
     ) -> None:
         super().__init__()
         self.embed_dim, self.grid, self.patch_size = size.embed_dim, grid, patch_size
@@ -129,6 +133,9 @@ class HybridTrunk(nn.Module):
             mlp_ratio=mlp_ratio,
             drop_path=rates[depth1 + depth2 :],
         )
+        if fuses:
+            self.stage1_output_decode = SiteProjection(dim1, size.embed_dim, side=FINE)
+            self.stage2_output_decode = SiteProjection(dim2, size.embed_dim, side=COARSE)
         self.run_block: BlockRunner = run_block
 
     def forward_stages(
@@ -153,6 +160,12 @@ class HybridTrunk(nn.Module):
             tokens = self.run_block(block, tokens)
         return StageOutputs(fine, coarse, tokens)
 
+    def fuse(self, outputs: StageOutputs) -> Float[Tensor, "batch kept embed"]:
+        """The sum of the stages, brought to the size of the last."""
+        fine, coarse, tokens = outputs
+        fused: Tensor = tokens + self.stage1_output_decode(fine) + self.stage2_output_decode(coarse)
+        return fused
+
 
 class HybridEncoder(HybridTrunk, ImageEncoder):
     """ConvMAE's encoder: its tokens are the sum of all three stages. No class token.
@@ -173,17 +186,13 @@ class HybridEncoder(HybridTrunk, ImageEncoder):
         mlp_ratio: float = 4.0,
         final_norm: bool = True,
     ) -> None:
-        super().__init__(size, stages, patch_size=patch_size, grid=grid, mlp_ratio=mlp_ratio)
+        super().__init__(size, stages, patch_size=patch_size, grid=grid, mlp_ratio=mlp_ratio, fuses=True)
         self.register_buffer("pos_embed", sincos_positions(grid, size.embed_dim, cls=False))
-        self.stage1_output_decode = SiteProjection(stages.dims[0], size.embed_dim, side=FINE)
-        self.stage2_output_decode = SiteProjection(stages.dims[1], size.embed_dim, side=COARSE)
         self.norm = nn.LayerNorm(size.embed_dim, eps=NORM_EPS) if final_norm else nn.Identity()
 
     def forward(
         self, images: Float[Tensor, "batch 3 side side"], mask: TokenMask | None
     ) -> Float[Tensor, "batch kept embed"]:
         """Kept patches (all of them without a mask), in the mask's order, after the norm."""
-        fine, coarse, tokens = self.forward_stages(images, mask)
-        fused = tokens + self.stage1_output_decode(fine) + self.stage2_output_decode(coarse)
-        normed: Tensor = self.norm(fused)
+        normed: Tensor = self.norm(self.fuse(self.forward_stages(images, mask)))
         return normed

@@ -1,25 +1,26 @@
-"""The hybrid encoder as a classifier: fine-tuned without masks and without the sum of stages."""
+"""The hybrid encoder on whole images: features and classifiers, without masks."""
 
-import re
-from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from cmae_scale.layers.blocks import NORM_EPS
+from cmae_scale.layers.blocks import NORM_EPS, run_block
 from cmae_scale.layers.sites import place_sites
 from cmae_scale.models.hybrid import HybridTrunk
 from cmae_scale.sizing.sizes import COARSE, FINE, ConvStages, EncoderSize
 
-PRETRAINING_ONLY = re.compile(r"(stage[12]_output_decode|norm)\.(weight|bias)")
 HEAD_STD = 2e-5  # Source: Alpha-VL/ConvMAE main_finetune.py, as facebookresearch/mae
 
 
 class HybridClassifier(HybridTrunk):
-    """Mean of the third stage's tokens, a new norm, a linear layer; positions are trained too.
+    """A linear layer, if there are classes, on the mean over patches; positions are trained too.
 
+    With `fc_norm` that mean is of the last stage's tokens and a new norm follows it: fine-tuning. Without,
+    it is of the tokens as pre-training left them, the normed sum of the stages: frozen features.
     The names and methods that timm's optimizers and its users expect of a VisionTransformer are here.
 
     Source: Alpha-VL/ConvMAE models_convvit.py with global_pool.
@@ -35,13 +36,21 @@ class HybridClassifier(HybridTrunk):
         mlp_ratio: float = 4.0,
         num_classes: int = 1000,
         drop_path: float = 0.0,
+        fc_norm: bool = True,
     ) -> None:
         super().__init__(
-            size, stages, patch_size=patch_size, grid=grid, mlp_ratio=mlp_ratio, drop_path=drop_path
+            size,
+            stages,
+            patch_size=patch_size,
+            grid=grid,
+            mlp_ratio=mlp_ratio,
+            drop_path=drop_path,
+            fuses=not fc_norm,
         )
-        self.num_features, self.num_classes = size.embed_dim, num_classes
+        self.num_features, self.num_classes, self.has_fc_norm = size.embed_dim, num_classes, fc_norm
         self.pos_embed = nn.Parameter(torch.zeros(1, grid**2, size.embed_dim))
-        self.fc_norm = nn.LayerNorm(size.embed_dim, eps=NORM_EPS)
+        self.norm = nn.Identity() if fc_norm else nn.LayerNorm(size.embed_dim, eps=NORM_EPS)
+        self.fc_norm = nn.LayerNorm(size.embed_dim, eps=NORM_EPS) if fc_norm else nn.Identity()
         self.head = nn.Linear(size.embed_dim, num_classes) if num_classes else nn.Identity()
         self.init_head_()
 
@@ -55,8 +64,10 @@ class HybridClassifier(HybridTrunk):
     def forward_features(
         self, images: Float[Tensor, "batch 3 side side"]
     ) -> Float[Tensor, "batch patches embed"]:
-        """Tokens of the last stage, without any norm."""
-        return self.forward_stages(images, None).tokens
+        """Tokens of the last stage without any norm, or without `fc_norm` the normed sum of all stages."""
+        outputs = self.forward_stages(images, None)
+        tokens: Tensor = self.norm(outputs.tokens if self.has_fc_norm else self.fuse(outputs))
+        return tokens
 
     def forward_head(
         self, tokens: Float[Tensor, "batch patches embed"], *, pre_logits: bool = False
@@ -85,6 +96,10 @@ class HybridClassifier(HybridTrunk):
         )
         return fine, coarse, tokens
 
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Keep only the inputs of blocks, of all stages, and compute the rest again in backward."""
+        self.run_block = partial(checkpoint, use_reentrant=False) if enable else run_block
+
     def no_weight_decay(self) -> set[str]:
         """Parameters that are exempt beside norms and biases. Source: ConvMAE."""
         return {"pos_embed"}
@@ -97,11 +112,3 @@ class HybridClassifier(HybridTrunk):
         del coarse  # one block is the only unit
         stem = r"^pos_embed|^patch_embed|^blocks[12]"
         return {"stem": stem, "blocks": r"^blocks3\.(\d+)"}  # fc_norm and head match nothing: last, scale 1
-
-
-def finetuning_weights(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A pre-trained hybrid encoder's weights that a HybridClassifier starts from: load with strict=False.
-
-    What is missing then are the new `fc_norm` and `head`; the sum of stages and its norm are left behind.
-    """
-    return {name: tensor for name, tensor in state.items() if not PRETRAINING_ONLY.fullmatch(name)}

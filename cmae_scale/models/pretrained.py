@@ -1,4 +1,4 @@
-"""Encoders to start from: an exported folder or a timm model, as the same timm VisionTransformer."""
+"""Encoders to start from: an exported folder, another project's file, or a timm model."""
 
 import json
 from collections.abc import Mapping
@@ -7,25 +7,23 @@ from pathlib import Path
 from typing import Any
 
 import timm
-import torch
-from timm.layers import resample_abs_pos_embed
 from timm.models import VisionTransformer
-from torch import Tensor, nn
+from torch import Tensor
 
 from cmae_scale.core.errors import ConfigError
-from cmae_scale.core.settings import ModelConfig, Pool, ViewsConfig
-from cmae_scale.models.encoder import Encoder
-from cmae_scale.models.init import init_transformer_
+from cmae_scale.core.settings import ModelConfig, ViewsConfig
+from cmae_scale.models.formats.model_file import read_model_file
+from cmae_scale.models.formats.names import WHOSE
+from cmae_scale.models.formats.shapes import HeadCounts
 from cmae_scale.models.weights import CONFIG_FILE, describe_encoder, read_weights
-from cmae_scale.sizing.sizes import EncoderSize
 
 TIMM, LOCAL = "timm:", "local-dir:"
-_POOLS = {"mean": "avg", "cls": "token"}
+WHOLE = "cmae"  # the "architecture" of a folder with all parts of a pre-training model
 
 
 @dataclass(frozen=True)
 class PretrainedEncoder:
-    """Weights under timm's names and how timm builds what they belong to.
+    """Weights under timm's or ConvMAE's names, and how what they belong to is built (see networks.py).
 
     `mean` and `std` are those of the images that it was trained on.
     """
@@ -33,9 +31,15 @@ class PretrainedEncoder:
     place: str
     architecture: str
     args: Mapping[str, Any]
-    state: Mapping[str, Tensor] = field(repr=False)
+    state: Mapping[str, Tensor] = field(repr=False)  # empty: only the architecture counts
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+    notices: tuple[str, ...] = ()  # what had to be assumed
+
+    @property
+    def is_hybrid(self) -> bool:
+        """Whether convolutional stages come before the transformer; timm has no such model."""
+        return "conv" in self.args
 
     @property
     def has_own_pool_norm(self) -> bool:
@@ -43,21 +47,20 @@ class PretrainedEncoder:
         return "fc_norm.weight" in self.state
 
 
-def open_encoder(place: str, *, is_random: bool = False, seed: int = 0) -> PretrainedEncoder:
-    """The encoder of a folder (RUN/encoder, also as local-dir:FOLDER) or of timm's model "timm:NAME".
+def open_encoder(place: str, *, with_weights: bool = True, num_heads: int | None = None) -> PretrainedEncoder:
+    """The encoder of a folder (RUN/encoder, also as local-dir:FOLDER), a file, or timm's model "timm:NAME".
 
-    With `is_random` only its architecture counts, and weights are drawn from `seed`, as pre-training starts.
-    Raises ConfigError when there is none, or another kind of network.
+    A file, or a folder without a config.json of ours or timm's, may have any layout that `formats` reads:
+    MAE, ConvMAE, official CMAE (whose weights are made to take RGB), Hugging Face; `num_heads` is for sizes
+    that nobody published. Raises ConfigError when there is no encoder, or another kind of network.
     """
-    encoder = (
-        _open_timm(place.removeprefix(TIMM), is_random) if place.startswith(TIMM) else _open_folder(place)
-    )
-    if not is_random:
-        return encoder
-    state = _draw_weights(build_vit(encoder, img_px=None), seed=seed)
-    return PretrainedEncoder(
-        f"{place} (random weights)", encoder.architecture, encoder.args, state, encoder.mean, encoder.std
-    )
+    if place.startswith(TIMM):
+        return _open_timm(place.removeprefix(TIMM), with_weights)
+    path = Path(place.removeprefix(LOCAL))
+    config = _read_config(path)
+    if config is None or config.get("architecture", WHOLE) == WHOLE:
+        return _open_file(path, num_heads)
+    return _open_folder(path, config)
 
 
 def online_encoder(
@@ -70,68 +73,27 @@ def online_encoder(
     )
 
 
-def build_vit(
-    encoder: PretrainedEncoder,
-    *,
-    img_px: int | None,
-    pool: Pool = "mean",
-    classes: int = 0,
-    has_new_norm: bool = False,
-    drop_path: float = 0.0,
-) -> VisionTransformer:
-    """timm's model with the encoder's weights; positions are resized to `img_px` (None: the encoder's own).
-
-    Without `classes` it gives pooled features. `has_new_norm` leaves the trained norm out and puts a fresh
-    one after the mean. Source: MAE models_vit.py, official fine-tuning. The head is timm's until it is set.
-    """
-    args = dict(encoder.args)
-    if img_px is not None:
-        args["img_size"] = img_px
-    args.update(
-        num_classes=classes,
-        global_pool=_POOLS[pool],
-        fc_norm=has_new_norm or encoder.has_own_pool_norm,
-        drop_path_rate=drop_path,
-    )
-    try:
-        model = timm.create_model(encoder.architecture, pretrained=False, **args)
-    except (RuntimeError, TypeError, AssertionError, ValueError) as error:
-        raise ConfigError(f"{encoder.place}: timm cannot build it for {img_px} px ({error})") from None
-    if not isinstance(model, VisionTransformer):
-        raise ConfigError(f"{encoder.place} is a {type(model).__name__}: give a vision transformer of timm")
-    if encoder.state:
-        _load_(model, encoder, has_new_norm=has_new_norm)
-    return model
-
-
-def _load_(model: VisionTransformer, encoder: PretrainedEncoder, *, has_new_norm: bool) -> None:
-    dropped = ("head.",) + (("norm.", "fc_norm.") if has_new_norm else ())
-    state = {name: value for name, value in encoder.state.items() if not name.startswith(dropped)}
-    positions = state.get("pos_embed")
-    if positions is not None and model.pos_embed is not None and positions.shape != model.pos_embed.shape:
-        state["pos_embed"] = resample_abs_pos_embed(
-            positions.float(),
-            new_size=list(model.patch_embed.grid_size),
-            num_prefix_tokens=0 if model.no_embed_class else model.num_prefix_tokens,
-        )
-    try:
-        missing, unexpected = model.load_state_dict(state, strict=False)
-    except RuntimeError as error:
+def _read_config(path: Path) -> dict[str, Any] | None:
+    """The folder's config.json; None for a file or a folder without one."""
+    if not path.exists():
         raise ConfigError(
-            f"{encoder.place}: weights do not fit ({str(error).splitlines()[-1].strip()})"
-        ) from None
-    missing = [name for name in missing if not name.startswith(("head.", "fc_norm."))]
-    if missing or unexpected:
-        raise ConfigError(
-            f"{encoder.place}: its weights are of another network than its {CONFIG_FILE} describes "
-            f"(missing {missing[:3]}, unknown {list(unexpected)[:3]})"
+            f"no encoder at {path}: give a run's encoder/ folder, a timm model's folder, a file of weights, "
+            f'or "{TIMM}NAME"'
         )
-
-
-def _open_folder(place: str) -> PretrainedEncoder:
-    folder = Path(place.removeprefix(LOCAL))
+    file = path / CONFIG_FILE
+    if not file.is_file():
+        return None
     try:
-        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"no encoder at {path}: its {CONFIG_FILE} cannot be read ({error})") from None
+    if not isinstance(config, dict):
+        raise ConfigError(f"no encoder at {path}: its {CONFIG_FILE} is no JSON object")
+    return config
+
+
+def _open_folder(folder: Path, config: Mapping[str, Any]) -> PretrainedEncoder:
+    try:
         cfg = config.get("pretrained_cfg", {})
         return PretrainedEncoder(
             str(folder),
@@ -141,42 +103,40 @@ def _open_folder(place: str) -> PretrainedEncoder:
             tuple(cfg["mean"]),
             tuple(cfg["std"]),
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise ConfigError(
-            f"no encoder at {place} ({type(error).__name__}: {error}): give a run's encoder/ folder, a timm "
-            f'model\'s folder with {CONFIG_FILE}, or "{TIMM}NAME"'
+            f"no encoder at {folder}: its {CONFIG_FILE} does not say {error}, as a run's or timm's does"
         ) from None
 
 
-def _open_timm(name: str, is_random: bool) -> PretrainedEncoder:
+def _open_file(path: Path, num_heads: int | None) -> PretrainedEncoder:
+    # the decoders are not used, so any number does for them
+    heads = HeadCounts(encoder=num_heads, pixel_decoder=1, feature_decoder=1)
+    file = read_model_file(path, heads=heads).to_rgb()
+    state = file.part("online_encoder")
+    if not state:
+        raise ConfigError(f"{path} has no encoder, only {', '.join(file.parts)}")
+    norms = {name: value for name, value in file.part("classifier").items() if name.startswith("fc_norm.")}
+    views = file.cfg.views.model_copy(update={"mean": file.mean, "std": file.std})
+    config = describe_encoder(file.cfg.model, views=views, final_norm="norm.weight" in state)
+    return PretrainedEncoder(
+        str(path),
+        config["architecture"],
+        config["model_args"],
+        {**state, **norms},
+        file.mean,
+        file.std,
+        (f"{path} has {WHOSE[file.layout]}", *file.notices),
+    )
+
+
+def _open_timm(name: str, with_weights: bool) -> PretrainedEncoder:
     try:
-        model = timm.create_model(name, pretrained=not is_random, num_classes=0)
+        model = timm.create_model(name, pretrained=with_weights, num_classes=0)
     except Exception as error:  # timm, its hub and the network beneath raise what they like
         raise ConfigError(f"{TIMM}{name} cannot be opened: {str(error).splitlines()[0]}") from None
     if not isinstance(model, VisionTransformer):
         raise ConfigError(f"{TIMM}{name} is a {type(model).__name__}: give a vision transformer")
     cfg = model.pretrained_cfg
-    state = {} if is_random else dict(model.state_dict())
+    state = dict(model.state_dict()) if with_weights else {}
     return PretrainedEncoder(f"{TIMM}{name}", name, {}, state, tuple(cfg["mean"]), tuple(cfg["std"]))
-
-
-def _draw_weights(model: VisionTransformer, *, seed: int) -> dict[str, Tensor]:
-    """Weights of a plain ViT as pre-training begins with them."""
-    attention, linear = model.blocks[0].attn, model.blocks[0].mlp.fc1
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        fresh = Encoder(
-            EncoderSize(model.embed_dim, len(model.blocks), attention.num_heads),
-            patch_size=model.patch_embed.patch_size[0],
-            grid=model.patch_embed.grid_size[0],
-            mlp_ratio=linear.out_features / linear.in_features,
-        )
-        init_transformer_(fresh)
-    state: dict[str, Tensor] = fresh.state_dict()
-    return state
-
-
-def set_head_(head: nn.Linear, *, std: float, seed: int) -> None:
-    """Start a classifier near zero, equally on all ranks. Source: official config, MAE (std 2e-5, bias 0)."""
-    nn.init.trunc_normal_(head.weight, std=std, generator=torch.Generator().manual_seed(seed))
-    nn.init.zeros_(head.bias)

@@ -1,6 +1,7 @@
 """An exported encoder's folder as a module, and as what was said of it."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,10 @@ class EncoderDescription:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     has_final_norm: bool
+    has_fc_norm: bool  # of a classifier: whether a norm follows the mean over patches
     num_classes: int  # 0 without a classifier
+    class_names: tuple[str, ...]  # empty where unknown
+    crop_pct: float  # img_px / the short side before the centre crop
 
 
 def read_description(folder: str | Path) -> EncoderDescription:
@@ -38,12 +42,15 @@ def read_description(folder: str | Path) -> EncoderDescription:
         args, prepared = content["model_args"], content["pretrained_cfg"]
         return EncoderDescription(
             architecture=content["architecture"],
-            model=_read_model(args),
+            model=read_sizes(args),
             img_px=int(args["img_size"]),
             mean=tuple(prepared["mean"]),
             std=tuple(prepared["std"]),
             has_final_norm=bool(args.get("final_norm", True)),
+            has_fc_norm=bool(args.get("fc_norm", True)),
             num_classes=int(content["num_classes"]),
+            class_names=tuple(content.get("label_names") or ()),
+            crop_pct=float(prepared.get("crop_pct", 0.875)),
         )
     except (OSError, ValueError, LookupError, TypeError, ValidationError) as error:
         raise ConfigError(
@@ -80,6 +87,7 @@ def read_classifier(folder: str | Path) -> HybridClassifier:
         grid=about.img_px // about.model.patch_size,
         mlp_ratio=about.model.mlp_ratio,
         num_classes=about.num_classes,
+        fc_norm=about.has_fc_norm,
     )
     _load_(classifier, folder)
     return classifier.eval()
@@ -92,6 +100,7 @@ def _load_(module: nn.Module, folder: Path) -> None:
         raise ConfigError(f"{folder}: the weights are not those of its {CONFIG_FILE}: {error}") from None
 
 
-def _read_model(args: dict[str, Any]) -> ModelConfig:
+def read_sizes(args: Mapping[str, Any]) -> ModelConfig:
+    """An encoder's sizes from the `model_args` of its config.json. Raises ValidationError."""
     names = ("embed_dim", "depth", "num_heads", "mlp_ratio", "patch_size", "conv")
     return ModelConfig.model_validate_json(json.dumps({name: args[name] for name in names if name in args}))

@@ -17,6 +17,7 @@ from cmae_scale.data.mix import MixPlan, plan_data
 from cmae_scale.data.ordered import count_samples
 from cmae_scale.data.rand_augment import build_rand_augment
 from cmae_scale.data.stream import open_stream
+from cmae_scale.models.networks import draw_weights
 from cmae_scale.models.pretrained import PretrainedEncoder, open_encoder
 from cmae_scale.tasks.features import Lens, build_lens
 from cmae_scale.tasks.finetune import Finetuning, build_finetuning
@@ -42,7 +43,10 @@ class Bench:
 def open_bench(cfg: TransferConfig, *, world: World, device: torch.device, compute: torch.dtype) -> Bench:
     """Encoder and data, opened and compared."""
     labelled = open_labelled(cfg.data.shards, cfg.data.val_shards, data=cfg.data)
-    encoder = open_encoder(cfg.encoder.place, is_random=cfg.encoder.random, seed=cfg.seed)
+    start = cfg.encoder
+    encoder = open_encoder(start.place, with_weights=not start.random, num_heads=start.num_heads)
+    if start.random:
+        encoder = draw_weights(encoder, seed=cfg.seed)
     lens = build_lens(encoder, cfg.crop, device=device, compute=compute, attention=cfg.encoder.attention)
     judge = Judge(labelled, cfg.data, cfg.crop, cfg.monitor.batch, world, device)
     return Bench(cfg, encoder, lens, judge)

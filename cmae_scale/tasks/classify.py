@@ -11,13 +11,14 @@ from cmae_scale.core.errors import ConfigError
 from cmae_scale.core.transfer_settings import CropConfig
 from cmae_scale.data.decoding import CentreCrops, SamplePlace
 from cmae_scale.data.masters import empty_crops
+from cmae_scale.models.read import read_classifier, read_description
 
 MAX_MPX = 100.0
 
 
 @dataclass(frozen=True)
 class Classifier:
-    """A timm model with names for its classes, and how images are prepared for it."""
+    """A network with names for its classes, and how images are prepared for it."""
 
     model: nn.Module
     names: tuple[str, ...]
@@ -28,6 +29,26 @@ class Classifier:
 
 def open_classifier(folder: str) -> Classifier:
     """The model of a folder such as RUN/model. ConfigError when there is none with a head."""
+    classifier = _open_hybrid(folder) or _open_timm(folder)
+    if not classifier.names:
+        raise ConfigError(f"{folder} is an encoder without classes: fine-tune it with cmae_scale.transfer")
+    return classifier
+
+
+def _open_hybrid(folder: str) -> Classifier | None:
+    """None for a model that timm opens."""
+    try:
+        about = read_description(folder)
+    except ConfigError:
+        return None
+    if not about.model.is_hybrid:
+        return None
+    names = about.class_names or tuple(map(str, range(about.num_classes)))
+    crop = CropConfig(img_px=about.img_px, centre=about.crop_pct)
+    return Classifier(read_classifier(folder), names, crop, about.mean, about.std)
+
+
+def _open_timm(folder: str) -> Classifier:
     try:
         model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     except Exception as error:  # timm raises many kinds for folders that are not its own
@@ -35,9 +56,7 @@ def open_classifier(folder: str) -> Classifier:
             f"no model at {folder} ({str(error).splitlines()[0]}): give the model/ folder of a transfer run"
         ) from None
     cfg, count = model.pretrained_cfg, int(model.num_classes)
-    if not count:
-        raise ConfigError(f"{folder} is an encoder without classes: fine-tune it with cmae_scale.transfer")
-    names = tuple(cfg.get("label_names") or map(str, range(count)))
+    names = tuple(cfg.get("label_names") or ()) or tuple(map(str, range(count)))
     crop = CropConfig(img_px=int(cfg["input_size"][-1]), centre=float(cfg["crop_pct"]))
     return Classifier(model, names, crop, tuple(cfg["mean"]), tuple(cfg["std"]))
 

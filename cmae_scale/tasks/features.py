@@ -3,10 +3,10 @@
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import get_args
 
 import torch
 from jaxtyping import Float, Int64, UInt8
-from timm.models import VisionTransformer
 from torch import Tensor, nn
 
 from cmae_scale.augment.plain import normalise
@@ -20,7 +20,8 @@ from cmae_scale.layers.attention import (
     set_attention_,
     use_attention,
 )
-from cmae_scale.models.pretrained import PretrainedEncoder, build_vit
+from cmae_scale.models.networks import Network, build_network, count_tokens, list_blocks
+from cmae_scale.models.pretrained import PretrainedEncoder
 
 Predict = Callable[[UInt8[Tensor, "batch 3 side side"]], Float[Tensor, "batch dim"]]
 
@@ -84,14 +85,15 @@ def predict_with(model: nn.Module, lens: Lens) -> Predict:
 
 
 def hold_attention_(model: nn.Module, lens: Lens) -> AttentionChoice:
-    """Set the attention of the timm model in `model` to the lens's kernel; what was chosen."""
-    vit = next(module for module in model.modules() if isinstance(module, VisionTransformer))
+    """Set the attention of the network in `model` to the lens's kernel; what was chosen."""
+    network = next(module for module in model.modules() if isinstance(module, get_args(Network)))
+    _, blocks = list_blocks(network)
     choice = choose_attention(
         lens.attention,
         device=lens.device,
         dtype=lens.compute,
-        head_dim=vit.blocks[0].attn.head_dim,
-        tokens=vit.patch_embed.num_patches + vit.num_prefix_tokens,
+        head_dim=blocks[0].attn.head_dim,
+        tokens=count_tokens(network),
     )
     set_attention_(model, choice)
     return choice
@@ -99,7 +101,7 @@ def hold_attention_(model: nn.Module, lens: Lens) -> AttentionChoice:
 
 def encode_with(encoder: PretrainedEncoder, *, img_px: int, pool: Pool, lens: Lens) -> Predict:
     """The encoder as a function from bytes to pooled features."""
-    return predict_with(build_vit(encoder, img_px=img_px, pool=pool), lens)
+    return predict_with(build_network(encoder, img_px=img_px, pool=pool), lens)
 
 
 def extract_features(predict: Predict, batches: Iterable[MasterBatch], *, device: torch.device) -> Features:

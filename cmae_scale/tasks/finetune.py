@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from timm.models import VisionTransformer
 from timm.optim import param_groups_layer_decay
 from torch import Tensor
 
@@ -19,7 +18,8 @@ from cmae_scale.core.errors import DataError
 from cmae_scale.core.transfer_settings import CropConfig, FinetuneConfig
 from cmae_scale.data.stream import MasterBatch
 from cmae_scale.layers.drop_path import GivenDropPath, set_drop_paths_, take_over_drop_paths_
-from cmae_scale.models.classifier import build_classifier, count_training_flops, export_classifier
+from cmae_scale.models.classifier import build_classifier, export_classifier
+from cmae_scale.models.networks import Network, count_training_flops
 from cmae_scale.models.pretrained import PretrainedEncoder
 from cmae_scale.tasks.features import Lens, hold_attention_, predict_with
 from cmae_scale.tasks.judge import Judge
@@ -36,15 +36,14 @@ class Finetuning:
     classes: tuple[str, ...]
     lens: Lens
     seed: int
-    model: VisionTransformer
+    model: Network
     drop_paths: list[GivenDropPath] = field(repr=False)
     metric_names: tuple[str, ...] = ("loss",)
 
     @property
     def image_flops(self) -> int:
         """Of a training step: what is frozen has a forward pass only."""
-        blocks = len(self.model.blocks) if self.cfg.blocks is None else self.cfg.blocks
-        return count_training_flops(self.model, trained_blocks=blocks)
+        return count_training_flops(self.encoder, self.model, trained_blocks=self.cfg.blocks)
 
     def groups(self, *, weight_decay: float) -> list[dict[str, Any]]:
         """A group for each layer, with and without decay. Source: timm, MAE util/lr_decay.py."""

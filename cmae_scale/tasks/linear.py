@@ -13,8 +13,9 @@ from torch import Tensor
 from cmae_scale.core.transfer_settings import CropConfig, LinearConfig
 from cmae_scale.data.counter_rng import Purpose, draw_permutation
 from cmae_scale.data.stream import MasterBatch
-from cmae_scale.models.classifier import LinearProbe, count_training_flops, export_classifier, fold_probe
-from cmae_scale.models.pretrained import PretrainedEncoder, build_vit
+from cmae_scale.models.classifier import LinearProbe, export_classifier, fold_probe
+from cmae_scale.models.networks import build_network, count_training_flops
+from cmae_scale.models.pretrained import PretrainedEncoder
 from cmae_scale.tasks.features import (
     Features,
     Lens,
@@ -54,7 +55,7 @@ class LinearProbing:
     @property
     def image_flops(self) -> int:
         """A forward pass of the encoder."""
-        return count_training_flops(self.model.encoder, trained_blocks=0)
+        return count_training_flops(self.encoder, self.model.encoder, trained_blocks=0)
 
     def groups(self, *, weight_decay: float) -> list[dict[str, Any]]:
         """Weights and biases of each head; LARS adapts the weights' step only. Source: MAE util/lars.py."""
@@ -169,8 +170,8 @@ def build_probing(
 def _build_probe(
     encoder: PretrainedEncoder, cfg: LinearConfig, *, crop: CropConfig, classes: int, seed: int
 ) -> LinearProbe:
-    vit = build_vit(encoder, img_px=crop.img_px, pool=cfg.pool)
-    return LinearProbe(vit, classes=classes, heads=len(cfg.sweep), seed=seed)
+    frozen = build_network(encoder, img_px=crop.img_px, pool=cfg.pool)
+    return LinearProbe(frozen, classes=classes, heads=len(cfg.sweep), seed=seed)
 
 
 def _deal_features(

@@ -114,6 +114,7 @@ def test_ours_to_hugging_face_to_ours_changes_no_tensor(tmp_path: Path) -> None:
 
 
 def test_hugging_face_computes_the_same_features(tmp_path: Path, images: Tensor) -> None:
+    pytest.importorskip("transformers")
     from transformers import ViTModel
 
     _, file = write_run(tmp_path / "ours")
@@ -136,6 +137,7 @@ def test_hugging_face_prepares_images_with_the_runs_moments(tmp_path: Path) -> N
 
 
 def test_a_hugging_face_mae_gives_the_same_loss(tmp_path: Path, images: Tensor, rng: torch.Generator) -> None:
+    pytest.importorskip("transformers")
     from transformers import ViTMAEForPreTraining
 
     model, file = write_whole(tmp_path / "ours")
@@ -153,6 +155,7 @@ def test_a_hugging_face_mae_gives_the_same_loss(tmp_path: Path, images: Tensor, 
 
 @pytest.mark.parametrize("short", [False, True], ids=["names of files", "names of transformers 5"])
 def test_a_hugging_face_mae_is_read_tensor_for_tensor(tmp_path: Path, short: bool) -> None:
+    pytest.importorskip("transformers")
     from transformers import ViTMAEForPreTraining
 
     model, file = write_whole(tmp_path / "ours")
@@ -171,6 +174,7 @@ def test_a_hugging_face_mae_is_read_tensor_for_tensor(tmp_path: Path, short: boo
 def test_hugging_faces_own_models_are_read_without_their_ends(
     tmp_path: Path, images: Tensor, kind: str
 ) -> None:
+    pytest.importorskip("transformers")
     from transformers import ViTConfig, ViTForImageClassification, ViTModel
 
     sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 72}

@@ -1,4 +1,4 @@
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
@@ -7,12 +7,15 @@ from timm.layers import DropPath
 from timm.optim._param_groups import param_groups_layer_decay
 from torch import Tensor, nn
 
-from cmae_scale.core.settings import CmaeConfig, ModelConfig
+from cmae_scale.core.errors import ConfigError
+from cmae_scale.core.settings import CmaeConfig, ConvConfig, ModelConfig, ViewsConfig
 from cmae_scale.layers.masking import TokenMask, mask_from_noise
 from cmae_scale.models import CMAE, build_cmae
 from cmae_scale.models.hybrid import HybridEncoder
-from cmae_scale.models.hybrid_classifier import HybridClassifier, finetuning_weights
+from cmae_scale.models.hybrid_classifier import HybridClassifier
 from cmae_scale.models.init import init_transformer_
+from cmae_scale.models.networks import build_network, draw_weights
+from cmae_scale.models.pretrained import PretrainedEncoder, online_encoder
 from cmae_scale.sizing.sizes import ConvStages, EncoderSize
 
 BATCH, SIDE, PATCH, GRID, HEADS = 3, 48, 8, 6, 3
@@ -235,6 +238,19 @@ def test_a_hybrid_has_no_class_token_to_pool() -> None:
         CmaeConfig.model_validate({**RUN, "target": {"pool": "cls"}})
 
 
+def as_pretrained(encoder: HybridEncoder) -> PretrainedEncoder:
+    stages = ConvConfig(dims=STAGES.dims, depths=STAGES.depths, mlp_ratio=STAGES.mlp_ratio)
+    model = ModelConfig(**SIZE._asdict(), mlp_ratio=2.0, patch_size=PATCH, conv=stages)
+    views = ViewsConfig(img_px=SIDE, master_px=SIDE, shift_px=0)
+    return online_encoder(encoder.state_dict(), model=model, views=views)
+
+
+def assert_same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> None:
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        assert torch.equal(value, other[name]), name
+
+
 def build_classifier(**options: Any) -> HybridClassifier:
     return HybridClassifier(SIZE, STAGES, patch_size=PATCH, grid=GRID, mlp_ratio=2.0, **options)
 
@@ -242,10 +258,10 @@ def build_classifier(**options: Any) -> HybridClassifier:
 def test_a_classifier_starts_from_the_encoders_weights(
     images: Tensor, plain_stages: Callable[..., tuple[Tensor, ...]]
 ) -> None:
-    encoder, classifier = build(), build_classifier(num_classes=5)
-    missing, unexpected = classifier.load_state_dict(finetuning_weights(encoder.state_dict()), strict=False)
-    assert set(missing) == {"fc_norm.weight", "fc_norm.bias", "head.weight", "head.bias"}
-    assert unexpected == []
+    encoder = build()
+    classifier = build_network(as_pretrained(encoder), classes=5, has_new_norm=True)
+    assert isinstance(classifier, HybridClassifier)
+    classifier.init_head_()
     seen = torch.zeros(BATCH, GRID**2)
     fine, coarse, tokens = plain_stages(encoder.state_dict(), images, seen, heads=HEADS)
     pooled = nn.functional.layer_norm(tokens.mean(dim=1), (24,), eps=1e-6)
@@ -261,6 +277,45 @@ def test_a_classifier_starts_from_the_encoders_weights(
     torch.testing.assert_close(maps[2].flatten(2).transpose(1, 2), tokens, rtol=1e-5, atol=1e-5)
     assert classifier(images).abs().max() < 1e-3
     assert classifier(images).shape == (BATCH, 5)
+
+
+def test_frozen_features_are_the_pooled_tokens_of_pre_training(images: Tensor) -> None:
+    encoder = build()
+    network = build_network(as_pretrained(encoder))
+    torch.testing.assert_close(network(images), encoder.pool(encoder(images, None)))
+
+
+def test_positions_are_resized_to_another_grid(images: Tensor) -> None:
+    network = build_network(as_pretrained(build()), img_px=2 * SIDE)
+    assert network.pos_embed.shape == (1, (2 * GRID) ** 2, 24)
+    assert network(torch.cat([images, images], dim=2).repeat(1, 1, 1, 2)).shape == (BATCH, 24)
+    with pytest.raises(ConfigError, match="50 px is no multiple"):
+        build_network(as_pretrained(build()), img_px=50)
+
+
+def test_a_hybrid_without_class_token_cannot_pool_one() -> None:
+    with pytest.raises(ConfigError, match='no class token: write "pool": "mean"'):
+        build_network(as_pretrained(build()), pool="cls")
+
+
+def test_random_weights_are_those_that_pre_training_starts_with() -> None:
+    drawn = draw_weights(as_pretrained(build()), seed=5)
+    fresh = HybridEncoder(SIZE, STAGES, patch_size=PATCH, grid=GRID, mlp_ratio=2.0)
+    torch.manual_seed(5)
+    init_transformer_(fresh)
+    assert_same(drawn.state, fresh.state_dict())
+
+
+def test_rematerialised_blocks_have_the_same_gradients(images: Tensor) -> None:
+    classifier = build_classifier(num_classes=2)
+    shake_(classifier)
+    found = []
+    for enable in (False, True):
+        classifier.set_grad_checkpointing(enable)
+        classifier.zero_grad()
+        classifier(images).square().sum().backward()
+        found.append({name: p.grad.clone() for name, p in classifier.named_parameters()})
+    assert_same(found[0], found[1])
 
 
 def test_a_classifier_without_classes_gives_features(images: Tensor) -> None:

@@ -14,7 +14,8 @@ from cmae_scale.core.transfer_settings import CropConfig, FinetuneConfig
 from cmae_scale.models.classifier import LinearProbe, build_classifier, export_classifier, fold_probe
 from cmae_scale.models.encoder import Encoder
 from cmae_scale.models.init import init_transformer_
-from cmae_scale.models.pretrained import build_vit, open_encoder
+from cmae_scale.models.networks import build_network, draw_weights
+from cmae_scale.models.pretrained import open_encoder
 from cmae_scale.models.weights import export_encoder
 from cmae_scale.sizing.sizes import read_size
 
@@ -38,14 +39,14 @@ def test_a_folders_features_are_those_timm_gives(folder: Path, rng: torch.Genera
     images = torch.randn(2, 3, 16, 16, generator=rng)
     theirs = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=0).eval()
     for place in (str(folder), f"local-dir:{folder}"):
-        ours = build_vit(open_encoder(place), img_px=16).eval()
+        ours = build_network(open_encoder(place), img_px=16).eval()
         torch.testing.assert_close(ours(images), theirs(images))
-    cls = build_vit(open_encoder(str(folder)), img_px=16, pool="cls").eval()
+    cls = build_network(open_encoder(str(folder)), img_px=16, pool="cls").eval()
     torch.testing.assert_close(cls(images), theirs.forward_features(images)[:, 0])
 
 
 def test_positions_are_resized_as_timm_resizes_them(folder: Path) -> None:
-    ours = build_vit(open_encoder(str(folder)), img_px=32)
+    ours = build_network(open_encoder(str(folder)), img_px=32)
     theirs = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=0, img_size=32)
     assert ours.pos_embed.shape[1] == 65
     torch.testing.assert_close(ours.pos_embed, theirs.pos_embed)
@@ -53,7 +54,7 @@ def test_positions_are_resized_as_timm_resizes_them(folder: Path) -> None:
 
 def test_a_random_encoder_has_the_same_shape_and_other_weights(folder: Path) -> None:
     trained = open_encoder(str(folder))
-    random, again = (open_encoder(str(folder), is_random=True, seed=7) for _ in range(2))
+    random, again = (draw_weights(open_encoder(str(folder), with_weights=False), seed=7) for _ in range(2))
     assert {n: v.shape for n, v in random.state.items()} == {n: v.shape for n, v in trained.state.items()}
     assert all(torch.equal(again.state[name], value) for name, value in random.state.items())
     assert not torch.equal(
@@ -63,12 +64,12 @@ def test_a_random_encoder_has_the_same_shape_and_other_weights(folder: Path) -> 
 
 
 def test_timms_own_names_can_be_opened_without_weights() -> None:
-    encoder = open_encoder("timm:vit_tiny_patch16_224", is_random=True)
-    assert build_vit(encoder, img_px=64)(torch.zeros(1, 3, 64, 64)).shape == (1, 192)
+    encoder = open_encoder("timm:vit_tiny_patch16_224", with_weights=False)
+    assert build_network(encoder, img_px=64)(torch.zeros(1, 3, 64, 64)).shape == (1, 192)
     with pytest.raises(ConfigError, match="give a vision transformer"):
-        open_encoder("timm:resnet18", is_random=True)
+        open_encoder("timm:resnet18", with_weights=False)
     with pytest.raises(ConfigError, match="cannot be opened"):
-        open_encoder("timm:vit_of_nobody", is_random=True)
+        open_encoder("timm:vit_of_nobody", with_weights=False)
 
 
 def test_a_damaged_folder_is_told(folder: Path) -> None:
@@ -76,7 +77,7 @@ def test_a_damaged_folder_is_told(folder: Path) -> None:
     config["model_args"]["depth"] = 5
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(ConfigError, match="another network than its config"):
-        build_vit(open_encoder(str(folder)), img_px=16)
+        build_network(open_encoder(str(folder)), img_px=16)
     (folder / "config.json").write_text("{")
     with pytest.raises(ConfigError, match="no encoder at"):
         open_encoder(str(folder))
@@ -123,7 +124,7 @@ def test_a_fine_tuned_head_starts_near_zero_on_a_fresh_norm(folder: Path) -> Non
 
 def test_a_folded_probe_is_the_probe(folder: Path, tmp_path: Path, rng: torch.Generator) -> None:
     encoder = open_encoder(str(folder))
-    probe = LinearProbe(build_vit(encoder, img_px=16, pool="cls"), classes=3, heads=2, seed=0)
+    probe = LinearProbe(build_network(encoder, img_px=16, pool="cls"), classes=3, heads=2, seed=0)
     images = torch.randn(8, 3, 16, 16, generator=rng)
     probe.train()
     for _ in range(50):

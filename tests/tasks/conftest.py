@@ -10,7 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from cmae_scale.core.settings import ModelConfig, ViewsConfig
+from cmae_scale.core.settings import ConvConfig, ModelConfig, ViewsConfig
+from cmae_scale.models.build import build_encoder
 from cmae_scale.models.encoder import Encoder
 from cmae_scale.models.init import init_transformer_
 from cmae_scale.models.weights import export_encoder
@@ -30,6 +31,20 @@ def encoder_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         parameter.data.add_(0.02 * torch.randn_like(parameter))
     folder = tmp_path_factory.mktemp("encoder")
     export_encoder(encoder.state_dict(), folder, model=MODEL, views=VIEWS)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def hybrid_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(3)
+    conv = ConvConfig(dims=(8, 16), depths=(1, 2), mlp_ratio=2.0)
+    model = MODEL.model_copy(update={"conv": conv})
+    encoder = build_encoder(model, img_px=16)
+    init_transformer_(encoder)
+    for parameter in encoder.parameters():
+        parameter.data.add_(0.02 * torch.randn_like(parameter))
+    folder = tmp_path_factory.mktemp("hybrid")
+    export_encoder(encoder.state_dict(), folder, model=model, views=VIEWS)
     return folder
 
 

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from safetensors.torch import load_file
 
 pytestmark = pytest.mark.dist
 
@@ -22,6 +24,8 @@ TASKS = {
     "probe": (PROBE, "LARS"),
     "once": (ONCE, "LARS"),
 }
+# what pre-training and a fine-tuned hybrid share
+MOVED = {"pos_embed", *(f"patch_embed{n}" for n in range(1, 5)), *(f"blocks{n}" for n in range(1, 4))}
 
 Command = Callable[..., list[int]]
 
@@ -64,6 +68,76 @@ def test_ranks_stages_and_accumulation_change_nothing(
     results = [json.loads((tmp_path / name / "results.json").read_text()) for name in ("plain", "spread")]
     assert results[0]["last"]["val_images"] == results[1]["last"]["val_images"] == 21
     assert results[0]["last"]["val_top1"] == results[1]["last"]["val_top1"]
+
+
+@pytest.mark.parametrize(("task", "stage"), [("full", 3), ("partial", 2), ("probe", 0)])
+def test_a_hybrid_goes_through_the_same_tasks(
+    arguments: Callable[..., list[str]],
+    transfer: Command,
+    losses_of: Callable[[Path], list[float]],
+    weights_of: Callable[[Path], dict[str, torch.Tensor]],
+    hybrid_folder: Path,
+    shards: Path,
+    tmp_path: Path,
+    task: str,
+    stage: int,
+) -> None:
+    settings, optimizer = TASKS[task]
+    place = f"transfer.encoder.place={hybrid_folder}"
+    spread = [place, f"zero_optimization.stage={stage}", "transfer.encoder.remat=full"]
+    assert transfer(arguments(settings, place, out="plain", optimizer=optimizer)) == [0]
+    assert transfer(arguments(settings, *spread, out="spread", optimizer=optimizer), ranks=2) == [0, 0]
+    plain, other = (torch.tensor(losses_of(tmp_path / name)) for name in ("plain", "spread"))
+    torch.testing.assert_close(other, plain, rtol=1e-5, atol=1e-5)
+    ours, theirs = (weights_of(tmp_path / name) for name in ("spread", "plain"))
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-5)
+    before = load_file(hybrid_folder / "model.safetensors")
+    moved = {
+        name.split(".")[0] for name in before if name in ours and not torch.equal(ours[name], before[name])
+    }
+    assert moved == {"full": MOVED, "partial": {"blocks3"}, "probe": set()}[task]
+    assert_classify_says_what_was_predicted(tmp_path / "plain", shards)
+
+
+def assert_classify_says_what_was_predicted(run: Path, shards: Path) -> None:
+    from cmae_scale.tasks.classify import guess, open_classifier
+
+    with (run / "predictions.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    classifier = open_classifier(str(run / "model"))
+    pictures = sorted((shards / "images" / "val").rglob("*.png"))
+    guesses = [guess(classifier, picture.read_bytes(), count=1)[0] for picture in pictures]
+    assert len(rows) == len(guesses)
+    said = sorted((row["predicted"], float(row["probability"])) for row in rows)
+    for (name, probability), (predicted, expected) in zip(sorted(guesses), said, strict=True):
+        assert name == predicted
+        assert probability == pytest.approx(expected, abs=2e-3)
+
+
+def test_a_hybrids_neighbours_are_those_of_its_pooled_tokens(
+    arguments: Callable[..., list[str]], transfer: Command, hybrid_folder: Path, tmp_path: Path
+) -> None:
+    place = f"transfer.encoder.place={hybrid_folder}"
+    assert transfer(arguments({"knn": {"k": 5}}, place), ranks=2) == [0, 0]
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["knn_images"] == 21
+
+
+def test_a_file_of_another_project_is_an_encoder_too(
+    arguments: Callable[..., list[str]], transfer: Command, encoder_folder: Path, tmp_path: Path
+) -> None:
+    state = load_file(encoder_folder / "model.safetensors")
+    torch.save({"model": state}, tmp_path / "mae.pth")
+    (tmp_path / "bare").mkdir()
+    shutil.copy(encoder_folder / "model.safetensors", tmp_path / "bare")
+    found = []
+    known = ["transfer.crop.mean=[0.4,0.5,0.6]", "transfer.crop.std=[0.2,0.25,0.3]"]
+    known.append("transfer.encoder.num_heads=2")
+    for number, place in enumerate((encoder_folder, tmp_path / "mae.pth", tmp_path / "bare")):
+        line = arguments({"knn": {"k": 5}}, f"transfer.encoder.place={place}", *known, out=f"{number}")
+        assert transfer(line) == [0]
+        found.append(json.loads((tmp_path / f"{number}" / "results.json").read_text()))
+        del found[-1]["encoder"]
+    assert found[0] == found[1] == found[2]
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -124,20 +198,8 @@ def test_a_run_leaves_a_timm_model_predictions_and_pictures(
 def test_the_exported_probe_says_what_the_probe_said(
     arguments: Callable[..., list[str]], transfer: Command, shards: Path, tmp_path: Path
 ) -> None:
-    from cmae_scale.tasks.classify import guess, open_classifier
-
     assert transfer(arguments(PROBE, optimizer="LARS")) == [0]
-    with (tmp_path / "run" / "predictions.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    classifier = open_classifier(str(tmp_path / "run" / "model"))
-    pictures = sorted((shards / "images" / "val").rglob("*.png"))
-    guesses = sorted(
-        f"{p:.3f} {n}" for n, p in (guess(classifier, f.read_bytes(), count=1)[0] for f in pictures)
-    )
-    said = sorted(f"{float(row['probability']):.3f} {row['predicted']}" for row in rows)
-    assert [one.split()[1] for one in guesses] == [one.split()[1] for one in said]
-    for ours, theirs in zip(guesses, said, strict=True):
-        assert float(ours.split()[0]) == pytest.approx(float(theirs.split()[0]), abs=2e-3)
+    assert_classify_says_what_was_predicted(tmp_path / "run", shards)
 
 
 def test_heads_of_a_sweep_train_as_if_alone(
@@ -163,8 +225,6 @@ def test_partial_fine_tuning_changes_the_named_blocks_alone(
     encoder_folder: Path,
     tmp_path: Path,
 ) -> None:
-    from safetensors.torch import load_file
-
     before = load_file(encoder_folder / "model.safetensors")
     assert transfer(arguments({"finetune": {"blocks": 2}})) == [0]
     after = weights_of(tmp_path / "run")

@@ -52,9 +52,9 @@ def write_classifier(file: ModelFile, folder: Path) -> None:
         )
     config = describe_encoder(_named(file.cfg.model), views=_views(file))
     config["num_classes"] = config["pretrained_cfg"]["num_classes"] = len(classifier["head.weight"])
+    config["model_args"]["fc_norm"] = pools
     if not file.cfg.model.is_hybrid:
         config["global_pool"] = config["model_args"]["global_pool"] = "avg" if pools else "token"
-        config["model_args"]["fc_norm"] = pools
     unused = PRETRAINING_ONLY if pools else ()
     encoder = {n: t for n, t in file.tensors.items() if n.startswith("online_encoder.")}
     kept = {n: t for n, t in encoder.items() if not n.startswith(unused)}

@@ -17,14 +17,12 @@ from cmae_scale.models.cmae import CMAE
 from cmae_scale.models.formats.channels import MEAN, STD, swap_to_rgb
 from cmae_scale.models.formats.names import WHOSE, Layout, find_layout, to_ours
 from cmae_scale.models.formats.shapes import HeadCounts, ShapeReader
+from cmae_scale.models.hybrid import ENDS
 from cmae_scale.models.weights import CONFIG_FILE, read_weights
 
 PROCESSOR_FILE = "preprocessor_config.json"  # Hugging Face's, of how images are prepared
 
-# what a fine-tuned model no longer has: the norm before the mean, the sum of stages
-PRETRAINING_ONLY = tuple(
-    f"online_encoder.{name}." for name in ("norm", "stage1_output_decode", "stage2_output_decode")
-)
+PRETRAINING_ONLY = tuple(f"online_encoder.{name}." for name in ENDS)  # a fine-tuned model may lack them
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,10 @@ ENCODER_HEADS = {(size.embed_dim, size.depth): size.num_heads for size in NAMED_
     (768, 8): 8
 }
 
+# how people say it: an option of convert, a setting of a transfer's run file
+ENCODER_OPTION = "--num_heads N (transfer.encoder.num_heads in a run file)"
+DECODER_OPTION = "--decoder_heads N"
+
 
 @dataclass(frozen=True)
 class HeadCounts:
@@ -74,7 +78,7 @@ class ShapeReader:
         model = ModelConfig(
             embed_dim=embed_dim,
             depth=depth,
-            num_heads=self.heads.encoder or self._assume(ENCODER_HEADS, (embed_dim, depth), "--num_heads"),
+            num_heads=self.heads.encoder or self._assume(ENCODER_HEADS, (embed_dim, depth), ENCODER_OPTION),
             mlp_ratio=self._ratio(f"{blocks}.0.mlp", embed_dim),
             patch_size=patch_size,
             conv=self._conv() if is_hybrid else None,
@@ -100,7 +104,7 @@ class ShapeReader:
         return PixelDecoderConfig(
             depth=self._count(f"{name}.blocks"),
             embed_dim=width,
-            num_heads=self.heads.pixel_decoder or self._assume(DECODER_HEADS, width, "--decoder_heads"),
+            num_heads=self.heads.pixel_decoder or self._assume(DECODER_HEADS, width, DECODER_OPTION),
             mlp_ratio=self._ratio(f"{name}.blocks.0.mlp", width),
         )
 
@@ -112,7 +116,7 @@ class ShapeReader:
         return FeatureDecoderConfig(
             depth=self._count(f"{name}.blocks"),
             embed_dim=width,
-            num_heads=self.heads.feature_decoder or self._assume(DECODER_HEADS, width, "--decoder_heads"),
+            num_heads=self.heads.feature_decoder or self._assume(DECODER_HEADS, width, DECODER_OPTION),
             mlp_ratio=self._ratio(f"{name}.blocks.0.mlp", width),
         )
 
@@ -142,8 +146,6 @@ class ShapeReader:
 
     def _assume(self, known: Mapping[Key, int], key: Key, option: str) -> int:
         if key not in known:
-            raise ConfigError(
-                f"no shape tells the number of attention heads of {key}: say it with {option} N"
-            )
+            raise ConfigError(f"no shape tells the number of attention heads of {key}: say it with {option}")
         self.notices.append(f"{known[key]} attention heads assumed for {key}, as published ({option})")
         return known[key]
