@@ -164,9 +164,9 @@ def test_an_error_that_all_ranks_share_ends_each_by_itself(
     assert not notes(tmp_path)
 
 
-def test_a_rank_that_is_late_to_call_still_ends_by_the_error_that_all_share(
-    watched: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def _ranks_that_call_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All ranks but the first are slow to tell rank 0 who they are."""
     from cmae_scale.engine.safety import watch
 
     original = watch.call_desk
@@ -178,10 +178,25 @@ def test_a_rank_that_is_late_to_call_still_ends_by_the_error_that_all_share(
 
     monkeypatch.setattr(watch, "call_desk", call_late)
 
+
+@pytest.mark.usefixtures("_ranks_that_call_late")
+def test_ranks_that_are_late_to_call_still_end_by_the_error_that_all_share(
+    watched: Callable[..., Any],
+) -> None:
     def work(rank: int, pulse: Pulse) -> None:
         raise DataError("the shard is cut")
 
     assert [(end.status, end.stderr) for end in watched(work)] == [(2, "")] * 3
+
+
+@pytest.mark.usefixtures("_ranks_that_call_late")
+def test_ranks_that_are_late_to_call_still_hear_why_rank_0_ends(watched: Callable[..., Any]) -> None:
+    def work(rank: int, pulse: Pulse) -> None:
+        if rank == 0:
+            raise ZeroDivisionError("by nothing")
+
+    ended = watched(work)
+    assert "rank 0 failed: ZeroDivisionError: by nothing" in ended[1].stderr
 
 
 def test_data_that_only_one_rank_cannot_read_ends_the_others(watched: Callable[..., Any]) -> None:
