@@ -93,6 +93,7 @@ def train(run: Run, bench: "Bench", *, place: "Place", stop_at: int | None = Non
     from cmae_scale.engine.loop import take_steps
     from cmae_scale.engine.transfer import describe_transfer, start_transfer
     from cmae_scale.engine.watch.journal import Journal
+    from cmae_scale.models.classifier import say_how_to_open
     from cmae_scale.report import read_metrics, write_curves
     from cmae_scale.tasks.build import build_task, open_training, plan_training
     from cmae_scale.tasks.examination import Examination
@@ -138,7 +139,7 @@ def train(run: Run, bench: "Bench", *, place: "Place", stop_at: int | None = Non
         write_results(run.out / "results.json", {**about, "classes": judge.labelled.classes, **scores})
         write_curves(run.out / "curves.png", metrics=read_metrics(journal.path))
         journal.say(f"{journal.summarise()}\n{tabulate(scores, prefix='val')}")
-        journal.say(f"model {run.out / 'model'} (timm: local-dir:{run.out / 'model'})")
+        journal.say(f"model {run.out / 'model'} ({say_how_to_open(bench.encoder, run.out / 'model')})")
     journal.close()
 
 

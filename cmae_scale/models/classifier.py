@@ -130,6 +130,13 @@ def export_classifier(
     write_model(state, folder, config=config)
 
 
+def say_how_to_open(encoder: PretrainedEncoder, folder: Path) -> str:
+    """What opens an exported classifier, for people."""
+    return (
+        f'cmae_scale.models.read_classifier("{folder}")' if encoder.is_hybrid else f"timm: local-dir:{folder}"
+    )
+
+
 def set_head_(head: nn.Module, *, std: float, seed: int) -> None:
     """Start a classifier near zero, equally on all ranks. Source: official config, MAE (std 2e-5, bias 0)."""
     assert isinstance(head, nn.Linear)
