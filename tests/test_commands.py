@@ -14,6 +14,7 @@ import torch
 
 from cmae_scale.core.config import read_run
 
+LAUNCHER = str(Path(sys.executable).with_name("deepspeed"))  # of this environment, also without activation
 SMALL = [
     "cmae.model.embed_dim=24",
     "cmae.model.depth=2",
@@ -76,7 +77,7 @@ def losses_of(folder: Path) -> list[tuple[float, ...]]:
 def test_the_launcher_trains_on_two_ranks_and_leaves_everything(
     arguments: Callable[..., list[str]], repository: Path, tmp_path: Path
 ) -> None:
-    command = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2", "cmae_scale/pretrain.py"]
+    command = [LAUNCHER, "--num_gpus", "2", "cmae_scale/pretrain.py"]
     overrides = ["zero_optimization.stage=2", "cmae.schedule.duration=6st", "csv_monitor.enabled=true"]
     overrides += [f"csv_monitor.output_path={tmp_path}/csv", "csv_monitor.job_name=digits"]
     done = start([*command, *arguments(*overrides)], folder=repository, environment={"DS_ACCELERATOR": "cpu"})

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+LAUNCHER = str(Path(sys.executable).with_name("deepspeed"))  # of this environment, also without activation
 SMALL = [
     "cmae.model.embed_dim=24",
     "cmae.model.depth=2",
@@ -483,7 +484,7 @@ LONG = ("cmae.schedule.duration=3000st", "cmae.checkpoint.every=2000st")
 def test_the_deepspeed_launcher_asked_to_leave(
     arguments: Callable[..., list[str]], repository_path: Path, tmp_path: Path, way: str
 ) -> None:
-    command = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2", "--master_port", free_port(), "cmae_scale/pretrain.py"]
+    command = [LAUNCHER, "--num_gpus", "2", "--master_port", free_port(), "cmae_scale/pretrain.py"]
     launched = Launched([*command, *arguments(*LONG)], folder=repository_path, log=tmp_path / "log")
     run = tmp_path / "run"
     await_line(run / "metrics.jsonl")
@@ -548,7 +549,7 @@ def test_of_two_nodes_one_is_lost_and_the_same_command_goes_on(
     port = free_port()
 
     def start_deepspeed(node: int) -> Launched:
-        launcher = [str(Path(sys.executable).with_name("deepspeed")), "--hostfile", str(hosts), "--no_ssh", "--node_rank", str(node)]
+        launcher = [LAUNCHER, "--hostfile", str(hosts), "--no_ssh", "--node_rank", str(node)]
         place = ["--master_addr", "127.0.0.1", "--master_port", port]
         # the schedule is another one, but that is no matter here
         command = [*launcher, *place, "cmae_scale/pretrain.py", *arguments(end)]

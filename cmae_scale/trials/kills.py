@@ -127,7 +127,7 @@ def prove_survival(job: Job, *, kills: int, seed: int, tell: Callable[[str], Non
             victim = replace(job, out=Path(folder) / f"killed_{runs}" / "run")
             while True:
                 wanted = next(drawn) if len(outcomes) < kills else None
-                outcome = _run_once(victim, wanted)
+                outcome = _run_once(victim, wanted, last=_newest(reference.out))
                 if outcome is None or outcome.is_late:
                     break
                 outcomes.append(outcome)
@@ -159,8 +159,12 @@ def _run_unharmed(job: Job) -> tuple[tuple[list[Any], dict[str, str]], float, fl
     return _results(job), first_s, longest_save_s
 
 
-def _run_once(job: Job, kill: Kill | None) -> Outcome | None:
-    """Start the command once more. None when it was left to end."""
+def _run_once(job: Job, kill: Kill | None, *, last: str) -> Outcome | None:
+    """Start the command once more. None when it was left to end.
+
+    `last` is the state that training ends with. From then on rank 0 alone has work left, the export, and
+    the others may end well whatever happens to it.
+    """
     lines = _size(job.out / "metrics.jsonl")
     processes = job.start()
     started_s = time.monotonic()
@@ -193,7 +197,7 @@ def _run_once(job: Job, kill: Kill | None) -> Outcome | None:
             others_s = time.monotonic() - killed_s
     statuses = tuple(process.wait() for process in processes)
     is_late = is_late or not any(statuses)
-    if not is_late and kill.victim is not None and 0 in statuses and not _has_ended(job.out):
+    if not is_late and kill.victim is not None and 0 in statuses and _newest(job.out) != last:
         raise DataError(f"a rank ended well although rank {kill.victim} was killed: {_tail(job)}")
     return Outcome(kill, is_late, was_saving, _newest(job.out), others_s, statuses)
 
@@ -267,10 +271,6 @@ def _is_saving(out: Path) -> bool:
 def _newest(out: Path) -> str:
     names = sorted(path.name for path in (out / "checkpoints").glob("step_*") if not path.suffix)
     return names[-1] if names else "none"
-
-
-def _has_ended(out: Path) -> bool:
-    return (out / "exit.json").exists() and json.loads((out / "exit.json").read_text())["status"] == 0
 
 
 def _size(path: Path) -> int:
