@@ -5,7 +5,7 @@ Plain transformers are timm's own. A hybrid is ours, with the members that timm'
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import timm
 import torch
@@ -46,11 +46,8 @@ def build_network(
     the sum of its stages, and puts a fresh norm after the mean. Source: MAE models_vit.py, ConvMAE
     models_convvit.py, official fine-tuning. The head has its library's starting values until it is set.
     """
-    has_pool_norm = has_new_norm or encoder.has_own_pool_norm
-    if encoder.is_hybrid:
-        network = _build_hybrid(encoder, img_px, pool, classes, has_pool_norm, drop_path)
-    else:
-        network = _build_vit(encoder, img_px, pool, classes, has_pool_norm, drop_path)
+    shape = _Shape(img_px, pool, classes, has_new_norm or encoder.has_own_pool_norm, drop_path)
+    network = _build_hybrid(encoder, shape) if encoder.is_hybrid else _build_vit(encoder, shape)
     if encoder.state:
         _load_(network, encoder, has_new_norm=has_new_norm)
     return network
@@ -116,43 +113,44 @@ def _mlp_ratio(network: Network) -> float:
     return ratio
 
 
-def _build_vit(
-    encoder: PretrainedEncoder,
-    img_px: int | None,
-    pool: Pool,
-    classes: int,
-    has_pool_norm: bool,
-    drop_path: float,
-) -> VisionTransformer:
+class _Shape(NamedTuple):
+    """What is built on an encoder, whatever its kind."""
+
+    img_px: int | None  # None: the encoder's own
+    pool: Pool
+    classes: int
+    has_pool_norm: bool
+    drop_path: float
+
+
+def _build_vit(encoder: PretrainedEncoder, shape: _Shape) -> VisionTransformer:
     args = dict(encoder.args)
-    if img_px is not None:
-        args["img_size"] = img_px
-    if has_pool_norm:
+    if shape.img_px is not None:
+        args["img_size"] = shape.img_px
+    if shape.has_pool_norm:
         args.pop("final_norm", None)  # False would leave timm without either norm
-    args.update(num_classes=classes, global_pool=POOLS[pool], fc_norm=has_pool_norm, drop_path_rate=drop_path)
+    args.update(
+        num_classes=shape.classes,
+        global_pool=POOLS[shape.pool],
+        fc_norm=shape.has_pool_norm,
+        drop_path_rate=shape.drop_path,
+    )
     try:
         model = timm.create_model(encoder.architecture, pretrained=False, **args)
     except (RuntimeError, TypeError, AssertionError, ValueError) as error:
-        raise ConfigError(f"{encoder.place}: timm cannot build it for {img_px} px ({error})") from None
+        raise ConfigError(f"{encoder.place}: timm cannot build it for {shape.img_px} px ({error})") from None
     if not isinstance(model, VisionTransformer):
         raise ConfigError(f"{encoder.place} is a {type(model).__name__}: give a vision transformer of timm")
     return model
 
 
-def _build_hybrid(
-    encoder: PretrainedEncoder,
-    img_px: int | None,
-    pool: Pool,
-    classes: int,
-    has_pool_norm: bool,
-    drop_path: float,
-) -> HybridClassifier:
-    if pool == "cls":
+def _build_hybrid(encoder: PretrainedEncoder, shape: _Shape) -> HybridClassifier:
+    if shape.pool == "cls":
         raise ConfigError(
             f'{encoder.place} is a hybrid, which has no class token: write "pool": "mean" in the task'
         )
     sizes = read_sizes(encoder.args)
-    side = img_px or int(encoder.args["img_size"])
+    side = shape.img_px or int(encoder.args["img_size"])
     if side % sizes.patch_size:
         raise ConfigError(f"{encoder.place} has patches of {sizes.patch_size} px: {side} px is no multiple")
     stages = read_stages(sizes)
@@ -163,9 +161,9 @@ def _build_hybrid(
         patch_size=sizes.patch_size,
         grid=side // sizes.patch_size,
         mlp_ratio=sizes.mlp_ratio,
-        num_classes=classes,
-        drop_path=drop_path,
-        fc_norm=has_pool_norm,
+        num_classes=shape.classes,
+        drop_path=shape.drop_path,
+        fc_norm=shape.has_pool_norm,
     )
 
 
