@@ -1,30 +1,22 @@
 """Measure what the project claims, beside the alternatives, and keep the figures as a record."""
 
-import argparse
-import io
 import sys
 from collections.abc import Sequence
-from contextlib import redirect_stdout
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 if __package__ in (None, ""):  # started by path: this folder is first on sys.path, the repository should be
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from cmae_scale.core.cli import run_command
-from cmae_scale.core.errors import ConfigError, DataError
-from cmae_scale.core.settings import DataConfig, ViewsConfig
 from cmae_scale.trials.arguments import build_bench_parser
-
-if TYPE_CHECKING:
-    from cmae_scale.sizing.zero import Device
+from cmae_scale.trials.commands import TRIALS
 
 EXAMPLES = """\
   python -m cmae_scale.bench loader --shards shards/train --folder images/train
   python -m cmae_scale.bench stream --shards shards/train
   python -m cmae_scale.bench shards --folder images/train
   python -m cmae_scale.bench memory
+  python -m cmae_scale.bench hybrid --deepspeed_config ds_configs/convvitb.json
   python -m cmae_scale.bench kill --deepspeed_config ds_configs/quickstart.json --kills 30"""
 
 
@@ -36,131 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def bench(argv: Sequence[str] | None) -> None:
     """Read the arguments and do what the first of them says."""
     args = build_bench_parser(__doc__.splitlines()[0], examples=EXAMPLES).parse_args(argv)
-    trials = {"loader": measure_loader, "stream": prove_stream, "shards": measure_shards}
-    trials |= {"memory": measure_memory, "kill": prove_kills}
-    trials[args.trial](args)
-
-
-def measure_loader(args: argparse.Namespace) -> None:
-    """Print and record what a sample costs, for us and for others, and how they compare."""
-    from cmae_scale.data.shard_set import open_shards
-    from cmae_scale.report.records import write_record
-    from cmae_scale.trials.loader_memory import measure_footprint
-    from cmae_scale.trials.races import OURS, Course, describe_race, race, record_race
-
-    data = DataConfig(shards=tuple(args.shards), workers=args.workers)
-    shards = open_shards(data.shards, data=data)
-    views = read_views(args)
-    course = Course(shards, args.folder, views, workers=args.workers, batch=args.batch, samples=args.samples)
-    laps = race(course, rounds=args.rounds)
-    print(describe_race(laps))
-    results: dict[str, dict[str, object]] = record_race(laps)
-    memory = measure_footprint(data, views=views, batch=args.batch, epochs=args.epochs)
-    print(f"resident memory after each epoch, MiB: {' '.join(f'{mib:.0f}' for mib in memory)}")
-    results[OURS]["resident_mib"] = memory
-    config = {
-        "samples": args.samples,
-        "batch": args.batch,
-        "workers": args.workers,
-        "master_px": args.master_px,
-        "images": shards.total,
-    }
-    write_record(args.record, config=config, results=results)
-    print(f"record {args.record}")
-
-
-def prove_stream(args: argparse.Namespace) -> None:
-    """Print a digest of every epoch's global batches for each world. DataError unless all are equal."""
-    from cmae_scale.data.mix import plan_data
-    from cmae_scale.data.shard_set import open_shards
-    from cmae_scale.trials.proof import WORLDS, digest_worlds
-
-    data = DataConfig(shards=tuple(args.shards))
-    if args.batch % 4:
-        raise ConfigError(f"--batch {args.batch} cannot be shared by 4 ranks: write a multiple of 4")
-    shards = open_shards(data.shards, data=data)
-    plan = plan_data(shards, data, global_batch=args.batch, seed=0)
-    print(
-        f"{plan.total:,} samples, {plan.steps_per_epoch} steps of {plan.global_batch} an epoch, "
-        f"{plan.streams} streams"
-    )
-    found = set()
-    for world, epochs in digest_worlds(shards, plan, views=read_views(args), data=data, epochs=args.epochs):
-        told = "  ".join(f"{digest} ({samples:,} samples)" for digest, samples in epochs)
-        print(f"{world}  {told}", flush=True)
-        found.add(epochs)
-    if len(found) > 1:
-        raise DataError("the global batches differ between these worlds")
-    print(f"identical in all {len(WORLDS)} worlds")
-
-
-def measure_shards(args: argparse.Namespace) -> None:
-    """Print and record what it costs to put an image into a shard."""
-    from cmae_scale.report.records import summarise_laps, write_record
-    from cmae_scale.trials.shard_races import DECODE, MAKE, race_shards
-    from data_prep.make_shards import main as make_shards
-
-    def make(out: Path) -> None:
-        options = ["--root", str(args.folder), "--out", str(out), "--processes", "1"]
-        with redirect_stdout(io.StringIO()):
-            make_shards(["--source", "imagefolder", *options])
-
-    files = sorted(path for path in args.folder.glob("*/*") if path.is_file())
-    if not files:
-        raise ConfigError(f"--folder {args.folder} holds no class folders with files")
-    mb = sum(path.stat().st_size for path in files) / 1e6 / len(files)
-    laps = race_shards(files, make=make, scratch=args.scratch, rounds=args.rounds)
-    title = f"lowest of {args.rounds}"
-    print(f"{title:14} {'CPU ms':>8} {'ms':>8} {'MB/s':>8}   for each of {len(files):,} images")
-    for name, runs in laps.items():
-        cpu_s, wall_s = (min(getattr(lap, kind) for lap in runs) for kind in ("cpu_s", "wall_s"))
-        print(f"{name:14} {1e3 * cpu_s:8.3f} {1e3 * wall_s:8.3f} {mb / wall_s:8.1f}")
-    lowest = {name: min(lap.wall_s for lap in runs) for name, runs in laps.items()}
-    print(f"make_shards is {lowest[DECODE] / lowest[MAKE]:.1f} times as fast as decoding")
-    results = {name: summarise_laps(runs, per="image") for name, runs in laps.items()}
-    write_record(args.record, config={"images": len(files), "mb_per_image": mb}, results=results)
-    print(f"record {args.record}")
-
-
-def measure_memory(args: argparse.Namespace) -> None:
-    """Print and record what real steps take here, on the CPU if there is no GPU, and what was predicted."""
-    import torch
-
-    from cmae_scale.report.records import write_record
-    from cmae_scale.trials.footprint import CASES, STEPS, compare_footprints
-
-    device: "Device" = "cuda" if torch.cuda.is_available() else "cpu"
-    cases = [case for number, case in enumerate(CASES, start=1) if not args.only or number in args.only]
-    results = {}
-    print(f"{'run':112} {'measured':>9} {'predicted':>9}   MiB")
-    for found in compare_footprints(cases, device=device):
-        measured, predicted = found.measured_bytes / 2**20, found.predicted.total_bytes / 2**20
-        print(f"{found.case.name:112} {measured:9.0f} {predicted:9.0f}  {found.deviation:+.1%}", flush=True)
-        results[found.case.name] = found.record()
-    write_record(args.record, config={"steps": STEPS, "device": device}, results=results)
-    print(f"record {args.record}")
-
-
-def prove_kills(args: argparse.Namespace) -> None:
-    """Print what each kill -9 did. DataError unless every run ends as the one that was never killed."""
-    from cmae_scale.trials.kills import Job, prove_survival
-
-    overrides = ("--set", *args.set) if args.set else ()
-    arguments = ("--deepspeed_config", args.deepspeed_config, *overrides)
-    args.out.mkdir(parents=True, exist_ok=True)
-    job = Job("cmae_scale.pretrain", arguments, args.ranks, args.out / "kill")
-    outcomes = prove_survival(job, kills=args.kills, seed=args.seed, tell=partial(print, flush=True))
-    saving = sum(outcome.was_saving for outcome in outcomes)
-    whole = sum(outcome.kill.victim is None for outcome in outcomes)
-    print(
-        f"{len(outcomes)} kills (-9): {whole} of the whole run, {len(outcomes) - whole} of one rank, "
-        f"{saving} during a save; every run ended with the metrics and weights of the one never killed"
-    )
-
-
-def read_views(args: argparse.Namespace) -> ViewsConfig:
-    """The master crops of the paper's recipe at the side that was asked for."""
-    return ViewsConfig(img_px=args.master_px, master_px=args.master_px, shift_px=0)
+    TRIALS[args.trial](args)
 
 
 if __name__ == "__main__":

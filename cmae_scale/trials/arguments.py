@@ -13,7 +13,9 @@ def build_bench_parser(description: str, *, examples: str) -> argparse.ArgumentP
         epilog=f"examples:\n{examples}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    commands = parser.add_subparsers(required=True, metavar="loader | stream | shards | memory | kill")
+    commands = parser.add_subparsers(
+        required=True, metavar="loader | stream | shards | memory | hybrid | kill"
+    )
     loader = commands.add_parser("loader", help="CPU seconds per sample beside other loaders")
     loader.set_defaults(trial="loader")
     loader.add_argument("--folder", type=Path, metavar="DIR", help="the same images as class folders")
@@ -33,10 +35,16 @@ def build_bench_parser(description: str, *, examples: str) -> argparse.ArgumentP
     memory.set_defaults(trial="memory")
     memory.add_argument("--only", type=int, nargs="+", metavar="N", help="these of the cases, from 1")
     memory.add_argument("--record", type=Path, default=RECORDS / "memory.json", metavar="FILE")
+    hybrid = commands.add_parser("hybrid", help="the hybrid encoder with and without hidden patches")
+    hybrid.set_defaults(trial="hybrid")
+    hybrid.add_argument("--batch", type=int, default=8, help="images of a pass (default: 8)")
+    hybrid.add_argument("--rounds", type=int, default=5, help="interleaved rounds (default: 5)")
+    hybrid.add_argument("--record", type=Path, default=RECORDS / "hybrid.json", metavar="FILE")
     kill = commands.add_parser("kill", help="a run killed at random moments ends as one never killed")
     kill.set_defaults(trial="kill")
-    kill.add_argument("--deepspeed_config", required=True, metavar="FILE", help="the run file")
-    kill.add_argument("--set", nargs="+", default=[], metavar="PLACE=VALUE", help="as for a run")
+    for command in (hybrid, kill):
+        command.add_argument("--deepspeed_config", required=True, metavar="FILE", help="the run file")
+        command.add_argument("--set", nargs="+", default=[], metavar="PLACE=VALUE", help="as for a run")
     kill.add_argument("--kills", type=int, default=30, help="default: 30")
     kill.add_argument("--ranks", type=int, default=2, help="processes on this machine (default: 2)")
     kill.add_argument("--seed", type=int, default=0, help="of victims and moments (default: 0)")

@@ -47,3 +47,14 @@ def race_shards(
             if number > 0:
                 laps[name].append(Lap(cpu_s / len(files), wall_s / len(files)))
     return laps
+
+
+def describe_shard_race(laps: dict[str, list[Lap]], *, images: int, mb_per_image: float) -> str:
+    """The lowest times and rates, in lines for people."""
+    title = f"lowest of {len(laps[MAKE])}"
+    lines = [f"{title:14} {'CPU ms':>8} {'ms':>8} {'MB/s':>8}   for each of {images:,} images"]
+    lowest = {name: Lap(*map(min, zip(*runs, strict=True))) for name, runs in laps.items()}
+    for name, (cpu_s, wall_s) in lowest.items():
+        lines.append(f"{name:14} {1e3 * cpu_s:8.3f} {1e3 * wall_s:8.3f} {mb_per_image / wall_s:8.1f}")
+    gain = lowest[DECODE].wall_s / lowest[MAKE].wall_s
+    return "\n".join([*lines, f"make_shards is {gain:.1f} times as fast as decoding"])
