@@ -206,7 +206,8 @@ def _await(
     kill: Kill, job: Job, processes: "Sequence[subprocess.Popen[bytes]]", *, lines: int, started_s: float
 ) -> None:
     """Wait for the moment of the kill, or for the end of the run."""
-    saves_left, was_saving = kill.saves_before, False
+    # a save that was cut short before this start has left its part behind
+    saves_left, was_saving = kill.saves_before, _is_saving(job.out)
     while all(process.poll() is None for process in processes):
         is_saving = _is_saving(job.out)
         has_begun = _size(job.out / "metrics.jsonl") != lines and time.monotonic() > started_s + 1
