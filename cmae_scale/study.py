@@ -5,7 +5,6 @@ finished and goes on with what is not.
 """
 
 import argparse
-import json
 import shlex
 import subprocess
 import sys
@@ -74,13 +73,14 @@ def study(argv: Sequence[str] | None) -> None:
 
 
 def compare(plan: StudyConfig, out: Path) -> None:
-    """study.json, table, bars, and for trained tasks the curves over epochs."""
+    """study.json (a record), table, bars, and for trained tasks the curves over epochs."""
     from cmae_scale.core.files import write_text
     from cmae_scale.report.convergence import write_comparison, write_convergence
+    from cmae_scale.report.records import write_record
     from cmae_scale.tasks.study import list_encoders, read_curve, read_overtakes, read_scores, tabulate_scores
 
     scores = read_scores(plan, out)
-    results: dict[str, object] = {"study": dump_study(plan), "top1": scores}
+    results: dict[str, object] = {"top1": scores}
     table = tabulate_scores(scores)
     write_comparison(out / "comparison.png", scores=scores)
     for task in plan.tasks:
@@ -89,7 +89,7 @@ def compare(plan: StudyConfig, out: Path) -> None:
         if curves:
             write_convergence(out / f"convergence_{task}.png", curves=curves, title=f"{task}: top-1 by epoch")
             results[f"{task}_overtakes_at_epoch"] = read_overtakes(curves)
-    write_text(out / "study.json", json.dumps(results, indent=2) + "\n")
+    write_record(out / "study.json", config=dump_study(plan), results=results)
     write_text(out / "table.txt", table + "\n")
     print(f"\n{table}\n\n{out}/study.json, table.txt, comparison.png, convergence_*.png")
 
