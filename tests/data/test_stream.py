@@ -28,7 +28,7 @@ from cmae_scale.data.mix import MixPlan, plan_data
 from cmae_scale.data.plan import block_order, run_pieces
 from cmae_scale.data.shard_set import Shard, ShardSet
 from cmae_scale.data.storage import LOCAL
-from cmae_scale.data.stream import BatchStream, MasterBatch, open_batches
+from cmae_scale.data.stream import BatchStream, DecodedRow, MasterBatch, open_batches
 from cmae_scale.data.tar import RawSample
 
 VIEWS = ViewsConfig(img_px=16, master_px=20, shift_px=4)
@@ -297,13 +297,21 @@ def test_an_interrupt_while_waiting_closes_the_stream(
     shards: ShardSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     release = threading.Event()
-    monkeypatch.setattr("cmae_scale.data.stream.decode_row", lambda *_, **__: release.wait(0.5))
     main = threading.get_ident()
-    timer = threading.Timer(0.1, lambda: signal.pthread_kill(main, signal.SIGINT))
+
+    def decode(*_: object, **__: object) -> DecodedRow:
+        release.wait(20)
+        return DecodedRow(0, "")
+
+    def interrupt() -> None:
+        signal.pthread_kill(main, signal.SIGINT)
+        release.set()
+
+    monkeypatch.setattr("cmae_scale.data.stream.decode_row", decode)
+    timer = threading.Timer(0.1, interrupt)
     timer.start()
     with start(shards, make_plan(shards), end_step=100_000) as stream, pytest.raises(KeyboardInterrupt):
         next(stream)
-    release.set()
     timer.join()
 
 

@@ -361,7 +361,7 @@ def test_killed_at_any_moment_and_run_again_gives_the_same_bytes(repository: Pat
 def test_interrupted_it_ends_without_a_traceback_and_continues(repository: Path, tmp_path: Path) -> None:
     root = tmp_path / "images"
     root.mkdir()
-    for number in range(400):
+    for number in range(1500):
         (root / f"{number}.png").write_bytes(picture(number))
     argv = [
         "--source",
@@ -381,7 +381,7 @@ def test_interrupted_it_ends_without_a_traceback_and_continues(repository: Path,
     assert (process.returncode, error) == (130, b"")
     assert not list((tmp_path / "out").glob(".*.part"))
     assert run_script(repository, *argv).wait() == 0
-    assert read_index(tmp_path / "out").total == 400
+    assert read_index(tmp_path / "out").total == 1500
 
 
 def test_awkward_real_files_are_kept_as_they_are(shared_data: Path, tmp_path: Path) -> None:
