@@ -28,6 +28,8 @@ class Pulse:
     def __init__(self) -> None:
         # one object, so that a reader sees all of it
         self._now: tuple[str, int | None, float, float] = ("starting", None, time.monotonic(), PATIENT)
+        # of the part that was entered then, how long the whole process was held up; the watch's own
+        self._held: tuple[float, float] = (0.0, 0.0)
 
     def enter(self, where: str, *, step: int | None = None, patience: float = 1.0) -> None:
         """`where` as in "rank 1 reading data, step 7". `patience` times cmae.faults.step_timeout_s is
@@ -35,12 +37,18 @@ class Pulse:
         """
         self._now = (where, step, time.monotonic(), patience)
 
+    def forgive(self, held_s: float) -> None:
+        """Do not count seconds in which the process could not run: it was stopped, or its machine asleep."""
+        since_s = self._now[2]
+        entered_s, before_s = self._held
+        self._held = (since_s, held_s + (before_s if entered_s == since_s else 0.0))
+
     def read(self) -> Report:
-        """Where the rank is now."""
+        """Where the rank is now, and for how long."""
         where, step, since_s, _ = self._now
-        return Report(where, step, time.monotonic() - since_s)
+        entered_s, held_s = self._held
+        return Report(where, step, time.monotonic() - since_s - (held_s if entered_s == since_s else 0.0))
 
     def is_stuck(self, timeout_s: float) -> bool:
         """Whether the present part of the work takes longer than it may."""
-        _, _, since_s, patience = self._now
-        return time.monotonic() - since_s > timeout_s * patience
+        return self.read().for_s > timeout_s * self._now[3]

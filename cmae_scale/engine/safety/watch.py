@@ -135,7 +135,7 @@ class Watch:
         self._selector.register(self._line.socket, selectors.EVENT_READ, self._line)
 
     def _run(self) -> None:
-        last_s = beaten_s = 0.0
+        last_s, beaten_s = time.monotonic(), 0.0
         while not self._closing.is_set():
             for key, _ in self._selector.select(self._every_s / 2):
                 if key.fileobj is self._reader:
@@ -148,6 +148,7 @@ class Watch:
             if now_s - last_s > 3 * self._every_s:  # this thread itself was held up: nobody else is to blame
                 self._heard_s = now_s
                 self._roster.forgive(now_s=now_s)
+                self._pulse.forgive(now_s - last_s)
             last_s = now_s
             self._pass_on()
             if now_s - beaten_s > self._every_s:

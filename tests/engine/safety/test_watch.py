@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -252,6 +253,20 @@ def test_a_rank_that_never_comes_is_waited_for_and_told(let_ranks_end: Callable[
 
 def wait_for_a_store() -> None:
     threading.Event().wait()
+
+
+def test_a_run_that_was_stopped_and_continued_as_a_whole_goes_on(watched: Callable[..., Any]) -> None:
+    """As a scheduler suspends a job, or a machine sleeps."""
+
+    def work(rank: int, pulse: Pulse) -> None:
+        pulse.enter("computing gradients", step=1)
+        pid = os.getpid()
+        doze = f"sleep 0.5; kill -STOP {pid}; sleep 7; kill -CONT {pid}"
+        with subprocess.Popen(["sh", "-c", doze]):
+            time.sleep(1)
+
+    ended = watched(work, ranks=2, faults=FaultsConfig(step_timeout_s=4, peer_timeout_s=4), timeout_s=40)
+    assert [(end.status, end.stderr) for end in ended] == [(0, "")] * 2
 
 
 def test_slow_is_not_stuck(watched: Callable[..., Any]) -> None:
