@@ -76,8 +76,9 @@ def _plan_passes(job: Job, held: Standing, *, idle: Moment) -> list[Moment]:
     decoder = count_transient(_decoder_shape(cfg), method=job.method)
     logits = 2 * _FP32 * job.batch.total * micro if cfg.has_contrast else 0
     carried = held.gradients + (held.carried if job.batch.accumulation > 1 else 0)
-    # stage 1 gives its buckets back after the whole step, stage 2 after each pass
-    keeps_buckets = job.batch.accumulation > 1 and job.zero.stage == 1
+    # stage 1 gives its buckets back after the whole step, stage 2 after each pass; but stage 1 writes to them
+    # in the last pass alone, and on a CPU what nothing was written to takes no memory
+    keeps_buckets = job.batch.accumulation > 1 and job.zero.stage == 1 and job.device == "cuda"
     open_buckets = held.buckets + held.sending * keeps_buckets
     sending = held.buckets + held.sending
     forward = idle._replace(weights=held.weights + held.gathered, gradients=carried, buckets=open_buckets)

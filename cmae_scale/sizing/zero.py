@@ -111,7 +111,7 @@ class Standing(NamedTuple):
     flattened: int  # beyond `gradients`, when the optimizer steps
     buckets: int  # between steps
     sending: int  # beyond those, during backward
-    copies: int  # when stage 0 reduces
+    copies: int  # of what stages 0 to 2 are sending to other ranks
     updating: int  # temporaries of an optimizer that is not fused: a root and a quotient of each weight
     averaged: int  # when the target follows
     rehearsed: int  # beyond everything above, when the engine starts
@@ -177,7 +177,8 @@ def _split_optimizer(job: Job) -> Standing:
         flattened=(2 * size + _FP32 * is_coarse) * part * on_device,
         buckets=0,
         sending=_bucket_bytes(job, sizes=(size, size), is_doubled=zero.overlaps),
-        copies=0,
+        # it flattens a bucket once more before it sends it: allreduce_bucket
+        copies=_largest_bucket_bytes(job) if zero.ranks > 1 else 0,
         updating=2 * _FP32 * part * on_device * (not job.is_fused),
         averaged=_FP32 * target * is_coarse,
         rehearsed=0,
@@ -250,12 +251,23 @@ def _bucket_bytes(job: Job, *, sizes: tuple[int, int], is_doubled: bool) -> int:
     Under autocast DeepSpeed has one for most products' weights, sent in its format, and one for the rest. On
     a GPU a buffer is taken whole, however small the model; on a CPU only pages that are written count.
     """
-    zero, counts = job.zero, count_parameters(job.cfg)
+    zero = job.zero
     if not zero.is_contiguous:
-        return min(zero.reduce_bucket, counts.trained) * sizes[1]
-    narrow = count_sent_rounded(job.cfg) if job.formats.is_autocast else 0
+        return min(zero.reduce_bucket, count_parameters(job.cfg).trained) * sizes[1]
     total = 0
-    for numbers, size in ((narrow, sizes[0]), (counts.trained - narrow, sizes[1])):
+    for numbers, size in zip(_count_sent(job), sizes, strict=True):
         whole = zero.reduce_bucket * (2 if is_doubled else 1) * (numbers > 0)
         total += size * (whole if job.device == "cuda" else min(whole, numbers))
     return total
+
+
+def _largest_bucket_bytes(job: Job) -> int:
+    """Bytes of the largest bucket that is sent at once."""
+    size = job.formats.parameter_bytes
+    return size * max(min(job.zero.reduce_bucket, numbers) for numbers in _count_sent(job))
+
+
+def _count_sent(job: Job) -> tuple[int, int]:
+    """Numbers of gradients that go into the bucket for products, and into the one for the rest."""
+    narrow = count_sent_rounded(job.cfg) if job.formats.is_autocast else 0
+    return narrow, count_parameters(job.cfg).trained - narrow
