@@ -29,10 +29,7 @@ class Classifier:
 
 def open_classifier(folder: str) -> Classifier:
     """The model of a folder such as RUN/model. ConfigError when there is none with a head."""
-    classifier = _open_hybrid(folder) or _open_timm(folder)
-    if not classifier.names:
-        raise ConfigError(f"{folder} is an encoder without classes: fine-tune it with cmae_scale.transfer")
-    return classifier
+    return _open_hybrid(folder) or _open_timm(folder)
 
 
 def _open_hybrid(folder: str) -> Classifier | None:
@@ -43,6 +40,8 @@ def _open_hybrid(folder: str) -> Classifier | None:
         return None
     if not about.model.is_hybrid:
         return None
+    if not about.num_classes:
+        raise _has_no_classes(folder)
     names = about.class_names or tuple(map(str, range(about.num_classes)))
     crop = CropConfig(img_px=about.img_px, centre=about.crop_pct)
     return Classifier(read_classifier(folder), names, crop, about.mean, about.std)
@@ -56,9 +55,15 @@ def _open_timm(folder: str) -> Classifier:
             f"no model at {folder} ({str(error).splitlines()[0]}): give the model/ folder of a transfer run"
         ) from None
     cfg, count = model.pretrained_cfg, int(model.num_classes)
+    if not count:
+        raise _has_no_classes(folder)
     names = tuple(cfg.get("label_names") or ()) or tuple(map(str, range(count)))
     crop = CropConfig(img_px=int(cfg["input_size"][-1]), centre=float(cfg["crop_pct"]))
     return Classifier(model, names, crop, tuple(cfg["mean"]), tuple(cfg["std"]))
+
+
+def _has_no_classes(folder: str) -> ConfigError:
+    return ConfigError(f"{folder} is an encoder without classes: fine-tune it with cmae_scale.transfer")
 
 
 @torch.no_grad()

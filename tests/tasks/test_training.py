@@ -12,6 +12,8 @@ import timm
 import torch
 from safetensors.torch import load_file
 
+from cmae_scale.core.errors import ConfigError
+
 pytestmark = pytest.mark.dist
 
 FULL = {"finetune": {"drop_path": 0.3, "mix_rows": 6}}
@@ -120,6 +122,14 @@ def test_a_hybrids_neighbours_are_those_of_its_pooled_tokens(
     place = f"transfer.encoder.place={hybrid_folder}"
     assert transfer(arguments({"knn": {"k": 5}}, place), ranks=2) == [0, 0]
     assert json.loads((tmp_path / "run" / "results.json").read_text())["knn_images"] == 21
+
+
+def test_an_encoder_alone_classifies_nothing(encoder_folder: Path, hybrid_folder: Path) -> None:
+    from cmae_scale.tasks.classify import open_classifier
+
+    for folder in (encoder_folder, hybrid_folder):
+        with pytest.raises(ConfigError, match="is an encoder without classes"):
+            open_classifier(str(folder))
 
 
 def test_a_file_of_another_project_is_an_encoder_too(
