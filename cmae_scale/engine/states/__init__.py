@@ -1,1 +1,1 @@
-"""Training states on disk: committed by a rename, checked by hash, taken up again."""
+"""Training states, taken from a running engine and put back into one of another topology."""

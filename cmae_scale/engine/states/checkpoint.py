@@ -17,11 +17,12 @@ from torch import Tensor
 from cmae_scale.core.collectives import gather_objects
 from cmae_scale.core.errors import ConfigError
 from cmae_scale.core.world import World
-from cmae_scale.engine.states import commit
 from cmae_scale.engine.states.content import read_content, read_counters, write_content, write_counters
 from cmae_scale.engine.states.pieces import count_elements, list_pieces
-from cmae_scale.engine.states.shards import ShardReader, shard_name, write_shard
 from cmae_scale.engine.states.stamp import Stamp
+from cmae_scale.states import commit
+from cmae_scale.states.newest import Found, check_files, choose_state
+from cmae_scale.states.shards import ShardReader, shard_name, write_shard
 
 # what PyTorch and the file system raise when a disk is full, read-only or gone
 _SAVE_ERRORS = (OSError, RuntimeError)
@@ -98,31 +99,23 @@ def load_newest(
     belongs to another kind of run, or when there are states but all are damaged: starting over silently would
     lose them.
     """
-    passed_over: list[str] = []
-    for path in commit.list_states(folder):
-        damage, description = check_state(path, world=world)
-        if damage is None and description is not None:
-            notices = [f"warning: {damage}, so an older state was taken" for damage in passed_over]
-            notices += stamp.compare(description["stamp"], path=path, changes_allowed=changes_allowed)
-            _take_up(engine, path, description, masters=masters, averages=averages)
-            return Loaded(description["step"], description["extra"], tuple(notices))
-        passed_over.append(damage or str(path))
-    if passed_over:
-        raise ConfigError(
-            f"no state in {folder} is whole ({'; '.join(passed_over)}): restore one, or start over with "
-            "--set cmae.checkpoint.resume=never"
-        )
-    return None
+    chosen = choose_state(
+        folder,
+        remedy="restore one, or start over with --set cmae.checkpoint.resume=never",
+        check=lambda path: check_state(path, world=world),
+    )
+    if chosen is None:
+        return None
+    path, description = chosen.path, chosen.description
+    notices = [f"warning: {damage}, so an older state was taken" for damage in chosen.passed_over]
+    notices += stamp.compare(description["stamp"], path=path, changes_allowed=changes_allowed)
+    _take_up(engine, path, description, masters=masters, averages=averages)
+    return Loaded(description["step"], description["extra"], tuple(notices))
 
 
-def check_state(path: Path, *, world: World) -> tuple[str | None, dict[str, Any] | None]:
+def check_state(path: Path, *, world: World) -> Found:
     """What is wrong with the state at `path`, or None, and its description. Ranks share the hashing."""
-    description, damage = None, None
-    try:
-        description = commit.read_description(path)
-        damage = commit.find_damage(path, description, rank=world.rank, ranks=world.size)
-    except (ValueError, KeyError, TypeError) as error:
-        damage = str(error)
+    damage, description = check_files(path, rank=world.rank, ranks=world.size)
     return next((found for found in gather_objects(damage) if found), None), description
 
 

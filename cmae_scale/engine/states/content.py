@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cmae_scale.core.errors import ConfigError
 from cmae_scale.engine.states.pieces import Piece, spread_weights
-from cmae_scale.engine.states.shards import ShardReader
+from cmae_scale.states.shards import ShardReader
 
 Counters = dict[str, Any]  # JSON values
 

@@ -8,7 +8,7 @@ import pytest
 
 from cmae_scale.core.world import World
 from cmae_scale.engine.states.checkpoint import check_state
-from cmae_scale.engine.states.commit import list_states
+from cmae_scale.states.commit import list_states
 
 
 @pytest.fixture

@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from cmae_scale.core.world import World
-from cmae_scale.engine.states import checkpoint, commit
+from cmae_scale.engine.states import checkpoint
 from cmae_scale.engine.states.checkpoint import check_state
-from cmae_scale.engine.states.commit import list_states, read_description
+from cmae_scale.states import commit
+from cmae_scale.states.commit import list_states, read_description
 
 pytestmark = pytest.mark.dist
 
