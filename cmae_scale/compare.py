@@ -30,17 +30,14 @@ def compare(argv: Sequence[str] | None) -> None:
     parser.add_argument("runs", nargs="+", metavar="NAME=RUN", help="run folders of cmae_scale.transfer")
     parser.add_argument("--out", type=Path, default=Path("convergence.png"), metavar="FILE")
     args = parser.parse_args(argv)
+    folders = name_folders(args.runs)
 
     from cmae_scale.report.convergence import write_convergence
     from cmae_scale.tasks.results import format_table
     from cmae_scale.tasks.study import read_curve, read_overtakes
 
-    curves = {}
-    for run in args.runs:
-        name, equals, folder = run.partition("=")
-        if not equals or not folder:
-            raise ConfigError(f'"{run}": write NAME=RUN, for instance CMAE=runs/finetune_vitb')
-        curves[name] = read_curve(Path(folder))
+    curves = {name: read_curve(folder) for name, folder in folders.items()}
+    for name, folder in folders.items():
         if not curves[name]:
             raise ConfigError(f"{folder} has not been validated yet: let it run through an epoch first")
     write_convergence(args.out, curves=curves)
@@ -52,6 +49,19 @@ def compare(argv: Sequence[str] | None) -> None:
         cells = ("-" if when is None else f"epoch {when:g}" for when in at)
         rows.append((name, f"{epoch:g}", f"{final:.4f}", *cells))
     print(f"{format_table(rows)}\n{args.out}")
+
+
+def name_folders(runs: Sequence[str]) -> dict[str, Path]:
+    """Run folders by their names in the picture. ConfigError for a name without a folder, or with two."""
+    folders: dict[str, Path] = {}
+    for run in runs:
+        name, _, folder = run.partition("=")
+        if not name or not folder:
+            raise ConfigError(f'"{run}": write NAME=RUN, for instance CMAE=runs/finetune_vitb')
+        if name in folders:
+            raise ConfigError(f'"{name}" names both {folders[name]} and {folder}: give each run its own name')
+        folders[name] = Path(folder)
+    return folders
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 if __package__ in (None, ""):  # started by path: this folder is first on sys.path, the repository should be
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from cmae_scale.core.cli import build_parser, read_overrides, run_command
+from cmae_scale.core.cli import build_parser, read_count, read_overrides, run_command
 from cmae_scale.core.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from cmae_scale.planning.forecast import Machine
 
 EXAMPLES = """\
-  python -m cmae_scale.plan --deepspeed_config ds_configs/vitl.json --images 1281167 --gpu H200 --gpus 8
+  python -m cmae_scale.plan --deepspeed_config ds_configs/vitl.json --images 1.28M --gpu H200 --gpus 8
   python -m cmae_scale.plan --deepspeed_config ds_configs/vith.json --images 1281167 --gpu A100-40GB \\
       --gpus 32 --set zero_optimization.stage=3 cmae.model.remat=full --mfu 0.3 --price 2.5
   python -m cmae_scale.plan --deepspeed_config ds_configs/quickstart.json --gpu cpu --json"""
@@ -65,12 +65,17 @@ def read_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = build_parser(__doc__.splitlines()[0], examples=EXAMPLES)
     parser.add_argument("--gpus", type=int, metavar="N", help="ranks (default: the GPUs here, else 1)")
     parser.add_argument("--gpu", metavar="NAME", help=f'or "cpu" (default: the one here, else {DEFAULT_GPU})')
-    parser.add_argument("--images", type=int, metavar="N", help="data set size (default: as the shards say)")
+    parser.add_argument(
+        "--images",
+        type=read_count,
+        metavar="N",
+        help="data set size, such as 1281167 or 1.28M (default: as the shards say)",
+    )
     parser.add_argument("--mfu", type=float, help="share of the GPU's peak that training reaches")
     parser.add_argument("--price", type=float, help="of one GPU-hour, in any currency")
     parser.add_argument("--json", action="store_true", help="all numbers, with their units, as JSON")
     args = parser.parse_args(argv)
-    for name in ("gpus", "images", "mfu", "price"):
+    for name in ("gpus", "mfu", "price"):
         value = getattr(args, name)
         if value is not None and (value <= 0 or (name == "mfu" and value > 1)):
             raise ConfigError(f"--{name} {value}: write a number above 0{' and at most 1' * (name == 'mfu')}")

@@ -157,11 +157,19 @@ def test_a_run_that_does_not_fit_is_told_what_would(capsys: pytest.CaptureFixtur
     assert "DOES NOT FIT" not in run_plan(capsys, "vith.json", *mended)
 
 
+@pytest.mark.parametrize("written", ["1_281_167", "1,281,167", "1.281167M"])
+def test_the_number_of_images_is_read_as_people_write_it(
+    written: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert read_plan(capsys, "vitb.json", "--images", written)["dataset_images"] == 1_281_167
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
         (["--gpu", "H10"], "did you mean 'H100'?"),
         (["--images", "100"], "--images 100 is fewer than train_batch_size (4096)"),
+        (["--images", "12 apples"], '"12 apples" is no count'),
         (["--gpus", "3", *IMAGENET], "3 ranks do not divide 4096"),
         (["--mfu", "1.5"], "--mfu 1.5: write a number above 0 and at most 1"),
         ([], "or give --images N"),

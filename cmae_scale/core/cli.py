@@ -3,12 +3,16 @@
 import argparse
 import errno
 import json
+import re
 import sys
 from collections.abc import Callable, Sequence
+from decimal import Decimal
 
-from cmae_scale.core.errors import UserError
+from cmae_scale.core.errors import ConfigError, UserError
 from cmae_scale.core.world import read_world
 
+_COUNT = re.compile(r"(\d{1,3}(?:,\d{3})+|\d+(?:_\d+)*)(\.\d+)?([kMG]?)", re.IGNORECASE | re.ASCII)
+_MANY = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
@@ -41,6 +45,18 @@ def build_parser(description: str, *, examples: str) -> argparse.ArgumentParser:
 def read_overrides(args: argparse.Namespace, *, kind: str = "cmae") -> list[str]:
     """The `--set` overrides, with `--out` as the last of them; `kind` is the name of our object."""
     return [*args.set, *([f"{kind}.out={json.dumps(args.out)}"] if args.out else [])]
+
+
+def read_count(text: str) -> int:
+    """A whole number above 0 as people write it: 1281167, 1_281_167, 1,281,167, 1.28M. Else ConfigError."""
+    match = _COUNT.fullmatch(text.strip())
+    number = Decimal(0)
+    if match is not None:
+        digits = match[1].replace(",", "").replace("_", "") + (match[2] or "")
+        number = Decimal(digits) * _MANY[match[3].lower()]
+    if number < 1 or number % 1:
+        raise ConfigError(f'"{text}" is no count: write a whole number such as 1281167, 1_281_167 or 1.28M')
+    return int(number)
 
 
 def run_command(command: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None = None) -> int:
