@@ -100,13 +100,13 @@ class ShardPlan:
 
     def fill(self, slot: ShardSlot, *, left_out: Mapping[int, Skipped]) -> ShardTask:
         """The slot with its items, for a writer."""
-        items = [self.items[item] for item in self.shuffle.find_items(slot.first, slot.samples).tolist()]
-        return ShardTask(slot.name, slot.first, items, left_out)
+        return ShardTask(slot.name, slot.first, list(self.items_of([slot])), left_out)
 
-    def items_of(self, slots: Iterable[ShardSlot]) -> Iterator[int]:
-        """The numbers of all items of some slots."""
+    def items_of(self, slots: Iterable[ShardSlot]) -> Iterator[Item]:
+        """All items of some slots."""
         for slot in slots:
-            yield from self.shuffle.find_items(slot.first, slot.samples).tolist()
+            for number in self.shuffle.find_items(slot.first, slot.samples).tolist():
+                yield self.items[number]
 
     def item_at(self, position: int) -> Item:
         """The item at one position."""

@@ -119,25 +119,26 @@ def read_finished(out: Path, plan: ShardPlan) -> dict[str, ShardInfo]:
 
 
 def read_skipped(out: Path) -> dict[str, list[Skipped]]:
-    """What a finished folder says that it lacks, by shard."""
+    """What a finished folder says that its shards lack, by shard. Files that were never listed have none."""
     skipped: dict[str, list[Skipped]] = defaultdict(list)
     if (out / SKIPPED_NAME).exists():
         with (out / SKIPPED_NAME).open(encoding="utf-8") as file:
             for line in file:
                 fields = json.loads(line)
-                skipped[fields.pop("shard")].append(Skipped(**fields))
+                if (shard := fields.pop("shard")) is not None:
+                    skipped[shard].append(Skipped(**fields))
     return skipped
 
 
-def write_skipped(out: Path, skipped: Iterator[tuple[str, Skipped]]) -> None:
-    """Write (shard, skipped image) one a line; no file if there are none."""
+def write_skipped(out: Path, skipped: Iterator[dict[str, Any]]) -> None:
+    """Write what is in no shard, one a line; no file if there is nothing."""
     first = next(skipped, None)
     if first is None:
         (out / SKIPPED_NAME).unlink(missing_ok=True)
         return
     with write_whole(out / SKIPPED_NAME) as file:
-        for shard, each in chain([first], skipped):
-            file.write(json.dumps({"shard": shard, **each._asdict()}).encode() + b"\n")
+        for each in chain([first], skipped):
+            file.write(json.dumps(each).encode() + b"\n")
 
 
 def drop_records(index: ShardIndex) -> None:

@@ -4,6 +4,7 @@ import hashlib
 import os
 import struct
 import tempfile
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 from typing import NamedTuple, overload
@@ -31,16 +32,18 @@ class Listing(Sequence[Item]):
     """Items kept in two temporary files: their records, and where each record begins.
 
     The files have no name (in TMPDIR), so nothing is left behind however the process ends. `digest` is the
-    SHA-256 of all records: two listings with the same digest are the same.
+    SHA-256 of all records: two listings with the same digest are the same. `labels` counts the items of each.
     """
 
     def __init__(self, items: Iterable[Item]) -> None:
         self._records = tempfile.TemporaryFile(buffering=BUFFER_BYTES)  # noqa: SIM115 -- lives as long as this
         self._offsets = tempfile.TemporaryFile(buffering=BUFFER_BYTES)  # noqa: SIM115
+        self.labels: Counter[int | None] = Counter()
         digest = hashlib.sha256()
         count = offset = 0
         for count, item in enumerate(items, start=1):  # noqa: B007 -- used after the loop
             record = _pack(item)
+            self.labels[item.label] += 1
             digest.update(b"%d:%b" % (len(record), record))
             self._records.write(record)
             self._offsets.write(OFFSET.pack(offset))

@@ -20,7 +20,7 @@ from data_prep.layout import Part, ShardPlan, ShardSlot
 from data_prep.ledger import open_ledger, open_scratch, read_finished
 from data_prep.locks import hold_merge
 from data_prep.merge import LeftOut, known_left_out, plan_left_out, write_data_set
-from data_prep.reporting import say_plan, show_progress, summarise, summarise_part
+from data_prep.reporting import say_plan, say_source, show_progress, summarise, summarise_part
 from data_prep.sources import SOURCES, Source
 from data_prep.tally import Tally
 from data_prep.writer import ShardWriter
@@ -41,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def make_shards(source: Source, out: Path, *, command: Command) -> None:
     """Write whatever `out` still lacks of this part; when no shard is missing any more, its index."""
     plan = ShardPlan(source.items, command.options)
+    say_source(source, out=out)
     if command.dry_run:
         finished = read_finished(out, plan) if out.is_dir() else {}
         say_plan(source, plan, out=out, missing=find_missing(plan, finished, part=command.part))
@@ -63,7 +64,7 @@ def make_shards(source: Source, out: Path, *, command: Command) -> None:
                 write_slots(source, plan, doubtful, left_out=left_out, out=out, command=command)
                 finished = read_finished(out, plan)
             index, whole = write_data_set(source, plan, out=out, finished=finished)
-    summarise(index, made=made, whole=whole, seconds=seconds)
+    summarise(index, source, made=made, whole=whole, seconds=seconds)
 
 
 def find_missing(plan: ShardPlan, finished: Container[str], *, part: Part) -> list[ShardSlot]:

@@ -2,7 +2,9 @@
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int64
@@ -13,6 +15,7 @@ from data_prep.layout import ShardPlan, ShardSlot, Skipped
 from data_prep.ledger import drop_records, read_record, read_skipped, write_skipped
 from data_prep.sources import Source
 from data_prep.tally import Tally
+from data_prep.unlisted import KIND
 
 LeftOut = Mapping[int, Skipped]
 
@@ -29,7 +32,11 @@ def write_data_set(
     if not shards:
         raise DataError(f"none of the {len(source.items)} files of {source.title} can be used as an image")
     tally = Tally()
-    write_skipped(out, _collect(slots, out=out, tally=tally))
+    unlisted = (
+        {"shard": None, "position": None, "name": name, "kind": KIND, "reason": reason}
+        for name, reason in source.unlisted
+    )
+    write_skipped(out, chain(_collect(slots, out=out, tally=tally), unlisted))
     total = sum(shard.samples for shard in shards)
     index = ShardIndex(out, shards, source.classes, total, source.title, plan.describe())
     write_index(index)
@@ -37,7 +44,7 @@ def write_data_set(
     return index, tally
 
 
-def _collect(slots: Iterable[ShardSlot], *, out: Path, tally: Tally) -> Iterator[tuple[str, Skipped]]:
+def _collect(slots: Iterable[ShardSlot], *, out: Path, tally: Tally) -> Iterator[dict[str, Any]]:
     """What was skipped, in the order of the plan; counts what the records say on the way."""
     before = read_skipped(out)
     for slot in slots:
@@ -45,7 +52,7 @@ def _collect(slots: Iterable[ShardSlot], *, out: Path, tally: Tally) -> Iterator
         if record is not None:
             tally.add(record.tally)
         for each in before.get(slot.name, ()) if record is None else record.skipped:
-            yield slot.name, each
+            yield {"shard": slot.name, **each._asdict()}
 
 
 def plan_left_out(plan: ShardPlan, out: Path) -> dict[str, LeftOut]:

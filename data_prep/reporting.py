@@ -3,6 +3,7 @@
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 
 from tqdm import tqdm
@@ -16,6 +17,7 @@ from data_prep.sources import Source
 from data_prep.tally import Tally
 
 LINE_EVERY_S = 5.0
+MAX_CLASSES_NAMED = 5
 MAX_BAD_LINES = 20  # skipped.jsonl has them all
 
 
@@ -39,21 +41,34 @@ def show_progress(shards: Iterable[WrittenShard], *, total: int, out: Path) -> I
             yield written
 
 
+def say_source(source: Source, *, out: Path) -> None:
+    """What the source has decided for its user, and classes that will be empty."""
+    for note in source.notes:
+        print(f"{out}: {note}", flush=True)
+    empty = [name for label, name in enumerate(source.classes) if not source.items.labels[label]]
+    if empty:
+        names = ", ".join(empty[:MAX_CLASSES_NAMED]) + (", ..." if len(empty) > MAX_CLASSES_NAMED else "")
+        count = f"{len(empty):,} of {len(source.classes):,} classes"
+        print(f"warning: {out}: {count} have no image: {names}", file=sys.stderr, flush=True)
+
+
 def say_plan(source: Source, plan: ShardPlan, *, out: Path, missing: Sequence[ShardSlot]) -> None:
     """What a run would do."""
     count = f"{plan.num_samples:,} images, {len(source.classes)} classes, {len(plan)} shards"
     todo = f"{sum(slot.samples for slot in missing):,} images in {len(missing)} shards"
     print(f"{out}: {count}; this run would write {todo}", flush=True)
+    for line in source.unlisted.describe():
+        print(f"  {line}", flush=True)
 
 
-def summarise(index: ShardIndex, *, made: Tally, whole: Tally, seconds: float) -> None:
-    """The closing lines: what is there now, how fast its new part was made, and what is in it."""
+def summarise(index: ShardIndex, source: Source, *, made: Tally, whole: Tally, seconds: float) -> None:
+    """The closing lines: what is there now, how fast its new part was made, what is in it and what is not."""
     size_mb = sum(shard.bytes for shard in index.shards) / 1e6
     count = (
         f"{index.total:,} images, {len(index.classes)} classes, {len(index.shards)} shards, {size_mb:,.1f} MB"
     )
     print(f"{index.folder}: {count}, {_say_speed(made, seconds)}", flush=True)
-    for line in whole.describe():
+    for line in chain(whole.describe(), source.unlisted.describe()):
         print(f"  {line}", flush=True)
 
 

@@ -86,7 +86,7 @@ def _list_files(paths: list[Path], request: SourceRequest, *, title: str) -> Sou
         raise ConfigError(f"{title} holds no row")
     classes = number_classes(items) if columns.classes is None else columns.classes
     read = functools.partial(_read_arrow, names, columns.image)
-    stage = functools.partial(_stage_parquet, names, columns.image, items) if is_parquet else None
+    stage = functools.partial(_stage_parquet, names, columns.image, len(items)) if is_parquet else None
     return Source(title, items, classes, read, stage)
 
 
@@ -188,18 +188,18 @@ def _list_parquet(paths: tuple[str, ...], columns: Columns) -> Iterator[Item]:
 
 
 def _stage_parquet(
-    paths: tuple[str, ...], column: str, items: Listing, scratch: Path, numbers: Iterator[int]
+    paths: tuple[str, ...], column: str, rows: int, scratch: Path, items: Iterator[Item]
 ) -> Read:
-    """Copy the images of the items `numbers` to the folder `scratch`, in one pass through the files.
+    """Copy the images of `items`, of all `rows`, to the folder `scratch`, in one pass through the files.
 
     A row cannot be read without its row group, so a shuffled order would read each group again and again.
     The file `places` says where in the file `images` an item is; it has holes for those not copied.
     """
     from pyarrow import parquet
 
-    is_wanted = bytearray(len(items))
-    for number in numbers:
-        is_wanted[number] = 1
+    is_wanted = bytearray(rows)
+    for item in items:
+        is_wanted[item.place[2]] = 1
     begin = 0  # number of the file's first item
     with (scratch / "images").open("wb") as images, (scratch / "places").open("wb") as places:
         for path in paths:
@@ -219,7 +219,7 @@ def _stage_parquet(
                             places.write(STAGED.pack(images.tell(), len(data or b"")))
                             images.write(data or b"")
                 begin = ends
-        places.truncate(len(items) * STAGED.size)
+        places.truncate(rows * STAGED.size)
     return functools.partial(_read_staged, str(scratch))
 
 

@@ -1,11 +1,12 @@
 """What a source is: a list of images, and a function that gives the bytes of one."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from cmae_scale.core.errors import ConfigError
 from data_prep.listing import Item, Listing
+from data_prep.unlisted import Unlisted
 
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
 
@@ -14,16 +15,23 @@ Read = Callable[[Item], bytes]
 
 @dataclass(frozen=True)
 class SourceRequest:
-    """What the user says about a source. `root` is a folder or a file, as the kind of source has it."""
+    """What the user says about a source. `root` is a folder or a file, as the kind of source has it.
+
+    With `no_labels` no label is even looked at. `encoding` is that of names and tables that are not UTF-8.
+    """
 
     root: Path | None = None
     image_column: str | None = None
     label_column: str | None = None
+    no_labels: bool = False
+    encoding: str | None = None
 
 
 @dataclass(frozen=True)
 class Source:
     """Images and where their bytes come from. `read` must be picklable: it runs in other processes.
+
+    `unlisted` are the files that it found and does not take, `notes` what it has decided for its user.
 
     Where an image cannot be read by itself, only among hundreds of others, `stage` first copies those that
     are needed into a scratch folder, in one pass through the source, and returns the `read` to use.
@@ -33,7 +41,9 @@ class Source:
     items: Listing
     classes: tuple[str, ...]
     read: Read
-    stage: Callable[[Path, Iterator[int]], Read] | None = None
+    stage: Callable[[Path, Iterator[Item]], Read] | None = None
+    unlisted: Unlisted = field(default_factory=Unlisted)
+    notes: tuple[str, ...] = ()
 
 
 def existing_folder(request: SourceRequest, source: str) -> Path:
@@ -47,5 +57,5 @@ def existing_folder(request: SourceRequest, source: str) -> Path:
 
 def number_classes(items: Listing) -> tuple[str, ...]:
     """Names for classes that have only numbers: 0 up to the largest label."""
-    largest = max((-1 if item.label is None else item.label for item in items), default=-1)
+    largest = max((-1 if label is None else label for label in items.labels), default=-1)
     return tuple(str(label) for label in range(largest + 1))

@@ -120,7 +120,7 @@ def test_parts_stage_only_what_they_need(tmp_path: Path) -> None:
     source = list_huggingface(tmp_path / "in.parquet")[""]
     assert source.stage is not None
     (tmp_path / "scratch").mkdir()
-    read = source.stage(tmp_path / "scratch", iter([3, 22]))
+    read = source.stage(tmp_path / "scratch", iter([source.items[3], source.items[22]]))
     assert [read(source.items[number]) for number in (3, 22)] == [picture(3), picture(22)]
     assert (tmp_path / "scratch" / "images").stat().st_size == len(picture(3)) + len(picture(22))
 

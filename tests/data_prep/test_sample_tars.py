@@ -137,8 +137,7 @@ def test_a_faulty_sample_stops_by_its_name_or_is_left_out(
     write_tar(tmp_path / "in" / "x.tar", [*good, *FAULTS[fault]])
     assert make(tmp_path / "in", tmp_path / "out") == 2
     error = capsys.readouterr().err
-    assert error.startswith(f"error: x.tar/a: {fault}")
-    assert error.count("\n") == 1
+    assert error.splitlines()[-1].startswith(f"error: x.tar/a: {fault}")
     assert make(tmp_path / "in", tmp_path / "out", "--skip_bad") == 0
     assert [(sample.image, sample.label) for sample in read_all(tmp_path / "out")] == [(picture(0), 3)]
 
