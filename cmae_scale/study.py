@@ -16,6 +16,7 @@ if __package__ in (None, ""):  # started by path: this folder is first on sys.pa
 
 from cmae_scale.core.cli import run_command
 from cmae_scale.core.errors import ConfigError
+from cmae_scale.core.shipped import find_run_file
 from cmae_scale.core.study_settings import StudyConfig, dump_study, read_study
 
 HERE = Path(__file__).resolve().parent
@@ -50,12 +51,13 @@ def study(argv: Sequence[str] | None) -> None:
     parser.add_argument("--launcher", default=sys.executable, help="what starts a run (python)")
     parser.add_argument("--report", action="store_true", help="start nothing, compare what is finished")
     args = parser.parse_args(argv)
-    plan = read_study(args.file)
-    out = Path(args.out or plan.out or f"runs/{args.file.stem}")
+    file = find_run_file(args.file)
+    plan = read_study(file)
+    out = Path(args.out or plan.out or f"runs/{file.stem}")
 
     from cmae_scale.tasks.study import plan_cells
 
-    cells = plan_cells(plan, folder=args.file.parent, out=out, overrides=args.set)
+    cells = plan_cells(plan, folder=file.parent, out=out, overrides=args.set)
     for number, cell in enumerate(cells, start=1):
         if cell.is_done or args.report:
             print(f"[{number}/{len(cells)}] {cell.name}: {'finished' if cell.is_done else 'not finished'}")

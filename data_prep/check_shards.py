@@ -88,5 +88,10 @@ def find_damages(index: ShardIndex, shard: ShardInfo) -> Iterator[str]:
         yield str(error)
 
 
+def run() -> int:
+    """Exit status of the command."""
+    return run_command(main)
+
+
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    sys.exit(run())

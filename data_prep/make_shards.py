@@ -100,5 +100,10 @@ def write_slots(
     return made
 
 
+def run() -> int:
+    """Exit status of the command."""
+    return run_command(main)
+
+
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    sys.exit(run())

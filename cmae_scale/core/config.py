@@ -12,6 +12,7 @@ from cmae_scale.core.batches import MICRO, STEPS, TOTAL, BatchSizes
 from cmae_scale.core.deepspeed_keys import ADAM_PARAMS, NESTED, TOP_LEVEL
 from cmae_scale.core.errors import ConfigError, nearest
 from cmae_scale.core.settings import CmaeConfig
+from cmae_scale.core.shipped import SHIPPED, find_run_file
 from cmae_scale.core.transfer_settings import TransferConfig
 
 Json = dict[str, Any]
@@ -68,11 +69,12 @@ class Run:
 def read_run(path: str | Path, overrides: Sequence[str] = (), *, kind: RunKind = "cmae") -> Run:
     """The run that a file describes, after `overrides` such as "cmae.mask.ratio=0.65" (place=JSON value).
 
-    `kind` is the object that the file must have beside DeepSpeed's keys.
+    `path` may be the bare name of a shipped file (core/shipped); `kind` is the object that the file must have
+    beside DeepSpeed's keys.
     Raises ConfigError with the place and the remedy: missing file, broken JSON, duplicate or unknown keys,
     values outside of their range. "auto" values stay until `resolve_run`.
     """
-    path = Path(path)
+    path = find_run_file(path)
     tree = _parse(_read_text(path), path)
     for override in overrides:
         _apply_override(tree, override, kind=kind)
@@ -149,7 +151,7 @@ def _read_text(path: Path) -> str:
     if not path.is_file():
         siblings = path.parent.glob("*.json") if path.parent.is_dir() else []
         hint = nearest(path.name, [sibling.name for sibling in siblings])
-        raise ConfigError(f"run file {path} does not exist{hint or '; the shipped ones are in ds_configs/'}")
+        raise ConfigError(f"run file {path} does not exist{hint or f'; the shipped ones are in {SHIPPED}'}")
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from cmae_scale.core.batches import plan_batch
-from cmae_scale.core.config import dump_run, read_run, resolve_run
+from cmae_scale.core.config import RunKind, dump_run, read_run, resolve_run
 from cmae_scale.core.deepspeed_keys import NESTED, TOP_LEVEL
 from cmae_scale.core.errors import ConfigError
 
@@ -215,3 +215,30 @@ def test_every_constant_deepspeed_reads_at_the_top_is_known() -> None:
         "DISABLE_ALLGATHER",
     ]:
         assert getattr(constants, constant) in TOP_LEVEL.keys() | known_inside, constant
+
+
+@pytest.mark.parametrize("name", ["vits", "transfer/knn", "ds_configs/vits.json"])
+def test_a_shipped_run_file_is_found_from_any_folder(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    kind: RunKind = "transfer" if "transfer" in name else "cmae"
+    assert read_run(name, kind=kind).out == Path("runs", Path(name).stem)
+
+
+@pytest.mark.parametrize("name", ["vits.json", "knn", "../ds_configs/vits.json"])
+def test_a_name_that_is_not_quite_a_shipped_one_is_not_taken_for_it(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match="ds_configs"):
+        read_run(name)
+
+
+def test_a_file_of_ones_own_goes_before_a_shipped_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("vits").write_text("[]")
+    with pytest.raises(ConfigError, match="a run file is one JSON object"):
+        read_run("vits")
