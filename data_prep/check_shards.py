@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from cmae_scale.core.cli import run_command
 from cmae_scale.core.errors import DataError
-from cmae_scale.data.decode import image_extension
+from cmae_scale.data.image_formats import describe_content, image_extension
 from cmae_scale.data.index import ShardIndex, ShardInfo, parse_index
 from cmae_scale.data.tar import read_samples
 from data_prep.index_tars import hash_file, index_folder
@@ -81,7 +81,7 @@ def find_damages(index: ShardIndex, shard: ShardInfo) -> Iterator[str]:
                 yield f"{path}: two samples have the key '{sample.key}'"
             keys.add(sample.key)
             if image_extension(sample.image) is None:
-                yield f"{path}: sample '{sample.key}' is not a JPEG, PNG or WebP image"
+                yield f"{path}: sample '{sample.key}' is {describe_content(sample.image)}"
             if sample.label is not None and sample.label >= len(index.classes):
                 yield f"{path}: sample '{sample.key}' has label {sample.label}, which no class has"
     except DataError as error:

@@ -13,7 +13,8 @@ from PIL import Image
 
 from cmae_scale.core.errors import DataError
 from cmae_scale.core.files import write_whole
-from cmae_scale.data.decode import decode_image, image_extension, open_image
+from cmae_scale.data.decode import decode_image, open_image
+from cmae_scale.data.image_formats import image_extension
 from cmae_scale.data.index import ShardInfo
 from cmae_scale.data.offsets import write_offsets
 from cmae_scale.data.tar import sum_bytes

@@ -3,15 +3,17 @@
 import math
 from collections.abc import Sequence
 from io import BytesIO
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import UInt8
+from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from cmae_scale.core.errors import DataError
+from cmae_scale.data.image_formats import describe_content, find_format
 
-FORMATS = ("JPEG", "PNG", "WEBP")
+DEEP_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")  # Pillow's, of grey that 8 bits cannot hold
 CROP_TRIES = 10  # Source: torchvision RandomResizedCrop.get_params
 CROP_DRAWS = 2 * CROP_TRIES + 2  # area and shape of every try, then the two coordinates
 EXIF_ORIENTATION = 0x0112
@@ -30,6 +32,9 @@ TURNS = {  # Source: Exif 2.3, tag 274; values outside 1..8 occur in the wild an
 }
 
 
+GreyRange = tuple[float, float]  # the values that become black and white
+
+
 class Box(NamedTuple):
     """A rectangle of an image, px, in the order that Pillow's crop takes."""
 
@@ -37,57 +42,6 @@ class Box(NamedTuple):
     top: int
     right: int
     bottom: int
-
-
-def image_extension(data: bytes) -> str | None:
-    """The ending that these bytes deserve, whatever the file was called; None unless JPEG, PNG or WebP."""
-    if data.startswith(b"\xff\xd8\xff"):
-        return "jpg"
-    if data.startswith(b"\x89PNG\r\n\x1a\n"):
-        return "png"
-    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
-        return "webp"
-    return None
-
-
-def open_image(data: bytes, *, max_mpx: float) -> Image.Image:
-    """The image with its header read and no pixel decoded yet.
-
-    Raises DataError for other formats, damaged headers and more than `max_mpx` million pixels: a few hundred
-    bytes can announce an image that would fill the memory.
-    """
-    if image_extension(data) is None:
-        raise DataError(f"not a JPEG, PNG or WebP image (begins with {data[:8]!r})")
-    try:
-        image = Image.open(BytesIO(data), formats=FORMATS)
-    except UnidentifiedImageError:  # its own text names an address in memory
-        raise DataError("damaged header (no decoder knows it)") from None
-    except Exception as error:  # Pillow's parsers raise a dozen unrelated kinds on damaged headers
-        raise DataError(f"damaged header ({type(error).__name__}: {error})") from None
-    if (mpx := image.width * image.height / 1e6) > max_mpx:
-        raise DataError(
-            f"{image.width}x{image.height} is {mpx:.0f} megapixels, above the limit of {max_mpx:g}"
-        )
-    return image
-
-
-def decode_image(data: bytes, *, max_mpx: float) -> Image.Image:
-    """The whole image, upright (EXIF) and in RGB. Raises DataError if any part of it cannot be decoded.
-
-    Transparency is dropped, not blended, as the usual image-folder loaders do; of an animation, the first
-    picture is taken.
-    """
-    return finish_image(open_image(data, max_mpx=max_mpx))
-
-
-def finish_image(image: Image.Image) -> Image.Image:
-    """The pixels of an image whose header was read, upright and in RGB."""
-    try:
-        image.load()
-        turn = read_turn(image)
-        return _to_rgb(image if turn is None else image.transpose(turn))
-    except Exception as error:  # as above: any damage must count as a bad sample, not end the run
-        raise DataError(f"cannot be decoded ({type(error).__name__}: {error})") from None
 
 
 class Size(NamedTuple):
@@ -99,6 +53,72 @@ class Size(NamedTuple):
     def fits(self, max_mpx: float) -> bool:
         """Whether it has no more than that many million pixels."""
         return self.width * self.height / 1e6 <= max_mpx
+
+
+def open_image(data: bytes, *, max_mpx: float) -> Image.Image:
+    """The image with its header read and no pixel decoded yet.
+
+    Raises DataError for what is no image, damaged headers and more than `max_mpx` million pixels: a few
+    hundred bytes can announce an image that would fill the memory.
+    """
+    found = find_format(data)
+    if found is None:
+        raise DataError(f"it is {describe_content(data)}")
+    try:
+        image = Image.open(BytesIO(data), formats=(found.name,))
+        size = Size(*image.size)
+    except (UnidentifiedImageError, KeyError):  # Pillow's own text names an address in memory
+        raise DataError(f"damaged header (or a Pillow that cannot read {found.name})") from None
+    except Exception as error:  # Pillow's parsers raise a dozen unrelated kinds on damaged headers
+        raise DataError(f"damaged header ({type(error).__name__}: {error})") from None
+    if min(size) < 1:
+        raise DataError(f"damaged header (it says {size.width}x{size.height} pixels)")
+    if not size.fits(max_mpx):
+        mpx = size.width * size.height / 1e6
+        raise DataError(f"{size.width}x{size.height} is {mpx:.0f} megapixels, above the limit of {max_mpx:g}")
+    return image
+
+
+def decode_image(data: bytes, *, max_mpx: float, grey_range: GreyRange | None = None) -> Image.Image:
+    """The whole image, upright (EXIF) and in RGB. Raises DataError if any part of it cannot be decoded.
+
+    Transparency is dropped, not blended, as the usual image-folder loaders do; of an animation or a file of
+    several pages, the first picture is taken.
+    """
+    return finish_image(open_image(data, max_mpx=max_mpx), grey_range=grey_range)
+
+
+def finish_image(image: Image.Image, *, grey_range: GreyRange | None = None) -> Image.Image:
+    """The pixels of an image whose header was read, upright and in RGB; grey of over 8 bits is scaled."""
+    try:
+        image.load()
+        turn = read_turn(image)
+        if image.mode in DEEP_MODES:
+            image = scale_grey(image, grey_range=grey_range)
+        return _to_rgb(image if turn is None else image.transpose(turn))
+    except Exception as error:  # as above: any damage must count as a bad sample, not end the run
+        raise DataError(f"cannot be decoded ({type(error).__name__}: {error})") from None
+
+
+def scale_grey(image: Image.Image, *, grey_range: GreyRange | None) -> Image.Image:
+    """Grey of 16 or 32 bits in 8: the range becomes 0..255, what lies outside is clipped.
+
+    Without a range, that of the image itself: scanners fill a small part of what their files could hold, so
+    that a shift by 8 bits would leave a dozen grey levels.
+    """
+    values: NDArray[np.floating[Any]] = np.asarray(
+        image, dtype=np.float64 if image.mode == "I" else np.float32
+    )
+    low, high = measure_grey(image) if grey_range is None else grey_range
+    scaled = (values - low) * (255 / (high - low) if high > low else 0)
+    return Image.fromarray(np.nan_to_num(scaled, nan=0).clip(0, 255).round().astype(np.uint8))
+
+
+def measure_grey(image: Image.Image) -> GreyRange:
+    """The least and the greatest finite value of an image in one of DEEP_MODES; (0, 0) if it has none."""
+    values = np.asarray(image)
+    finite = values[np.isfinite(values)]
+    return (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
 
 
 def read_plain_size(data: bytes) -> Size | None:
@@ -119,6 +139,8 @@ def read_plain_size(data: bytes) -> Size | None:
             if bits != 8 or components not in (1, 3) or length != 8 + 3 * components:
                 return None
             height, width = (data[at] << 8 | data[at + 1] for at in (position + 5, position + 7))
+            if not (width and height):
+                return None
             size = Size(width, height)
         elif marker not in PLAIN_SEGMENTS and not _is_harmless(data, position, length=length):
             return None
@@ -163,30 +185,33 @@ def random_crop_box(
             return Box(left, top, left + wide, top + tall)
     wide, tall = width, height
     if width / height < ratio[0]:
-        tall = round(width / ratio[0])
+        tall = max(1, round(width / ratio[0]))
     elif width / height > ratio[1]:
-        wide = round(height * ratio[1])
+        wide = max(1, round(height * ratio[1]))
     left, top = (width - wide) // 2, (height - tall) // 2
     return Box(left, top, left + wide, top + tall)
 
 
 def decode_centre(
-    data: bytes, *, side: int, max_mpx: float, short: int | None = None
+    data: bytes, *, side: int, max_mpx: float, short: int | None = None, grey_range: GreyRange | None = None
 ) -> UInt8[np.ndarray, "3 side side"]:
-    """The centre of the image: short side resized to `short` px (default: `side`), the rest cut off."""
-    image = decode_image(data, max_mpx=max_mpx)
+    """The centre of the image: short side resized to `short` px (default: `side`), the rest cut off.
+
+    DataError also for an image so long and thin that it would have over `max_mpx` million pixels then.
+    """
+    image = decode_image(data, max_mpx=max_mpx, grey_range=grey_range)
     width, height = image.size
     short = side if short is None else short
     # the long side is truncated and the offset rounded, as torchvision's resize and center_crop do
     size = (short, short * height // width) if width <= height else (short * width // height, short)
+    if not Size(*size).fits(max(max_mpx, side * side / 1e6)):
+        raise DataError(f"{width}x{height} is too long and thin to be resized to {size[0]}x{size[1]}")
     resized = image.resize(size, Image.Resampling.BICUBIC)
     left, top = round((size[0] - side) / 2), round((size[1] - side) / 2)
     return np.asarray(resized.crop((left, top, left + side, top + side))).transpose(2, 0, 1)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # 16-bit grey: convert() would clip at 255 instead of scaling
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.mode == "P":  # palettes with transparency need the detour
         image = image.convert("RGBA")
     return image.convert("RGB")

@@ -7,6 +7,7 @@ Pillow alone takes 2.9. Torch's antialiased bicubic differs from Pillow's by 1 o
 by more in 0.02 %.
 """
 
+import contextlib
 import importlib
 import threading
 from collections.abc import Callable, Sequence
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from cmae_scale.data.decode import (
     Box,
+    GreyRange,
     Size,
     finish_image,
     is_plain_jpeg,
@@ -65,6 +67,7 @@ def decode_master(
     ratio: tuple[float, float],
     max_mpx: float,
     draws: Sequence[Sequence[float]],
+    grey_range: GreyRange | None = None,
     out: UInt8[Tensor, "crops 3 side side"] | None = None,
 ) -> UInt8[Tensor, "crops 3 side side"]:
     """One random resized crop of the image per row of `draws` (see random_crop_box), decoded once.
@@ -83,7 +86,7 @@ def decode_master(
         if is_worthwhile(box, size) and (part := REGIONS.decode(data, box)) is not None:
             resize(torch.from_numpy(part), out=crops)
             return crops
-    pixels = torch.from_numpy(decode_pixels(data, max_mpx=max_mpx))
+    pixels = torch.from_numpy(decode_pixels(data, max_mpx=max_mpx, grey_range=grey_range))
     height, width, _ = pixels.shape
     for number, numbers in enumerate(draws):
         box = choose_box(width, height, numbers)
@@ -106,7 +109,7 @@ def resize(pixels: UInt8[Tensor, "height width 3"], *, out: UInt8[Tensor, "1 3 s
     torch.ops.aten._upsample_bicubic2d_aa.out(planes, out.shape[2:], False, None, None, out=out)
 
 
-def decode_pixels(data: bytes, *, max_mpx: float) -> Pixels:
+def decode_pixels(data: bytes, *, max_mpx: float, grey_range: GreyRange | None = None) -> Pixels:
     """The whole image, upright and in RGB, until the same thread decodes another one.
 
     The header is checked before anything is decoded.
@@ -115,12 +118,11 @@ def decode_pixels(data: bytes, *, max_mpx: float) -> Pixels:
     depend on installed packages which images are bad.
     """
     if DECODE_JPEG is not None and (size := _measure_plain(data, max_mpx=max_mpx)) is not None:
-        try:
+        with contextlib.suppress(Exception):  # damage is for Pillow to judge
             return np.asarray(DECODE_JPEG(data, buffer=_SCRATCH.take(3 * size.width * size.height)))
-        except ValueError:
-            pass
     image = open_image(data, max_mpx=max_mpx)
-    return np.array(finish_image(image))  # its own memory: torch takes none that is read-only
+    upright = finish_image(image, grey_range=grey_range)
+    return np.array(upright)  # its own memory: torch takes none that is read-only
 
 
 def _measure_plain(data: bytes, *, max_mpx: float) -> Size | None:

@@ -39,8 +39,11 @@ class RegionDecoders:
         if (decoder := self._own.decoder) is None:
             return None
         codec, decode = decoder
-        region = codec.Region(box.top, box.left, box.bottom, box.right)
-        image = decode(codec.CodeStream(data).get_sub_code_stream(region=region))
+        try:
+            region = codec.Region(box.top, box.left, box.bottom, box.right)
+            image = decode(codec.CodeStream(data).get_sub_code_stream(region=region))
+        except Exception:  # damage is for Pillow to judge
+            return None
         if image is None or image.shape != (box.bottom - box.top, box.right - box.left, 3):
             return None
         return np.asarray(image)

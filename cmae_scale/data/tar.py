@@ -1,8 +1,9 @@
 """Samples of a shard, front to back, read so strictly that no damage can pass for a shorter shard.
 
-The format is WebDataset's: `<key>.jpg|jpeg|png|webp` and `<key>.cls` side by side in an uncompressed tar. The
-stock reader ends quietly at a bad header and hands out half samples at a cut; here every header is verified,
-the file must have the size and the number of samples that the index says, and an archive must end as one.
+The format is WebDataset's: `<key>.jpg` (or another ending of an image format) and `<key>.cls` side by side in
+an uncompressed tar. The stock reader ends quietly at a bad header and hands out half samples at a cut; here
+every header is verified, the file must have the size and the number of samples that the index says, and an
+archive must end as one.
 Nothing is ever unpickled, extracted or followed: members are bytes, and only images and labels are looked at.
 """
 
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from cmae_scale.core.errors import DataError
+from cmae_scale.data.image_formats import IMAGE_ENDINGS
 from cmae_scale.data.index import REMEDY, ShardInfo
 from cmae_scale.data.places import show_place
 from cmae_scale.data.storage import LOCAL, Storage
@@ -25,7 +27,7 @@ END = bytes(BLOCK)
 CHECKSUM = slice(148, 156)
 READ_BYTES = 1 << 19  # of one read call; each stream holds one such buffer
 
-IMAGE_ENDINGS = frozenset(("jpg", "jpeg", "png", "webp"))
+USUAL_ENDINGS = frozenset(("jpg", "jpeg", "png", "webp"))
 LABEL_ENDING = "cls"
 MAX_IMAGE_BYTES = 1 << 28  # a forged size must not fill the memory
 MAX_SMALL_BYTES = 1 << 16  # the same for labels and long names
@@ -84,6 +86,14 @@ def read_samples(
     except _Damage as damage:
         shown = show_place(str(place))
         raise DataError(f"{shown} ({expected.samples} samples) is damaged: {damage}: {REMEDY}") from None
+
+
+def rank_image(ending: str) -> int:
+    """Which of several members is a sample's image: the one of highest rank. 0: no image at all.
+
+    People store others beside a JPEG, PNG or WebP (previews, depth as TIFF), but no two of those three.
+    """
+    return 2 if ending in USUAL_ENDINGS else int(ending in IMAGE_ENDINGS)
 
 
 def find_offsets(file: BinaryIO, *, name: str) -> list[int]:
@@ -154,11 +164,13 @@ def _take(members: Iterator[Member], file: File, *, count: int, ends: bool) -> I
 def _read_sample(file: File, key: str, members: Iterator[Member]) -> RawSample:
     image: bytes | None = None
     label: int | None = None
+    rank = 0  # of the image so far
     for member in members:
-        if member.ending in IMAGE_ENDINGS:
-            if image is not None:
+        if own_rank := rank_image(member.ending):
+            if own_rank == rank:
                 raise _Damage(f"sample '{key}' has two images")
-            image = _read_data(file, member.size, limit=MAX_IMAGE_BYTES)
+            if own_rank > rank:
+                image, rank = _read_data(file, member.size, limit=MAX_IMAGE_BYTES), own_rank
         elif member.ending == LABEL_ENDING:
             text = _read_data(file, member.size, limit=MAX_SMALL_BYTES)
             if not text.strip().isdigit():

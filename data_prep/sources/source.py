@@ -5,10 +5,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from cmae_scale.core.errors import ConfigError
+from cmae_scale.data import image_formats
 from data_prep.listing import Item, Listing
 from data_prep.unlisted import Unlisted
 
-IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
+IMAGE_ENDINGS = tuple(sorted(f".{ending}" for ending in image_formats.IMAGE_ENDINGS))
 
 Read = Callable[[Item], bytes]
 

@@ -258,3 +258,9 @@ def test_nothing_of_a_hostile_tar_is_run_or_written(tmp_path: Path, ending: str)
         RawSample("/b", b"other", None),
     ]
     assert [path.name for path in tmp_path.iterdir()] == ["a.tar"]
+
+
+def test_a_usual_image_is_taken_whatever_other_image_is_beside_it(tmp_path: Path) -> None:
+    parts = [("a.bmp", b"preview"), ("a.jpg", b"image"), ("a.tif", b"depth"), ("b.tif", b"alone")]
+    info = write_shard(tmp_path / "a.tar", tar_bytes(parts), samples=2)
+    assert [sample.image for sample in read_all(tmp_path / "a.tar", info)] == [b"image", b"alone"]

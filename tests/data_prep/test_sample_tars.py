@@ -124,7 +124,7 @@ FAULTS: dict[str, list[Member]] = {
     "sample has no image": [("a.cls", b"1")],
     "sample has two images": [("a.png", b""), ("a.jpg", b"")],
     "sample has a label that is not a class number": [("a.png", picture(9)), ("a.cls", b"dog")],
-    "not a JPEG, PNG or WebP image": [("a.png", b"GIF89a")],
+    "it is a PDF document": [("a.png", b"%PDF-1.7")],
 }
 
 

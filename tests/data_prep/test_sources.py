@@ -45,7 +45,7 @@ def test_other_files_and_hidden_ones_are_not_listed(tmp_path: Path) -> None:
         ".cache/1.jpg",
         "a/.x/2.jpg",
         "3.jpg",
-        "a/g.gif",
+        "a/g.svg",
     )
     assert [item.name for item in list_source("imagefolder", tmp_path)[""].items] == ["a/1.jpg"]
 
@@ -79,7 +79,7 @@ def test_a_digit_is_a_small_png_of_its_own() -> None:
     [
         ((), "holds no class folders: write --source flat"),
         (("1.jpg",), "holds no class folders: write --source flat"),
-        (("a/1.txt", "b/2.gif"), "holds no image file"),
+        (("a/1.txt", "b/2.svg"), "holds no image file"),
         (("train/a/1.jpg", "val/a/2.jpg"), r"holds splits, not classes: write --root .*/train"),
     ],
 )
