@@ -329,16 +329,43 @@ class FaultsConfig(Section):
     # a third of it); a rank that died is noticed at once
 
 
-class CmaeConfig(Section):
-    """Everything about the run that is not DeepSpeed's."""
+class NetworkConfig(Section):
+    """What decides which tensors a model has, and their shapes: all that a file of weights needs."""
 
     model: ModelConfig
-    data: DataConfig
-    mask: MaskConfig = MaskConfig()
     views: ViewsConfig = ViewsConfig()
     heads: HeadsConfig = HeadsConfig()
     loss: LossConfig = LossConfig()
     target: TargetConfig = TargetConfig()
+
+    @model_validator(mode="after")
+    def _patches_fit(self) -> "NetworkConfig":
+        img, patch = self.views.img_px, self.model.patch_size
+        if img % patch:
+            raise ValueError(
+                f"views.img_px {img} is not a multiple of model.patch_size {patch}: write img_px "
+                f"{max(1, img // patch) * patch} or a patch_size that divides {img}"
+            )
+        if self.target.pool == "cls" and self.model.is_hybrid:
+            raise ValueError('a hybrid encoder has no class token: write target.pool "mean"')
+        return self
+
+    @property
+    def has_contrast(self) -> bool:
+        """Whether there is a target branch at all (else it is a plain MAE)."""
+        return self.loss.weight > 0
+
+    @property
+    def grid(self) -> int:
+        """Patches along a side of a view."""
+        return self.views.img_px // self.model.patch_size
+
+
+class CmaeConfig(NetworkConfig):
+    """Everything about the run that is not DeepSpeed's."""
+
+    data: DataConfig
+    mask: MaskConfig = MaskConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     monitor: MonitorConfig = MonitorConfig()
@@ -348,18 +375,13 @@ class CmaeConfig(Section):
     seed: int = Field(60, ge=0)  # Source: official config
 
     @model_validator(mode="after")
-    def _grid_fits(self) -> "CmaeConfig":
-        img, patch, cell = self.views.img_px, self.model.patch_size, self.mask.cell
-        if img % patch:
-            raise ValueError(
-                f"views.img_px {img} is not a multiple of model.patch_size {patch}: write img_px "
-                f"{max(1, img // patch) * patch} or a patch_size that divides {img}"
-            )
-        grid = img // patch
+    def _mask_fits(self) -> "CmaeConfig":
+        grid, cell = self.grid, self.mask.cell
         if grid % cell:
+            best = max(side for side in range(1, cell) if grid % side == 0)
             raise ValueError(
                 f"mask.cell {cell} does not divide the {grid} x {grid} patch grid "
-                "(views.img_px / model.patch_size)"
+                f"(views.img_px / model.patch_size): write mask.cell {best}"
             )
         cells = (grid // cell) ** 2
         kept = int(cells * (1 - self.mask.ratio))
@@ -370,11 +392,4 @@ class CmaeConfig(Section):
             )
         if self.target.mask_ratio and int(cells * (1 - self.target.mask_ratio)) < 1:
             raise ValueError(f"target.mask_ratio {self.target.mask_ratio} of {cells} cells keeps none")
-        if self.target.pool == "cls" and self.model.is_hybrid:
-            raise ValueError('a hybrid encoder has no class token: write target.pool "mean"')
         return self
-
-    @property
-    def has_contrast(self) -> bool:
-        """Whether the run has a target branch at all (else it is a plain MAE)."""
-        return self.loss.weight > 0

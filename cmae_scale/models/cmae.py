@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from cmae_scale.core.settings import CmaeConfig
+from cmae_scale.core.settings import CmaeConfig, MaskConfig, NetworkConfig
 from cmae_scale.layers.blocks import BlockRunner, run_block
 from cmae_scale.layers.masking import TokenMask, mask_from_noise
 from cmae_scale.models.build import build_encoder
@@ -40,13 +40,15 @@ class CMAE(nn.Module):
     the whole image. The target branch sees a second view; it gets no gradient, the engine lets its parameters
     follow the online ones.
 
+    `mask` is None for a model that is never run, only asked for its tensors' names and shapes.
+
     Source: CMAE (arXiv:2207.13532) section 3, figure 1.
     """
 
-    def __init__(self, cfg: CmaeConfig) -> None:
+    def __init__(self, cfg: NetworkConfig, *, mask: MaskConfig | None) -> None:
         super().__init__()
         model, feature = cfg.model, cfg.model.feature_decoder
-        self.mask_config, self.target_config = cfg.mask, cfg.target
+        self.mask_config, self.target_config = mask, cfg.target
         self.online_encoder = build_encoder(model, img_px=cfg.views.img_px)
         self.grid, width = self.online_encoder.grid, self.online_encoder.embed_dim
         prefix = self.online_encoder.num_prefix_tokens
@@ -97,6 +99,7 @@ class CMAE(nn.Module):
             key = self._key(target, target_noise)
         if online is None:
             return CMAEOutput(pixels=None, query=None, key=key, mask=None)
+        assert self.mask_config is not None
         mask = self._draw_mask(online, noise, ratio=self.mask_config.ratio)
         latents = self.online_encoder(online, mask)
         pixels, early = self.pixel_decoder(latents, mask)
@@ -136,6 +139,7 @@ class CMAE(nn.Module):
         return key
 
     def _draw_mask(self, images: Tensor, noise: Tensor | None, *, ratio: float) -> TokenMask:
+        assert self.mask_config is not None
         if noise is None:
             noise = torch.rand(len(images), (self.grid // self.mask_config.cell) ** 2, device=images.device)
         return mask_from_noise(noise, grid=self.grid, cell=self.mask_config.cell, ratio=ratio)
@@ -192,7 +196,7 @@ def build_cmae(cfg: CmaeConfig, *, settle: Settle = keep_whole) -> CMAE:
     before the next takes memory (see `CMAE.init_`). Inside of `torch.device("meta")` it stays without values.
     """
     with torch.device("meta"):
-        model = CMAE(cfg)
+        model = CMAE(cfg, mask=cfg.mask)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(cfg.seed)
         model.init_(settle)

@@ -145,7 +145,8 @@ def test_a_model_built_in_shards_has_the_weights_of_one_built_whole(
 
 def test_while_a_model_is_built_only_one_module_is_whole(tiny_run: Callable[..., Any]) -> None:
     with torch.device("meta"):
-        model = CMAE(tiny_run().cmae)
+        cfg = tiny_run().cmae
+        model = CMAE(cfg, mask=cfg.mask)
     settled = []
 
     def put_away(module: nn.Module) -> None:

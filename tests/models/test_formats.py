@@ -88,7 +88,8 @@ def write_mm_file(state: dict[str, Tensor], path: Path, monkeypatch: pytest.Monk
 
 
 def load(file: ModelFile) -> CMAE:
-    model = build_cmae(file.cfg)
+    run = {**file.cfg.model_dump(), "data": {"shards": "none"}}
+    model = build_cmae(CmaeConfig.model_validate(run))
     model.load_state_dict(file.tensors)
     return model
 

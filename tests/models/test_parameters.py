@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from cmae_scale.core.settings import CmaeConfig, DataConfig, EncoderName, LossConfig, ModelConfig
+from cmae_scale.core.settings import EncoderName, LossConfig, ModelConfig, NetworkConfig
 from cmae_scale.models import CMAE
 from cmae_scale.models.hybrid_classifier import HybridClassifier
 from cmae_scale.sizing.sizes import read_size, read_stages
@@ -12,11 +12,10 @@ from cmae_scale.sizing.sizes import read_size, read_stages
 def build(encoder: EncoderName, *, patch_size: int = 16, weight: float = 1.0) -> CMAE:
     with torch.device("meta"):
         return CMAE(
-            CmaeConfig(
-                model=ModelConfig(encoder=encoder, patch_size=patch_size),
-                data=DataConfig(shards="shards"),
-                loss=LossConfig(weight=weight),
-            )
+            NetworkConfig(
+                model=ModelConfig(encoder=encoder, patch_size=patch_size), loss=LossConfig(weight=weight)
+            ),
+            mask=None,
         )
 
 

@@ -57,7 +57,7 @@ ODD = [
 
 def check(cfg: CmaeConfig) -> None:
     with torch.device("meta"):
-        model = CMAE(cfg)
+        model = CMAE(cfg, mask=cfg.mask)
     counts = count_parameters(cfg)
     for part, counted in counts._asdict().items():
         module = getattr(model, part)
@@ -92,7 +92,7 @@ def test_so_are_models_with_odd_settings(changes: dict[str, Any]) -> None:
 def test_a_hybrid_is_counted_stage_by_stage() -> None:
     cfg = CmaeConfig.model_validate({**TINY, "model": HYBRID})
     with torch.device("meta"):
-        encoder = CMAE(cfg).online_encoder
+        encoder = CMAE(cfg, mask=cfg.mask).online_encoder
     stages = (("patch_embed1", "blocks1"), ("patch_embed2", "blocks2"))
     built = [
         sum(p.numel() for part in stage for p in getattr(encoder, part).parameters()) for stage in stages

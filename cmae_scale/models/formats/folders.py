@@ -6,7 +6,7 @@ from typing import Any
 
 from cmae_scale.core.errors import ConfigError
 from cmae_scale.core.files import write_text
-from cmae_scale.core.settings import ModelConfig, ViewsConfig
+from cmae_scale.core.settings import ModelConfig, NetworkConfig, ViewsConfig
 from cmae_scale.layers.blocks import NORM_EPS
 from cmae_scale.models.formats.model_file import PRETRAINING_ONLY, PROCESSOR_FILE, ModelFile
 from cmae_scale.models.formats.names import to_huggingface
@@ -95,8 +95,8 @@ def write_huggingface_mae(file: ModelFile, folder: Path) -> None:
 
 def write_whole(file: ModelFile, folder: Path) -> None:
     """All parts under our names: what `cmae.model.init` starts a run from."""
-    sections = {"model", "heads", "views", "loss", "target", "data"}
-    config = {"architecture": "cmae", "cmae": file.cfg.model_dump(mode="json", include=sections)}
+    network = file.cfg.model_dump(mode="json", include=set(NetworkConfig.model_fields))
+    config: dict[str, Any] = {"architecture": "cmae", "cmae": network}
     if file.is_bgr:
         config["channels"] = "bgr"
     write_model(file.tensors, folder, config=config)

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from cmae_scale.core.errors import ConfigError
-from cmae_scale.core.settings import CmaeConfig
+from cmae_scale.core.settings import NetworkConfig
 from cmae_scale.layers.blocks import NORM_EPS
 from cmae_scale.models.cmae import CMAE
 from cmae_scale.models.formats.channels import MEAN, STD, swap_to_rgb
@@ -32,7 +32,7 @@ class ModelFile:
     path: Path
     layout: Layout
     tensors: dict[str, Tensor]
-    cfg: CmaeConfig  # sizes spelt out; settings of parts that the file lacks mean nothing
+    cfg: NetworkConfig  # sizes spelt out; settings of parts that the file lacks mean nothing
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     is_bgr: bool
@@ -71,9 +71,9 @@ def read_model_file(path: Path, *, heads: HeadCounts | None = None) -> ModelFile
     reader = ShapeReader(renamed.tensors, heads=_fill_in(heads or HeadCounts(), described))
     try:
         written = described.get("cmae") if layout == "ours" else None
-        cfg = CmaeConfig.model_validate_json(json.dumps(written)) if written else reader.config()
+        cfg = read_network(written) if written else reader.config()
     except ValidationError as error:
-        raise ConfigError(f"{path}: its sizes make no model: {_first_line(error)}") from None
+        raise ConfigError(f"{path}: its sizes make no model: {_first_fault(error)}") from None
     check_whole(renamed.tensors, cfg, path=path)
     return ModelFile(
         path=path,
@@ -91,10 +91,16 @@ def read_model_file(path: Path, *, heads: HeadCounts | None = None) -> ModelFile
     )
 
 
-def check_whole(tensors: Mapping[str, Tensor], cfg: CmaeConfig, *, path: Path) -> None:
+def read_network(settings: Mapping[str, Any]) -> NetworkConfig:
+    """The network of a "cmae" object, whatever else stands there. Raises ValidationError."""
+    own = {name: settings[name] for name in NetworkConfig.model_fields if name in settings}
+    return NetworkConfig.model_validate_json(json.dumps(own))
+
+
+def check_whole(tensors: Mapping[str, Tensor], cfg: NetworkConfig, *, path: Path) -> None:
     """Raise ConfigError unless every part is there as a whole, with the shapes of `cfg`."""
     with torch.device("meta"):
-        expected = {name: tuple(tensor.shape) for name, tensor in CMAE(cfg).state_dict().items()}
+        expected = {name: tuple(tensor.shape) for name, tensor in CMAE(cfg, mask=None).state_dict().items()}
     parts = {name.split(".")[0] for name in tensors}
     optional = PRETRAINING_ONLY if "classifier" in parts else ()
     missing = [
@@ -160,5 +166,7 @@ def _some(names: Iterable[str], most: int = 12) -> str:
     return ", ".join(listed[:most]) + more
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[-1].strip()
+def _first_fault(error: ValidationError) -> str:
+    first = error.errors(include_url=False)[0]
+    place = ".".join(map(str, first["loc"]))
+    return f"{place + ': ' if place else ''}{first['msg'].removeprefix('Value error, ')}"

@@ -8,13 +8,12 @@ from torch import Tensor
 
 from cmae_scale.core.errors import ConfigError
 from cmae_scale.core.settings import (
-    CmaeConfig,
     ConvConfig,
-    DataConfig,
     FeatureDecoderConfig,
     HeadsConfig,
     LossConfig,
     ModelConfig,
+    NetworkConfig,
     PixelDecoderConfig,
     TargetConfig,
     ViewsConfig,
@@ -52,13 +51,12 @@ class ShapeReader:
     heads: HeadCounts
     notices: list[str] = field(default_factory=list)
 
-    def config(self) -> CmaeConfig:
-        """A run's settings with which `CMAE` has these tensors; parts that the file lacks are small."""
+    def config(self) -> NetworkConfig:
+        """The settings with which `CMAE` has these tensors; parts that the file lacks are small."""
         has_contrast = "projector.fc1.weight" in self.tensors
         img_px, model = self._model()
-        return CmaeConfig(
+        return NetworkConfig(
             model=model,
-            data=DataConfig(shards="none"),
             views=ViewsConfig(img_px=img_px, master_px=img_px, shift_px=0),
             heads=self._heads() if has_contrast else HeadsConfig(),
             loss=LossConfig(weight=1.0 if has_contrast else 0.0),
