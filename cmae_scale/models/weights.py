@@ -1,6 +1,7 @@
 """Weights in and out: the encoder as a timm model in a folder, and files of tensors."""
 
 import json
+from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -146,7 +147,8 @@ _BYSTANDERS: list[Any] = [
 def read_weights(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file, a torch file or an exported encoder's folder, on the CPU.
 
-    A torch file holds them at its top, under "model" (MAE, DINO) or under "state_dict" (mmengine, Lightning).
+    A torch file may hold them in dictionaries of dictionaries, whose keys become the names' first words:
+    "model.cls_token" (MAE), "state_dict.cls_token" (mmengine), "teacher.backbone.cls_token" (DINO).
     No code in it is ever run: of other objects only those that such checkpoints are known to keep beside
     the weights are passed over. Raises ConfigError when there is nothing to read.
     """
@@ -164,15 +166,22 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         raise ConfigError(
             f"{file} cannot be read as weights: save a dictionary of tensors alone, best as safetensors"
         ) from error
-    return _find_tensors(content, file)
-
-
-def _find_tensors(content: Any, file: Path) -> dict[str, Tensor]:
-    for wrapper in ("model", "state_dict"):
-        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
-            content = content[wrapper]
-    named = content.items() if isinstance(content, dict) else ()
-    tensors = {name: value for name, value in named if isinstance(value, Tensor)}
+    tensors = _name_tensors(content)
     if not tensors:
-        raise ConfigError(f'{file} holds no named tensors, at its top or under "model" or "state_dict"')
+        raise ConfigError(f"{file} holds no named tensors")
+    return tensors
+
+
+def _name_tensors(content: Any) -> dict[str, Tensor]:
+    """The tensors of nested dictionaries by their dotted keys. A dictionary counts once, so none is a trap."""
+    tensors: dict[str, Tensor] = {}
+    waiting, seen = deque([("", content)]), {id(content)}
+    while waiting:
+        prefix, holder = waiting.popleft()
+        for key, value in holder.items() if isinstance(holder, dict) else ():
+            if isinstance(value, Tensor):
+                tensors[f"{prefix}{key}"] = value
+            elif isinstance(value, dict) and id(value) not in seen:
+                seen.add(id(value))
+                waiting.append((f"{prefix}{key}.", value))
     return tensors

@@ -138,14 +138,24 @@ def test_an_interrupted_export_leaves_the_older_one(tmp_path: Path, monkeypatch:
     assert json.loads((tmp_path / "config.json").read_text())["num_features"] == 32
 
 
-@pytest.mark.parametrize("wrapper", [None, "model", "state_dict"])
-def test_torch_files_are_read_wrapped_or_not(tmp_path: Path, wrapper: str | None) -> None:
+@pytest.mark.parametrize("wrappers", [(), ("model",), ("state_dict", "teacher"), ("a", "b", "c", "d")])
+def test_torch_files_are_read_through_their_wrappers(tmp_path: Path, wrappers: tuple[str, ...]) -> None:
     tensors = {"a": torch.arange(3.0), "b.c": torch.ones(2)}
-    content = tensors if wrapper is None else {wrapper: tensors, "epoch": 3}
+    content: dict[str, object] = dict(tensors)
+    for wrapper in reversed(wrappers):
+        content = {wrapper: content, "epoch": 3}
     torch.save(content, tmp_path / "weights.pth")
     read = read_weights(tmp_path / "weights.pth")
-    assert read.keys() == tensors.keys()
-    assert all(torch.equal(read[name], tensor) for name, tensor in tensors.items())
+    prefix = "".join(f"{wrapper}." for wrapper in wrappers)
+    assert read.keys() == {f"{prefix}{name}" for name in tensors}
+    assert all(torch.equal(read[prefix + name], tensor) for name, tensor in tensors.items())
+
+
+def test_a_dictionary_that_holds_itself_is_no_trap(tmp_path: Path) -> None:
+    content: dict[str, object] = {"a": torch.ones(1)}
+    content |= {f"again {number}": content for number in range(100)}
+    torch.save(content, tmp_path / "weights.pth")
+    assert "a" in read_weights(tmp_path / "weights.pth")
 
 
 def test_safetensors_files_are_read(tmp_path: Path) -> None:

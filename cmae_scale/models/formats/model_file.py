@@ -16,6 +16,7 @@ from cmae_scale.layers.blocks import NORM_EPS
 from cmae_scale.models.cmae import CMAE
 from cmae_scale.models.formats.channels import MEAN, STD, swap_to_rgb
 from cmae_scale.models.formats.names import WHOSE, Layout, find_layout, to_ours
+from cmae_scale.models.formats.prefixes import choose_branch
 from cmae_scale.models.formats.shapes import HeadCounts, ShapeReader
 from cmae_scale.models.hybrid import ENDS
 from cmae_scale.models.weights import CONFIG_FILE, read_weights
@@ -63,9 +64,9 @@ def read_model_file(path: Path, *, heads: HeadCounts | None = None) -> ModelFile
     Raises ConfigError for names that its layout does not have, for missing tensors and for wrong shapes,
     with a list of them.
     """
-    tensors, described = read_weights(path), _read_config(path)
-    layout = find_layout(list(tensors))
-    renamed = to_ours(tensors, layout)
+    branch, described = choose_branch(read_weights(path), path=path), _read_config(path)
+    layout = find_layout(list(branch.tensors))
+    renamed = to_ours(branch.tensors, layout)
     if renamed.unknown:
         raise ConfigError(f"{path} has tensors with none of the {WHOSE[layout]}: {_some(renamed.unknown)}")
     reader = ShapeReader(renamed.tensors, heads=_fill_in(heads or HeadCounts(), described))
@@ -84,8 +85,9 @@ def read_model_file(path: Path, *, heads: HeadCounts | None = None) -> ModelFile
         std=_read_moments(described, "std", STD),
         is_bgr=layout == "cmae" or described.get("channels") == "bgr",
         notices=(
+            *branch.notices,
             *reader.notices,
-            *(f"left out: {name}" for name in renamed.left_out),
+            *([f"left out: {_some(renamed.left_out)}"] if renamed.left_out else []),
             *_compare_arithmetic(described, path=path),
         ),
     )

@@ -39,7 +39,7 @@ MAE: list[Pair] = [
     ("decoder_norm.{p}", "pixel_decoder.norm.{p}"),
     ("decoder_pred.{p}", "pixel_decoder.predict.{p}"),
     ("fc_norm.{p}", "classifier.fc_norm.{p}"),
-    ("head.{p}", "classifier.head.{p}"),
+    ("head.{p}", "classifier.head.{p}"),  # one of several layers is another method's projector: left out
 ]
 
 
@@ -199,7 +199,9 @@ def to_ours(tensors: Mapping[str, Tensor], layout: Layout) -> Renamed:
         case "ours":
             return Renamed(dict(tensors), [])
         case "mae":
-            return rename(tensors, MAE)
+            renamed = rename(tensors, MAE)
+            heads = tuple(name for name in renamed.unknown if name.startswith("head."))
+            return Renamed(renamed.tensors, [n for n in renamed.unknown if n not in heads], heads)
         case "cmae":
             extracted = "patch_embed.projection.weight" in tensors
             return rename(
