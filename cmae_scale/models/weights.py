@@ -173,7 +173,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def _name_tensors(content: Any) -> dict[str, Tensor]:
-    """The tensors of nested dictionaries by their dotted keys. A dictionary counts once, so none is a trap."""
+    """The tensors of nested dictionaries by their dotted keys. Each counts once, so none is a trap."""
     tensors: dict[str, Tensor] = {}
     waiting, seen = deque([("", content)]), {id(content)}
     while waiting:
