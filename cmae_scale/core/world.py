@@ -5,6 +5,7 @@ from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 
 from cmae_scale.core.errors import ConfigError
+from cmae_scale.core.slurm import describe_task
 
 
 @dataclass(frozen=True)
@@ -32,10 +33,11 @@ def wait_without_spinning(environ: MutableMapping[str, str] = os.environ) -> Non
 
 
 def read_world(environ: Mapping[str, str] = os.environ) -> World:
-    """The world that `deepspeed` or `torchrun` set up; one lone process when none did.
+    """The world that `deepspeed`, `torchrun` or `srun` set up; one lone process when none did.
 
     Raises ConfigError when the variables are set but cannot be read.
     """
+    environ = {**describe_task(environ), **environ}
     try:
         world = World(
             rank=int(environ.get("RANK", 0)),

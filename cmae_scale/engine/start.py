@@ -1,24 +1,23 @@
 """Starting: the process group, this rank's device, and the DeepSpeed engine of a run."""
 
 import logging
-import os
-import socket
 from dataclasses import dataclass, field
-from datetime import timedelta
 from typing import Any
 
 import deepspeed
 import torch
-from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.config import DeepSpeedConfig
 from pydantic import ValidationError
 from torch import nn
 
 from cmae_scale.core.config import Run
-from cmae_scale.core.errors import ConfigError, UserError
+from cmae_scale.core.errors import ConfigError
 from cmae_scale.core.precision import read_formats
 from cmae_scale.core.world import World, read_world
 from cmae_scale.engine.compiled import compile_blocks_
+from cmae_scale.engine.cores import settle_threads
+from cmae_scale.engine.devices import take_device
+from cmae_scale.engine.group import join_group, settle_environment
 from cmae_scale.engine.optim import build_lars, weight_decay_groups
 from cmae_scale.engine.remat import adapt_settings, choose_block_runner
 from cmae_scale.engine.safety.pulse import Pulse
@@ -26,10 +25,6 @@ from cmae_scale.engine.safety.signals import StopRequest
 from cmae_scale.engine.watch.monitors import without_monitors
 
 Engine = Any  # deepspeed.DeepSpeedEngine, which ships no types
-
-# DeepSpeed's compiled shared-memory all-reduce serves tensor-parallel inference. Training does not need it,
-# and building it would cost minutes and a C++ compiler at the first start on a CPU.
-_UNUSED_OP = "deepspeed_shm_comm"
 
 # what DeepSpeed calls the sections of a ds_config in its own complaints
 _SECTIONS = {
@@ -40,12 +35,6 @@ _SECTIONS = {
     "WandbConfig": "wandb",
     "CSVConfig": "csv_monitor",
 }
-
-
-class PeerMissingError(UserError):
-    """Not all ranks came together."""
-
-    exit_status = 1
 
 
 @dataclass(frozen=True)
@@ -72,34 +61,16 @@ class Precision:
 
 
 def start_processes(*, timeout_s: float = 600.0, stop: StopRequest | None = None) -> Place:
-    """Join the process group that the launcher prepared (or a group of one) and take this rank's device.
+    """This rank's place in the group that a launcher or `srun` prepared, or in a group of one.
 
-    On a CPU, gloo; the machine's cores are shared out among its ranks unless OMP_NUM_THREADS says otherwise.
+    The processors of a machine are shared out among its ranks, unless OMP_NUM_THREADS is the user's own.
     """
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    if "RANK" not in os.environ:
-        _prepare_lone_process()
-    accelerator = get_accelerator()
+    settle_environment()
     world = read_world()
-    if accelerator.device_name() == "cpu":
-        _share_cores(world)
-    else:
-        accelerator.set_device(world.local_rank)
-    deepspeed.ops.__compatible_ops__[_UNUSED_OP] = False
-    on_cpu = accelerator.device_name() == "cpu"
-    try:
-        deepspeed.init_distributed(
-            dist_backend="gloo" if on_cpu else accelerator.communication_backend_name(),
-            timeout=timedelta(seconds=timeout_s),
-            verbose=False,
-        )
-    except torch.distributed.DistError as error:
-        raise PeerMissingError(
-            f"rank {world.rank} waited {timeout_s:.0f} s for all {world.size} ranks to come to "
-            f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')} ({_first_line(error)}): look "
-            "for one that did not start, or for a firewall"
-        ) from None
-    device = torch.device(accelerator.device_name(world.local_rank))
+    device = take_device(world)
+    join_group(world, device, timeout_s=timeout_s)
+    settle_threads()
     return Place(world=world, device=device, stop=stop or StopRequest())
 
 
@@ -220,19 +191,3 @@ def check_settings(settings: dict[str, Any], run: Run) -> None:
 
 def _first_line(error: BaseException) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-
-
-def _prepare_lone_process() -> None:
-    """Set what a launcher would have set: without it DeepSpeed looks for MPI."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    os.environ.update(
-        RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-    )
-
-
-def _share_cores(world: World) -> None:
-    if "OMP_NUM_THREADS" not in os.environ:
-        on_this_machine = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", world.size)))
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // on_this_machine))
