@@ -1,6 +1,7 @@
 """The command line of make_shards."""
 
 import argparse
+import codecs
 import os
 import re
 from collections.abc import Sequence
@@ -28,6 +29,7 @@ what --root is:
   imagefolder  a folder of class folders             imagenet     the folder of the downloaded ILSVRC2012 tars
   flat         a folder of images, no labels         webdataset   a folder of tars, a tar, or a pattern
   csv          a CSV file: columns path, label       huggingface  a save_to_disk folder, or Parquet files
+                                                     (folders and files of splits: each its own DIR/SPLIT)
   cifar10, cifar100, stl10, svhn, mnist, fashion_mnist: a folder for torchvision's downloads
 """
 
@@ -44,6 +46,7 @@ class Command:
     processes: int
     skip_bad: bool
     dry_run: bool
+    classes: Path | None
 
 
 def read_command(argv: Sequence[str] | None, *, description: str) -> Command:
@@ -51,6 +54,8 @@ def read_command(argv: Sequence[str] | None, *, description: str) -> Command:
     args = _build_parser(description).parse_args(argv)
     if args.quality is not None and args.resize_short is None:
         raise ConfigError("--quality needs --resize_short: images are never re-encoded otherwise")
+    if args.no_labels and (args.classes or args.label_column):
+        raise ConfigError("--no_labels leaves out what --classes and --label_column ask for")
     options = Options(
         source=args.source,
         seed=args.seed,
@@ -68,6 +73,9 @@ def read_command(argv: Sequence[str] | None, *, description: str) -> Command:
             Path(args.root) if args.root else None,
             image_column=args.image_column,
             label_column=args.label_column,
+            no_labels=args.no_labels,
+            encoding=args.encoding,
+            merge_splits=args.merge_splits,
         ),
         out=Path(args.out),
         part=args.part,
@@ -75,6 +83,7 @@ def read_command(argv: Sequence[str] | None, *, description: str) -> Command:
         processes=args.processes,
         skip_bad=args.skip_bad,
         dry_run=args.dry_run,
+        classes=Path(args.classes) if args.classes else None,
     )
 
 
@@ -86,15 +95,41 @@ def _build_parser(description: str) -> argparse.ArgumentParser:
     add("--source", required=True, choices=SOURCES, metavar="KIND", help=f"one of {', '.join(SOURCES)}")
     add("--root", metavar="PATH", help="where the images are (see below)")
     add("--out", required=True, metavar="DIR", help="folder for the shards")
+    _add_how_it_is_read(parser)
+    _add_what_is_written(parser)
+    _add_how_it_is_written(parser)
+    return parser
+
+
+def _add_how_it_is_read(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("how --root is read").add_argument
     add(
         "--image_column",
         metavar="NAME",
         help="csv, huggingface: column of the images (default: the one that fits)",
     )
-    add("--label_column", metavar="NAME", help="csv, huggingface: column of the labels (default: label)")
-    _add_what_is_written(parser)
-    _add_how_it_is_written(parser)
-    return parser
+    add(
+        "--label_column",
+        metavar="NAME",
+        help="csv, huggingface: column of the labels (default: label, class, target, ...)",
+    )
+    add("--no_labels", action="store_true", help="take no labels: pre-training needs none")
+    add(
+        "--classes",
+        metavar="FROM",
+        help="number the classes as in this folder of shards: for a val set that lacks some",
+    )
+    add(
+        "--encoding",
+        type=_encoding,
+        metavar="NAME",
+        help="of class names and tables that are not UTF-8, such as cp1252",
+    )
+    add(
+        "--merge_splits",
+        action="store_true",
+        help="folders, files and columns that say train, val or test are nothing special: one set of all",
+    )
 
 
 def _add_what_is_written(parser: argparse.ArgumentParser) -> None:
@@ -154,6 +189,14 @@ def _positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
     return value
+
+
+def _encoding(text: str) -> str:
+    try:
+        "".encode(text)  # refuses codecs that are not of text
+        return codecs.lookup(text).name
+    except LookupError:
+        raise argparse.ArgumentTypeError(f"'{text}' is no encoding that Python knows") from None
 
 
 def _part(text: str) -> Part:

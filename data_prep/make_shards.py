@@ -20,6 +20,7 @@ from data_prep.layout import Part, ShardPlan, ShardSlot
 from data_prep.ledger import open_ledger, open_scratch, read_finished
 from data_prep.locks import hold_merge
 from data_prep.merge import LeftOut, known_left_out, plan_left_out, write_data_set
+from data_prep.relabel import drop_labels, take_classes
 from data_prep.reporting import say_plan, say_source, show_progress, summarise, summarise_part
 from data_prep.sources import SOURCES, Source
 from data_prep.tally import Tally
@@ -30,12 +31,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Make the shards of every split of the source."""
     command = read_command(argv, description=__doc__ or "")
     try:
-        for split, source in SOURCES[command.options.source](command.request).items():
+        for split, source in list_splits(command).items():
             make_shards(source, command.out / split, command=command)
     except OSError as error:  # a full disk, a folder that may not be read, ...
         raise DataError(
             f"{error.filename or command.out}: {error.strerror} (mend it, then the same command goes on)"
         ) from None
+
+
+def list_splits(command: Command) -> dict[str, Source]:
+    """What the command is to write: the source of each split, with the labels that were asked for."""
+    splits = SOURCES[command.options.source](command.request)
+    if command.request.no_labels:
+        splits = {split: drop_labels(source) for split, source in splits.items()}
+    if command.classes is not None:
+        splits = {split: take_classes(source, command.classes) for split, source in splits.items()}
+    return splits
 
 
 def make_shards(source: Source, out: Path, *, command: Command) -> None:

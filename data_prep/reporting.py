@@ -46,7 +46,9 @@ def say_source(source: Source, *, out: Path) -> None:
     for note in source.notes:
         print(f"{out}: {note}", flush=True)
     empty = [name for label, name in enumerate(source.classes) if not source.items.labels[label]]
-    if empty:
+    if empty and len(empty) == len(source.classes):
+        print(f"warning: {out}: no image has a label", file=sys.stderr, flush=True)
+    elif empty:
         names = ", ".join(empty[:MAX_CLASSES_NAMED]) + (", ..." if len(empty) > MAX_CLASSES_NAMED else "")
         count = f"{len(empty):,} of {len(source.classes):,} classes"
         print(f"warning: {out}: {count} have no image: {names}", file=sys.stderr, flush=True)

@@ -50,6 +50,12 @@ OTHER_CONTENT = (  # what people's files hold instead, and what to do about it
     (_begins(b"BZh"), "bzip2-compressed data: unpack it with bunzip2"),
     (_begins(b"\xfd7zXZ\0"), "xz-compressed data: unpack it with unxz"),
     (_begins(b"PK\x03\x04"), "a zip archive: unpack it first"),
+    (_begins(b"7z\xbc\xaf\x27\x1c"), "a 7z archive: unpack it first"),
+    (_begins(b"Rar!"), "a rar archive: unpack it first"),
+    (_begins(b"PAR1"), "a Parquet file: pack it with --source huggingface"),
+    (_begins(b"ARROW1"), "an Arrow file: pack the folder of its data set with --source huggingface"),
+    (_begins(b"\x89HDF"), "an HDF5 file: write its images out as files"),
+    (_begins(b"\x93NUMPY"), "a NumPy array: write its images out as files"),
     (_begins(b"version https://git-lfs"), "a Git LFS pointer: fetch the file itself with git lfs pull"),
     (_begins(b"%PDF"), "a PDF document: export its pages as images"),
     (_begins(b"8BPS"), "a Photoshop document: export it as PNG"),
@@ -74,11 +80,15 @@ def image_extension(data: bytes) -> str | None:
     return None if found is None else found.endings[0]
 
 
+def name_other(data: bytes) -> str | None:
+    """What a file is that begins so, if it is of a known kind that is no image, and what to do about it."""
+    return next((text for is_it, text in OTHER_CONTENT if is_it(data)), None)
+
+
 def describe_content(data: bytes) -> str:
     """For messages: what bytes that are no image are instead, with the remedy where one is known."""
     if not data:
         return "an empty file"
     if data.count(0) == len(data):
         return "nothing but zeros, as a broken copy leaves: copy it again"
-    known = next((text for is_it, text in OTHER_CONTENT if is_it(data)), None)
-    return known or f"no image that is read here ({NAMES}): it begins with {data[:8]!r}"
+    return name_other(data) or f"no image that is read here ({NAMES}): it begins with {data[:8]!r}"

@@ -2,51 +2,43 @@
 
 import functools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 from cmae_scale.core.errors import ConfigError
 from data_prep.listing import Item, Listing
-from data_prep.sources.source import IMAGE_ENDINGS, Source, SourceRequest, existing_folder
+from data_prep.sources.labels import decode_name
+from data_prep.sources.source import IMAGE_ENDINGS, Source, SourceRequest, existing_folder, show_path
+from data_prep.sources.splits import MERGE, find_role, find_splits
 from data_prep.unlisted import Unlisted, is_clutter, say_other_file
-
-SPLIT_NAMES = {"train", "val", "valid", "validation", "test"}
 
 
 def list_imagefolder(request: SourceRequest) -> dict[str, Source]:
-    """ROOT/<class>/**/<image>: the folder's name is the class, classes are numbered in sorted order.
+    """ROOT/<class>/**/<image>, or ROOT/<split>/<class>/**/<image>: the folder's name is the class.
 
-    Folders without an image still get a number, so that train and val agree on the others.
+    Classes are numbered in sorted order, the same for all splits. Folders without an image get a number too.
     """
     root = existing_folder(request, "imagefolder")
-    unlisted = Unlisted()
-    classes, _ = _look_into(root, "", unlisted=unlisted, loose="beside the class folders: of no class")
+    trees = _find_trees(root, request)
+    folders = {split: _find_classes(tree, request) for split, tree in trees.items()}
+    classes = tuple(sorted({name for names in folders.values() for name in names}))
     if not classes:
         raise ConfigError(
             f"--root {root} holds no class folders: write --source flat for images without classes, "
             "or name the folder above the class folders"
         )
-    if SPLIT_NAMES.issuperset(classes):
-        raise ConfigError(
-            f"--root {root} holds splits, not classes: write --root {root / classes[0]} and so on"
-        )
-    items = Listing(
-        Item(name, label)
-        for label, folder in enumerate(classes)
-        for name in _walk(root, folder, unlisted=unlisted, above=(_identify(root),))
-    )
-    _at_least_one(items, root)
-    read = functools.partial(read_file, root)
-    return {"": Source(f"imagefolder {root}", items, tuple(classes), read, unlisted=unlisted)}
+    if "" in trees and not request.merge_splits:
+        _refuse_one_split(trees[""], folders[""])
+    listings = {split: Listing(_list_classes(tree, folders[split], classes)) for split, tree in trees.items()}
+    return _build_sources("imagefolder", trees, listings, classes)
 
 
 def list_flat(request: SourceRequest) -> dict[str, Source]:
-    """ROOT/**/<image> without labels."""
-    root = existing_folder(request, "flat")
-    unlisted = Unlisted()
-    items = Listing(Item(name, None) for name in _walk(root, "", unlisted=unlisted))
-    _at_least_one(items, root)
-    return {"": Source(f"flat {root}", items, (), functools.partial(read_file, root), unlisted=unlisted)}
+    """ROOT/**/<image>, or ROOT/<split>/**/<image>, without labels."""
+    trees = _find_trees(existing_folder(request, "flat"), request)
+    listings = {split: Listing(Item(name, None) for name in tree.walk()) for split, tree in trees.items()}
+    return _build_sources("flat", trees, listings, ())
 
 
 def read_file(root: Path, item: Item) -> bytes:
@@ -54,56 +46,126 @@ def read_file(root: Path, item: Item) -> bytes:
     return (root / item.name).read_bytes()
 
 
-def _at_least_one(items: Sequence[Item], root: Path) -> None:
-    if not items:
-        raise ConfigError(f"--root {root} holds no image file ({', '.join(IMAGE_ENDINGS)})")
+class _Tree(NamedTuple):
+    """A folder with all below it. What is there and is not taken goes to `unlisted`."""
 
+    root: Path
+    unlisted: Unlisted
+    merge_splits: bool
 
-def _walk(
-    root: Path, folder: str, *, unlisted: Unlisted, above: tuple[tuple[int, int], ...] = ()
-) -> Iterator[str]:
-    """Image files below root/folder, relative to root, in an order that depends on their names alone.
+    def walk(self, folder: str = "", *, above: tuple[tuple[int, int], ...] = ()) -> Iterator[str]:
+        """Image files below root/folder, relative to root, in an order that depends on their names alone.
 
-    Holds the names of one folder (and of those above it) at a time. Linked folders are followed; ConfigError
-    for one that leads back to a folder above it.
-    """
-    above = (*above, _identify(root / folder))
-    if above[-1] in above[:-1]:
-        raise ConfigError(f"{root / folder} links to a folder that it lies in: remove the link")
-    folders, images = _look_into(root, folder, unlisted=unlisted)
-    is_folder = set(folders)
-    for name in sorted((*folders, *images)):
-        inner = f"{folder}/{name}" if folder else name
-        if name in is_folder:
-            yield from _walk(root, inner, unlisted=unlisted, above=above)
-        else:
-            yield inner
-
-
-def _look_into(
-    root: Path, folder: str, *, unlisted: Unlisted, loose: str | None = None
-) -> tuple[list[str], list[str]]:
-    """Names of the folders and of the images in one folder, sorted; what else is there goes to `unlisted`.
-
-    So do the images themselves where `loose` says why they cannot be taken.
-    """
-    folders, images, others = [], [], []
-    with os.scandir(root / folder) as entries:
-        for entry in entries:
-            inner = f"{folder}/{entry.name}" if folder else entry.name
-            if (reason := is_clutter(entry.name)) is not None:
-                others.append((f"{inner}/" if entry.is_dir() else inner, reason))
-            elif entry.is_dir():
-                folders.append(entry.name)
-            elif not entry.name.lower().endswith(IMAGE_ENDINGS):
-                others.append((inner, say_other_file(entry.name)))
-            elif loose is not None:
-                others.append((inner, loose))
+        Holds the names of one folder (and of those above it) at a time. Linked folders are followed;
+        ConfigError for one that leads back to a folder above it, and for splits below.
+        """
+        above = (*above, _identify(self.root / folder))
+        if above[-1] in above[:-1]:
+            raise ConfigError(f"{self.root / folder} links to a folder that it lies in: remove the link")
+        folders, images = self.look_into(folder)
+        if not self.merge_splits and len(splits := find_splits(folders)) > 1:
+            raise ConfigError(
+                f"{self.root / folder} holds splits ({', '.join(splits)}), which would become one set: name "
+                f"it as --root, or {MERGE}"
+            )
+        is_folder = set(folders)
+        for name in sorted((*folders, *images)):
+            inner = f"{folder}/{name}" if folder else name
+            if name in is_folder:
+                yield from self.walk(inner, above=above)
             else:
-                images.append(entry.name)
-    for name, reason in sorted(others):
-        unlisted.add(name, reason)
-    return sorted(folders), sorted(images)
+                yield inner
+
+    def look_into(self, folder: str = "", *, loose: str | None = None) -> tuple[list[str], list[str]]:
+        """Names of the folders and of the images in one folder, sorted.
+
+        What else is there is unlisted, and so are its images where `loose` says why they cannot be taken.
+        """
+        folders, images, others = [], [], []
+        with os.scandir(self.root / folder) as entries:
+            for entry in entries:
+                inner = f"{folder}/{entry.name}" if folder else entry.name
+                if (reason := is_clutter(entry.name)) is not None:
+                    others.append((f"{inner}/" if entry.is_dir() else inner, reason))
+                elif entry.is_dir():
+                    folders.append(entry.name)
+                elif not entry.name.lower().endswith(IMAGE_ENDINGS):
+                    others.append((inner, say_other_file(entry.name)))
+                elif loose is not None:
+                    others.append((inner, loose))
+                else:
+                    images.append(entry.name)
+        for name, reason in sorted(others):
+            self.unlisted.add(name, reason)
+        return sorted(folders), sorted(images)
+
+
+def _find_trees(root: Path, request: SourceRequest) -> dict[str, _Tree]:
+    """The tree of each split that a folder holds, under its own name; "" for one that is a set by itself."""
+    folders, _ = _Tree(root, Unlisted(), request.merge_splits).look_into()
+    splits = [] if request.merge_splits else find_splits(folders)
+    if not splits:
+        return {"": _Tree(root, Unlisted(), request.merge_splits)}
+    trees = {split: _Tree(root / split, Unlisted(), merge_splits=False) for split in splits}
+    unlisted = trees[splits[0]].unlisted
+    _Tree(root, unlisted, merge_splits=False).look_into(loose="beside the folders of the splits")
+    for folder in folders:
+        if folder not in trees:
+            unlisted.add(f"{folder}/", "beside the folders of the splits")
+    return trees if len(trees) > 1 else {"": trees[splits[0]]}
+
+
+def _find_classes(tree: _Tree, request: SourceRequest) -> dict[str, str]:
+    """The folder of each class, by its name as text. Without labels any text will do."""
+    encoding = "latin-1" if request.no_labels else request.encoding
+    classes: dict[str, str] = {}
+    folders, _ = _Tree(tree.root, Unlisted(), merge_splits=True).look_into()
+    for folder in folders:
+        name = decode_name(folder, place=f"class folder of {show_path(tree.root)}", encoding=encoding)
+        if name in classes:
+            raise ConfigError(f"two folders of {show_path(tree.root)} are the class '{name}': rename one")
+        classes[name] = folder
+    return classes
+
+
+def _list_classes(tree: _Tree, folders: Mapping[str, str], classes: tuple[str, ...]) -> Iterator[Item]:
+    """The images of the class folders; of a split that has none, all images, without labels."""
+    if not folders:
+        yield from (Item(name, None) for name in tree.walk())
+        return
+    tree.look_into(loose="beside the class folders: of no class")
+    numbers = {name: label for label, name in enumerate(classes)}
+    above = (_identify(tree.root),)
+    for name in sorted(folders):
+        yield from (Item(image, numbers[name]) for image in tree.walk(folders[name], above=above))
+
+
+def _refuse_one_split(tree: _Tree, folders: Mapping[str, str]) -> None:
+    """ConfigError for a split among folders that are none; a class of such a name has images right in it."""
+    for folder in filter(find_role, folders.values()):
+        inner, images = _Tree(tree.root, Unlisted(), merge_splits=True).look_into(folder)
+        if inner and not images:
+            raise ConfigError(
+                f"{tree.root / folder} looks like a split, beside folders that are none: write --root "
+                f"{tree.root / folder} for it alone, or --merge_splits if it is a class"
+            )
+
+
+def _build_sources(
+    kind: str, trees: Mapping[str, _Tree], listings: Mapping[str, Listing], classes: tuple[str, ...]
+) -> dict[str, Source]:
+    if empty := next((tree.root for split, tree in trees.items() if not listings[split]), None):
+        raise ConfigError(f"--root {empty} holds no image file ({', '.join(IMAGE_ENDINGS)})")
+    return {
+        split: Source(
+            f"{kind} {show_path(tree.root)}",
+            listings[split],
+            classes,
+            functools.partial(read_file, tree.root),
+            unlisted=tree.unlisted,
+        )
+        for split, tree in trees.items()
+    }
 
 
 def _identify(folder: Path) -> tuple[int, int]:

@@ -7,6 +7,7 @@ import tarfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -14,7 +15,8 @@ from cmae_scale.core.errors import ConfigError, DataError
 from cmae_scale.data.tar import Member, list_members
 from data_prep.listing import Item, Listing
 from data_prep.sources.members import Window, open_archive, read_member
-from data_prep.sources.source import IMAGE_ENDINGS, Source, SourceRequest, existing_folder
+from data_prep.sources.source import IMAGE_ENDINGS, Source, SourceRequest, existing_folder, show_path
+from data_prep.unlisted import Unlisted, say_other_file
 
 # Source: image-net.org, "ILSVRC2012 downloads"
 TRAIN_NAME = "ILSVRC2012_img_train.tar"
@@ -34,9 +36,9 @@ def list_imagenet(request: SourceRequest) -> dict[str, Source]:
     if (root / TRAIN_NAME).exists():
         splits["train"] = _list_train(root / TRAIN_NAME)
     if (root / VAL_NAME).exists():
-        if not (root / DEVKIT_NAME).exists():
+        if not (root / DEVKIT_NAME).exists() and not request.no_labels:
             raise ConfigError(f"{root} holds {VAL_NAME} but not {DEVKIT_NAME}, which says its labels: add it")
-        splits["val"] = _list_val(root / VAL_NAME, root / DEVKIT_NAME)
+        splits["val"] = _list_val(root / VAL_NAME, None if request.no_labels else root / DEVKIT_NAME)
     if not splits:
         raise ConfigError(
             f"--root {root} holds neither {TRAIN_NAME} nor {VAL_NAME}: name the folder of the downloaded "
@@ -49,8 +51,9 @@ def list_imagenet(request: SourceRequest) -> dict[str, Source]:
 
 
 def _list_train(path: Path) -> Source:
+    unlisted = Unlisted()
     with open_archive(str(path)) as file:
-        class_tars = sorted(member for member in list_members(file, name=str(path)) if member.ending == "tar")
+        class_tars = sorted(_only(list_members(file, name=str(path)), (".tar",), path.name, unlisted))
         classes = tuple(member.key for member in class_tars)
         if len(set(classes)) < len(classes):
             raise DataError(f"{path} holds a class twice: download it again")
@@ -61,31 +64,48 @@ def _list_train(path: Path) -> Source:
                 (0, class_tar.data + image.data, image.size),
             )
             for label, class_tar in enumerate(class_tars)
-            for image in _list_class(Window(file, offset=class_tar.data, size=class_tar.size), class_tar.key)
+            for image in _list_class(file, class_tar, unlisted)
         )
-    return Source(f"imagenet {path}", items, classes, functools.partial(read_member, (str(path),)))
+    return _build_source(path, items, classes, unlisted)
 
 
-def _list_class(window: Window, name: str) -> Iterator[Member]:
-    with io.BufferedReader(window, tarfile.BLOCKSIZE) as file:
-        yield from _images(list_members(file, name=f"{name}.tar"))
+def _list_class(file: BinaryIO, class_tar: Member, unlisted: Unlisted) -> Iterator[Member]:
+    window = Window(file, offset=class_tar.data, size=class_tar.size)
+    with io.BufferedReader(window, tarfile.BLOCKSIZE) as inner:
+        members = list_members(inner, name=f"{class_tar.key}.tar")
+        yield from _only(members, IMAGE_ENDINGS, class_tar.key, unlisted)
 
 
-def _list_val(path: Path, devkit: Path) -> Source:
-    classes, labels = read_devkit(devkit)
+def _list_val(path: Path, devkit: Path | None) -> Source:
+    classes, labels = ((), None) if devkit is None else read_devkit(devkit)
+    unlisted = Unlisted()
     with open_archive(str(path)) as file:
         items = Listing(
             Item(f"{image.key}.{image.ending}", _label(image.key, labels), (0, image.data, image.size))
-            for image in _images(list_members(file, name=str(path)))
+            for image in _only(list_members(file, name=str(path)), IMAGE_ENDINGS, path.name, unlisted)
         )
-    return Source(f"imagenet {path}", items, classes, functools.partial(read_member, (str(path),)))
+    return _build_source(path, items, classes, unlisted)
 
 
-def _images(members: Iterator[Member]) -> Iterator[Member]:
-    return (member for member in members if f".{member.ending}" in IMAGE_ENDINGS)
+def _build_source(path: Path, items: Listing, classes: tuple[str, ...], unlisted: Unlisted) -> Source:
+    read = functools.partial(read_member, (str(path),))
+    return Source(f"imagenet {show_path(path)}", items, classes, read, unlisted=unlisted)
 
 
-def _label(key: str, labels: list[int]) -> int:
+def _only(
+    members: Iterator[Member], endings: tuple[str, ...], place: str, unlisted: Unlisted
+) -> Iterator[Member]:
+    for member in members:
+        if f".{member.ending}" in endings:
+            yield member
+        else:
+            name = f"{member.key}.{member.ending}"
+            unlisted.add(f"{place}/{name}", say_other_file(name))
+
+
+def _label(key: str, labels: list[int] | None) -> int | None:
+    if labels is None:
+        return None
     number = re.search(r"_(\d+)$", key)
     if number is None or not 1 <= int(number[1]) <= len(labels):
         raise DataError(f"{VAL_NAME} holds {key}, for which the devkit has no label: download both again")

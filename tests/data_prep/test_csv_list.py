@@ -53,7 +53,8 @@ def test_columns_may_have_other_names_and_a_byte_order_mark(tmp_path: Path) -> N
     ("text", "message"),
     [
         ("", "has no column 'path'"),
-        ("file,label\na.jpg,1\n", "has no column 'path' .its first line is file,label"),
+        ("photo,label\na,1\n", "has no column 'path' .its first line is photo,label"),
+        ("a.jpg,1\nb.jpg,0\n", "has no column names .* put a line 'path,label' above it"),
         ("path,label\n", "lists no image"),
         ("path,label\na.jpg,1\nb.jpg\n", "line 3 has 1 fields, the heading has 2"),
     ],
@@ -70,3 +71,61 @@ def test_mistaken_roots_and_columns_are_told(tmp_path: Path) -> None:
         list_csv(tmp_path)
     with pytest.raises(ConfigError, match="has no column 'kind'"):
         list_csv(write(tmp_path, "path,label\na.jpg,1\n"), label="kind")
+
+
+@pytest.mark.parametrize(
+    "heading", ["path, label", " Path ,LABEL", "file_name,target", "image,class", "img;category"]
+)
+def test_usual_names_of_columns_are_guessed_and_told(tmp_path: Path, heading: str) -> None:
+    between = ";" if ";" in heading else ","
+    source = list_csv(write(tmp_path, f"{heading}\na.jpg{between} dog\nb.jpg{between} cat\n"))
+    assert [(item.name, item.label) for item in source.items] == [("a.jpg", 1), ("b.jpg", 0)]
+    image, label = (name.strip() for name in heading.split(between))
+    assert source.notes == (f"images: column '{image}'", f"labels: column '{label}', 2 classes")
+
+
+def test_a_table_without_labels_says_so(tmp_path: Path) -> None:
+    source = list_csv(write(tmp_path, "path,colour\na.jpg,red\n"))
+    assert [item.label for item in source.items] == [None]
+    assert any("no labels: no column is called label, " in note for note in source.notes)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "cp1252", "latin-1"])
+def test_tables_in_any_encoding_have_the_same_classes(tmp_path: Path, encoding: str) -> None:
+    path = tmp_path / "list.csv"
+    path.write_bytes("path,label\nä.jpg,café\nb.jpg,thé\n".encode(encoding))
+    known = None if encoding in ("utf-8", "utf-8-sig", "utf-16") else encoding
+    source = SOURCES["csv"](SourceRequest(path, encoding=known))[""]
+    assert source.classes == ("café", "thé")
+    assert source.items[0].name == "ä.jpg"
+
+
+def test_a_class_that_is_not_utf8_is_told_before_anything_is_written(tmp_path: Path) -> None:
+    path = tmp_path / "list.csv"
+    path.write_bytes("path,label\nä.jpg,café\n".encode("cp1252"))
+    with pytest.raises(ConfigError, match=r"column 'label': b'caf\\xe9' is not UTF-8: .* --encoding cp1252"):
+        list_csv(path)
+    unlabelled = SOURCES["csv"](SourceRequest(path, no_labels=True))[""]
+    assert [item.name for item in unlabelled.items] == ["\udce4.jpg"], (
+        "the bytes of a path, whatever they are"
+    )
+    for encoding in ("utf-16", "ascii"):
+        with pytest.raises(ConfigError, match="cannot be read as text"):
+            SOURCES["csv"](SourceRequest(path, encoding=encoding))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"\x1f\x8b\x08 more", "is gzip-compressed data: unpack it"),
+        (b"PK\x03\x04 more", "is a zip archive: unpack it"),
+        (b"PAR1 more", "is a Parquet file: pack it with --source huggingface"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "is a Git LFS pointer"),
+        (b"<!DOCTYPE html><html>", "is a web page"),
+        (b"p\0a\0t\0h\0,\0l\0\n\0a\0", "--encoding"),
+    ],
+)
+def test_what_is_no_table_is_named(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "list.csv").write_bytes(content)
+    with pytest.raises(ConfigError, match=message):
+        list_csv(tmp_path / "list.csv")
