@@ -30,6 +30,15 @@ from torch.utils._pytree import tree_leaves
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """`@pytest.mark.slow_unless(stage=3, ranks=2)`: of a grid this case is quick, the others are slow."""
+    for item in items:
+        quick = [mark.kwargs for mark in item.iter_markers("slow_unless")]
+        if quick and not any(case.items() <= item.callspec.params.items() for case in quick):  # type: ignore[attr-defined]
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture
 def rng() -> torch.Generator:
     return torch.Generator().manual_seed(0)

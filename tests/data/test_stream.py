@@ -285,10 +285,9 @@ def test_closing_in_the_middle_ends_all_threads_at_once(shards: ShardSet, taken:
     stream = start(shards, make_plan(shards), end_step=100_000, workers=3)
     for _ in range(taken):
         next(stream)
-    began = time.monotonic()
     stream.close()
     stream.close()
-    assert time.monotonic() - began < 1
+    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("data ")]
     with pytest.raises(StopIteration):
         next(stream)
 
@@ -300,7 +299,7 @@ def test_an_interrupt_while_waiting_closes_the_stream(
     main = threading.get_ident()
 
     def decode(*_: object, **__: object) -> DecodedRow:
-        release.wait(20)
+        release.wait()
         return DecodedRow(0, "")
 
     def interrupt() -> None:
@@ -310,7 +309,7 @@ def test_an_interrupt_while_waiting_closes_the_stream(
     monkeypatch.setattr("cmae_scale.data.stream.decode_row", decode)
     timer = threading.Timer(0.1, interrupt)
     timer.start()
-    with start(shards, make_plan(shards), end_step=100_000) as stream, pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt), start(shards, make_plan(shards), end_step=100_000) as stream:
         next(stream)
     timer.join()
 
@@ -330,7 +329,9 @@ def test_no_more_batches_than_asked_are_made_ahead(
     monkeypatch.setattr(BatchMemory, "take", count)
     with start(shards, make_plan(shards), end_step=100, prefetch=prefetch) as stream:
         next(stream)
-        time.sleep(0.3)
+        while made < prefetch + 1:
+            time.sleep(0.01)
+        time.sleep(0.1)  # one more would come in less
         assert made == prefetch + 1
 
 

@@ -73,6 +73,8 @@ def same_as_plain(train: Callable[..., list[dict[str, Any]]]) -> Callable[..., N
     return compare
 
 
+@pytest.mark.slow_unless(ranks=2, stage=2)
+@pytest.mark.slow_unless(ranks=4, stage=3)
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize(("ranks", "accumulation"), SPREADS)
 def test_with_layer_norm_every_spread_at_every_stage_is_the_same_run(
@@ -81,6 +83,7 @@ def test_with_layer_norm_every_spread_at_every_stage_is_the_same_run(
     same_as_plain(ranks=ranks, stage=stage, accumulation=accumulation, cmae=LAYER)
 
 
+@pytest.mark.slow_unless(ranks=2, stage=1)
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_with_batch_norm_ranks_and_stages_change_nothing(
@@ -89,6 +92,7 @@ def test_with_batch_norm_ranks_and_stages_change_nothing(
     same_as_plain(ranks=ranks, stage=stage)
 
 
+@pytest.mark.slow_unless(ranks=2, stage=3)
 @pytest.mark.parametrize("stage", [1, 2, 3])
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_with_batch_norm_and_accumulation_stages_change_nothing(
@@ -107,6 +111,8 @@ def test_of_batch_norm_under_accumulation_only_the_contrast_loss_notices_at_firs
     assert abs(float(two[2] - one[2])) > 1e-3
 
 
+@pytest.mark.slow_unless(remat="full", ranks=2, stage=3)
+@pytest.mark.slow_unless(remat="selective", stage=1)
 @pytest.mark.parametrize("remat", ["selective", "full"])
 @pytest.mark.parametrize(("ranks", "stage", "accumulation"), [(1, 0, 1), (1, 3, 4), (2, 1, 2), (2, 3, 1)])
 def test_rematerialisation_changes_nothing(
@@ -121,6 +127,7 @@ def test_rematerialisation_changes_nothing(
     )
 
 
+@pytest.mark.slow_unless(stage=3)
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_deepspeeds_own_checkpointing_changes_nothing(same_as_plain: Callable[..., None], stage: int) -> None:
     same_as_plain(
@@ -128,6 +135,7 @@ def test_deepspeeds_own_checkpointing_changes_nothing(same_as_plain: Callable[..
     )
 
 
+@pytest.mark.slow_unless(cmae={"loss": {"weight": 0.0}})
 @pytest.mark.parametrize(
     "cmae",
     [
@@ -151,6 +159,7 @@ HYBRID = {"model": {"conv": {"dims": [8, 16], "depths": [1, 2], "mlp_ratio": 2.0
 HYBRID_LOSS = {"rtol": 1e-5, "atol": 1e-5}
 
 
+@pytest.mark.slow_unless(ranks=2, stage=3)
 @pytest.mark.parametrize(("ranks", "stage"), [(1, 3), (2, 0), (2, 1), (2, 2), (2, 3)])
 def test_the_hybrid_encoder_is_the_same_however_it_is_spread(
     same_as_plain: Callable[..., None], ranks: int, stage: int
@@ -158,6 +167,7 @@ def test_the_hybrid_encoder_is_the_same_however_it_is_spread(
     same_as_plain(ranks=ranks, stage=stage, cmae=HYBRID, loss=HYBRID_LOSS)
 
 
+@pytest.mark.slow_unless(way="full")
 @pytest.mark.parametrize("way", ["selective", "full", "deepspeed", "mae"])
 def test_the_hybrid_encoder_is_the_same_rematerialised_and_alone(
     same_as_plain: Callable[..., None], way: str
@@ -172,6 +182,7 @@ def test_the_hybrid_encoder_is_the_same_rematerialised_and_alone(
         same_as_plain(cmae={"model": {**HYBRID["model"], "remat": way}}, plain={"cmae": HYBRID}, **how)
 
 
+@pytest.mark.slow
 def test_a_restart_in_the_middle_changes_nothing(
     train: Callable[..., list[dict[str, Any]]],
     on_ranks: Callable[..., list[Any]],
@@ -186,6 +197,8 @@ def test_a_restart_in_the_middle_changes_nothing(
     )
 
 
+@pytest.mark.slow_unless(stage=2, precision={"bf16": {"enabled": True}})
+@pytest.mark.slow_unless(stage=3, precision={"torch_autocast": {"enabled": True, "dtype": "bfloat16"}})
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize(
     "precision", [{"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}, {"bf16": {"enabled": True}}]

@@ -46,6 +46,7 @@ def measure(run: Run, live: Any, *, steps: int = 3) -> dict[str, int]:
     return found
 
 
+@pytest.mark.slow_unless(encoder=PLAIN, stage=2, precision=FP32)
 @pytest.mark.dist
 @pytest.mark.parametrize(
     ("encoder", "stage", "ranks", "accumulation", "precision", "remat"),

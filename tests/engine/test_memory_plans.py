@@ -35,6 +35,7 @@ def plain(
     return _plain["run"]
 
 
+@pytest.mark.slow_unless(zero={"stage": 2, "offload_optimizer": CPU})
 @pytest.mark.dist
 @pytest.mark.parametrize(
     "zero",
@@ -91,6 +92,7 @@ def test_on_nvme_the_numbers_are_the_same(
         torch.testing.assert_close(got, expected, **LOSS)
 
 
+@pytest.mark.slow_unless(stage=2)
 @pytest.mark.dist
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_a_bf16_engine_with_its_masters_on_the_cpu_averages_them(
@@ -109,6 +111,7 @@ def test_a_bf16_engine_with_its_masters_on_the_cpu_averages_them(
             torch.testing.assert_close(there[name], here[name], rtol=0, atol=2e-3)
 
 
+@pytest.mark.slow_unless(precision="bf16")
 @pytest.mark.dist
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_model_built_in_shards_has_the_weights_of_one_built_whole(
@@ -215,6 +218,7 @@ def overflow_once(run: Any) -> list[dict[str, Any]]:
     return steps
 
 
+@pytest.mark.slow_unless(stage=3)
 @pytest.mark.dist
 @pytest.mark.parametrize(
     ("stage", "precision"),

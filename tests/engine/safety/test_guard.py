@@ -37,6 +37,8 @@ def assert_same(answers: list[dict[str, Any]], expected: list[dict[str, Any]]) -
         assert all(torch.equal(a, b) for a, b in zip(answer["moments"], other["moments"], strict=True))
 
 
+@pytest.mark.slow_unless(stage=2, precision="fp32")
+@pytest.mark.slow_unless(stage=3, precision="bf16")
 @pytest.mark.dist
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
@@ -81,6 +83,7 @@ def test_a_bad_step_equals_a_batch_that_never_was(
     assert lines[1]["loss"] is None
 
 
+@pytest.mark.slow_unless(stage=2)
 @pytest.mark.dist
 @pytest.mark.parametrize("stage", [0, 2, 3])
 def test_a_resumed_run_leaves_out_the_same_steps(
@@ -105,6 +108,7 @@ def test_a_resumed_run_leaves_out_the_same_steps(
     assert_same(resumed, whole)
 
 
+@pytest.mark.slow_unless(stage=1)
 @pytest.mark.dist
 @pytest.mark.parametrize("stage", [0, 1, 3])
 def test_rewind_goes_back_to_the_newest_state_once(
@@ -173,6 +177,7 @@ def test_too_many_bad_steps_in_a_row_stop_the_run(
     assert again["error"] == answer["error"]  # the same command does not march on through bad steps
 
 
+@pytest.mark.slow_unless(stage=2)
 @pytest.mark.dist
 @pytest.mark.parametrize("stage", [0, 2])
 def test_a_spike_is_left_out_as_a_nan_is(

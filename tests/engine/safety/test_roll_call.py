@@ -3,7 +3,6 @@
 import os
 import signal
 import threading
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -80,10 +79,7 @@ def test_a_request_ends_a_wait_for_data() -> None:
         stop.hold()
         timer = threading.Timer(0.2, lambda: stop.tell("SIGTERM"))
         timer.start()
-        started_s = time.monotonic()
-        answer = RollCall(stop).answer(lambda: threading.Event().wait(30))
-        assert answer == (None, "SIGTERM")
-        assert time.monotonic() - started_s < 5
+        assert RollCall(stop).answer(lambda: threading.Event().wait()) == (None, "SIGTERM")
 
 
 def test_before_there_is_anything_to_save_a_signal_ends_the_process_at_once() -> None:

@@ -35,6 +35,7 @@ PROTOCOL = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_a_kill_at_any_point_of_a_save_leaves_a_whole_state(
     on_ranks: Callable[..., list[Any]],
@@ -177,6 +178,7 @@ def test_committed_states_count_and_nothing_else(saved: Path) -> None:
     assert list_states(saved / "none") == []
 
 
+@pytest.mark.slow_unless(stage=3, full=1)
 @pytest.mark.parametrize("stage", [0, 1, 3])
 @pytest.mark.parametrize("full", [0, 1])
 def test_a_full_disk_on_one_rank_ends_neither_training_nor_older_states(

@@ -22,6 +22,7 @@ TOPOLOGIES = [(ranks, stage) for ranks in (1, 2) for stage in (0, 1, 2, 3)]
 LOSS = {"rtol": 2e-6, "atol": 2e-6}
 
 
+@pytest.mark.slow_unless(ranks=2, precision="fp32")
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_stop_and_resume_equals_straight_through_bit_for_bit(
@@ -98,6 +99,7 @@ def begun(
     return state
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_any_rank_count_and_stage_goes_on_from_any_other(
     on_ranks: Callable[..., list[Any]],
@@ -161,6 +163,7 @@ def test_one_run_moves_from_two_ranks_to_one_and_back(
     assert "the state was written with ranks 1, now 2" in notices
 
 
+@pytest.mark.slow_unless(target="fp32")
 @pytest.mark.parametrize("target", ["fp32", "autocast", "bf16"])
 def test_a_bf16_engines_masters_are_kept_whole_in_any_precision(
     on_ranks: Callable[..., list[Any]],

@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -67,20 +66,18 @@ def test_a_stalled_monitor_holds_up_neither_training_nor_the_other_monitor(
 ) -> None:
     monkeypatch.setattr(monitors, "WAITING_LINES", 10)
     monkeypatch.setattr(monitors, "CLOSE_S", 0.2)
-    stalled, well = Sink(threading.Event().wait), Sink(lambda: None)
+    arrived = threading.Semaphore(0)
+    stalled, well = Sink(lambda: threading.Event().wait()), Sink(arrived.release)
     said: list[str] = []
 
     def build(config: Any) -> Sink:
         return stalled if config.csv_monitor.enabled else well
 
     opened = Monitors(TWO, is_first=True, say=said.append, build=build)
-    started_s = time.monotonic()
     for step in range(50):
         opened.write([("loss", 1.0, step)])
-        time.sleep(0.001)
-    assert time.monotonic() - started_s < 1
+        arrived.acquire()
     opened.close()
-    assert time.monotonic() - started_s < 2
     assert len(well.events) == 50
     assert said == ["warning: csv_monitor does not keep up (metrics.jsonl has every line)"]
 
@@ -100,13 +97,14 @@ import json, sys, time
 from cmae_scale.engine.start import start_processes
 from cmae_scale.engine.watch.monitors import Monitors
 start_processes()
-started_s, said = time.monotonic(), []
+said = []
 opened = Monitors({"wandb": {"enabled": True, "project": "none"}}, is_first=True, say=said.append)
 opened.write([("loss", 1.0, 0)])
-wrote_s = time.monotonic() - started_s
-time.sleep(float(sys.argv[1]))
+print("WRITTEN", len(said), flush=True)
+while not said:
+    time.sleep(0.1)
 opened.close()
-print("RESULT", json.dumps([wrote_s, said]), flush=True)
+print("RESULT", json.dumps(said), flush=True)
 import os; os._exit(0)
 """
 
@@ -123,17 +121,15 @@ def test_wandb_without_a_network_is_logged_offline(repository: Path, tmp_path: P
     }
     environment.pop("WANDB_MODE", None)
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, "20"],
+        [sys.executable, "-c", SCRIPT],
         cwd=tmp_path,
         env=environment,
         capture_output=True,
         text=True,
-        timeout=120,
     )
+    assert "WRITTEN 0" in done.stdout  # before wandb had given up
     [result] = [line for line in done.stdout.splitlines() if line.startswith("RESULT")]
-    wrote_s, said = json.loads(result.removeprefix("RESULT "))
-    assert wrote_s < 0.1
-    assert said, done.stderr
+    said = json.loads(result.removeprefix("RESULT "))
     assert said[0].startswith("warning: wandb cannot be reached (")
     assert "this run is logged offline" in said[0]
     assert list(tmp_path.glob("wandb/offline-run-*"))
