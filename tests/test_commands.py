@@ -127,6 +127,7 @@ def test_the_exported_encoder_gives_timm_the_same_features(
         torch.testing.assert_close(ours(images, None), theirs.forward_features(images), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 def test_a_hybrid_stopped_and_resumed_exports_what_straight_through_does(
     arguments: Callable[..., list[str]], pretrain: Callable[..., list[int]], tmp_path: Path
@@ -145,6 +146,7 @@ def test_a_hybrid_stopped_and_resumed_exports_what_straight_through_does(
     assert all(torch.equal(value, expected[name]) for name, value in resumed.state_dict().items())
 
 
+@pytest.mark.slow_unless(workers=1)
 @pytest.mark.dist
 @pytest.mark.parametrize("workers", [1, 2])
 def test_stopped_and_resumed_equals_straight_through_bit_for_bit(
@@ -165,6 +167,7 @@ def test_stopped_and_resumed_equals_straight_through_bit_for_bit(
     assert all(torch.equal(resumed[name], value) for name, value in straight.items())
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_to_one_rank_saves_on_all_and_the_same_command_goes_on(
@@ -201,6 +204,7 @@ def test_a_signal_to_one_rank_saves_on_all_and_the_same_command_goes_on(
     assert all(torch.equal(asked[name], value) for name, value in never.items())
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 def test_the_written_config_gives_the_same_run(
     arguments: Callable[..., list[str]], pretrain: Callable[..., list[int]], tmp_path: Path
@@ -211,6 +215,7 @@ def test_the_written_config_gives_the_same_run(
     assert losses_of(tmp_path / "second") == losses_of(tmp_path / "first")
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 def test_one_and_two_ranks_give_the_same_losses(
     arguments: Callable[..., list[str]], pretrain: Callable[..., list[int]], tmp_path: Path
@@ -222,6 +227,7 @@ def test_one_and_two_ranks_give_the_same_losses(
     torch.testing.assert_close(two, one, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 def test_workers_and_restarts_change_no_loss(
     arguments: Callable[..., list[str]], pretrain: Callable[..., list[int]], tmp_path: Path
@@ -239,6 +245,7 @@ def test_workers_and_restarts_change_no_loss(
     assert losses_of(tmp_path / "restarted") == losses_of(tmp_path / "straight")
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 def test_a_finished_run_started_again_stays_finished(
     arguments: Callable[..., list[str]], pretrain: Callable[..., list[int]], tmp_path: Path

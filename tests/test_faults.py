@@ -143,6 +143,7 @@ def assert_same_end(folder: Path, unharmed: Path, *, with_metrics: bool = True) 
         assert lines[0] == lines[1]
 
 
+@pytest.mark.slow_unless(victim=1)
 @pytest.mark.dist
 @pytest.mark.parametrize("victim", [0, 1])
 def test_kill_9_of_a_rank_is_told_and_the_same_command_ends_as_if_it_had_not_been(
@@ -166,6 +167,7 @@ def test_kill_9_of_a_rank_is_told_and_the_same_command_ends_as_if_it_had_not_bee
     assert read_exit(tmp_path / "run")["status"] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 def test_two_random_kills_of_the_whole_run_change_nothing(
     arguments: Callable[..., list[str]], tmp_path: Path
@@ -180,6 +182,7 @@ def test_two_random_kills_of_the_whole_run_change_nothing(
     assert told[-1].endswith("ended as the one that was never killed")
 
 
+@pytest.mark.slow_unless(number=signal.SIGTERM)
 @pytest.mark.dist
 @pytest.mark.parametrize(
     ("number", "status"), [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)]
@@ -202,6 +205,7 @@ def test_asked_to_leave_all_ranks_save_together_and_the_same_command_goes_on(
     assert_same_end(tmp_path / "run", unharmed, with_metrics=False)  # it has a line more, where it stopped
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 def test_a_signal_while_saving_waits_for_the_save(
     pretrain: Callable[..., Any], arguments: Callable[..., list[str]], tmp_path: Path
@@ -223,6 +227,7 @@ def test_a_signal_while_saving_waits_for_the_save(
     assert (tmp_path / "run" / "checkpoints" / "latest").read_text() == "step_00000003"
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 def test_a_signal_to_one_rank_ends_the_wait_of_another_for_data(
     pretrain: Callable[..., Any], arguments: Callable[..., list[str]], tmp_path: Path
@@ -255,6 +260,7 @@ def test_a_signal_to_one_rank_ends_the_wait_of_another_for_data(
     assert (tmp_path / "run" / "checkpoints" / "latest").read_text() == "step_00000004"
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 def test_a_signal_while_the_engine_is_being_built_is_not_lost(
     pretrain: Callable[..., Any], arguments: Callable[..., list[str]], tmp_path: Path
@@ -276,6 +282,7 @@ def test_a_signal_while_the_engine_is_being_built_is_not_lost(
     assert "after step 0" in ended[0].stderr
 
 
+@pytest.mark.slow
 def test_a_signal_while_importing_ends_the_command_at_once(
     arguments: Callable[..., list[str]], repository_path: Path
 ) -> None:
@@ -296,6 +303,7 @@ def test_a_signal_while_importing_ends_the_command_at_once(
     assert "asked to leave (SIGTERM) before the first step" in stderr
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 def test_an_error_of_one_rank_ends_the_other_with_its_words(
     pretrain: Callable[..., Any], arguments: Callable[..., list[str]], tmp_path: Path
@@ -310,6 +318,7 @@ def test_an_error_of_one_rank_ends_the_other_with_its_words(
     assert "ZeroDivisionError" in read_exit(tmp_path / "run")["cause"]
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 def test_a_step_that_never_ends_leaves_stacks_and_its_name(
     pretrain: Callable[..., Any], arguments: Callable[..., list[str]], tmp_path: Path
@@ -323,6 +332,7 @@ def test_a_step_that_never_ends_leaves_stacks_and_its_name(
     assert "accumulate" in (tmp_path / "run" / "stacks" / "rank_1.txt").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 def test_a_second_run_in_the_same_folder_is_refused(
     pretrain: Callable[..., Any],
@@ -344,6 +354,7 @@ def test_a_second_run_in_the_same_folder_is_refused(
     assert [end.status for end in pretrain(arguments())] == [0, 0]  # a lock without its process is none
 
 
+@pytest.mark.slow_unless(rank=1)
 @pytest.mark.dist
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_folder_that_one_rank_cannot_write_is_told_by_all_at_once(
@@ -398,6 +409,7 @@ def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
         subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 def test_a_disk_that_fills_up_ends_neither_training_nor_older_states(
     pretrain: Callable[..., Any],

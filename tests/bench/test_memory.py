@@ -11,6 +11,7 @@ from cmae_scale.sizing.memory import predict_peak
 from cmae_scale.trials.footprint import measure_footprint
 
 
+@pytest.mark.slow
 @pytest.mark.bench
 @pytest.mark.parametrize(
     "changes",

@@ -32,6 +32,8 @@ MOVED = {"pos_embed", *(f"patch_embed{n}" for n in range(1, 5)), *(f"blocks{n}" 
 Command = Callable[..., list[int]]
 
 
+@pytest.mark.slow_unless(task="full", stage=2)
+@pytest.mark.slow_unless(task="once")
 @pytest.mark.parametrize(
     ("task", "ranks", "stage", "accumulation"),
     [
@@ -72,6 +74,7 @@ def test_ranks_stages_and_accumulation_change_nothing(
     assert results[0]["last"]["val_top1"] == results[1]["last"]["val_top1"]
 
 
+@pytest.mark.slow_unless(task="partial")
 @pytest.mark.parametrize(("task", "stage"), [("full", 3), ("partial", 2), ("probe", 0)])
 def test_a_hybrid_goes_through_the_same_tasks(
     arguments: Callable[..., list[str]],
@@ -132,6 +135,7 @@ def test_an_encoder_alone_classifies_nothing(encoder_folder: Path, hybrid_folder
             open_classifier(str(folder))
 
 
+@pytest.mark.slow
 def test_a_file_of_another_project_is_an_encoder_too(
     arguments: Callable[..., list[str]], transfer: Command, encoder_folder: Path, tmp_path: Path
 ) -> None:
@@ -150,6 +154,7 @@ def test_a_file_of_another_project_is_an_encoder_too(
     assert found[0] == found[1] == found[2]
 
 
+@pytest.mark.slow_unless(task="full")
 @pytest.mark.parametrize("task", TASKS)
 def test_stopping_and_going_on_is_as_never_having_stopped(
     arguments: Callable[..., list[str]],
@@ -212,6 +217,7 @@ def test_the_exported_probe_says_what_the_probe_said(
     assert_classify_says_what_was_predicted(tmp_path / "run", shards)
 
 
+@pytest.mark.slow
 def test_heads_of_a_sweep_train_as_if_alone(
     arguments: Callable[..., list[str]], transfer: Command, tmp_path: Path
 ) -> None:
