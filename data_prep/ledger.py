@@ -7,7 +7,6 @@ work in one folder: each writes shards of its own, and whoever finishes the last
 
 import json
 import re
-import shutil
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterator
@@ -17,8 +16,9 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from cmae_scale.core.errors import ConfigError
-from cmae_scale.core.files import PART, write_first, write_whole
+from cmae_scale.core.errors import ConfigError, DataError
+from cmae_scale.core.files import PART, remove, write_first, write_whole
+from cmae_scale.core.strict_json import parse_json
 from cmae_scale.data.index import INDEX_NAME, ShardIndex, ShardInfo, parse_index
 from cmae_scale.data.offsets import offsets_name
 from data_prep.layout import Part, ShardPlan, Skipped
@@ -63,9 +63,9 @@ def open_ledger(out: Path, options: dict[str, Any], *, part: Part) -> Iterator[N
         for left in out.glob(f"*{PART}"):
             shard = SHARD_PART.fullmatch(left.name)
             if part.of == 1 or (shard is not None and part.owns(int(shard[1]))):
-                left.unlink(missing_ok=True)
+                remove(left)
         for left in out.glob(f"{_scratch_prefix(part)}*"):
-            shutil.rmtree(left)
+            remove(left)
         yield
 
 
@@ -90,16 +90,17 @@ def record_shard(out: Path, written: WrittenShard) -> None:
 
 def read_record(out: Path, name: str) -> WrittenShard | None:
     """The note on one shard; None if there is none (any more)."""
-    try:
-        record = json.loads(_record_path(out, name).read_bytes())
-    except FileNotFoundError:
+    path = _record_path(out, name)
+    if not path.exists():
         return None
-    return WrittenShard(
-        ShardInfo(**record["info"]),
-        tuple(Skipped(*each) for each in record["skipped"]),
-        unpack_tally(record["tally"]),
-        tuple((position, digest) for position, digest in record["digests"]),
-    )
+    with _told_where(path, remedy="delete it, and its shard is made again"):
+        record = parse_json(path.read_bytes())
+        return WrittenShard(
+            ShardInfo(**record["info"]),
+            tuple(Skipped(*each) for each in record["skipped"]),
+            unpack_tally(record["tally"]),
+            tuple((position, digest) for position, digest in record["digests"]),
+        )
 
 
 def read_finished(out: Path, plan: ShardPlan) -> dict[str, ShardInfo]:
@@ -121,12 +122,19 @@ def read_finished(out: Path, plan: ShardPlan) -> dict[str, ShardInfo]:
 def read_skipped(out: Path) -> dict[str, list[Skipped]]:
     """What a finished folder says that its shards lack, by shard. Files that were never listed have none."""
     skipped: dict[str, list[Skipped]] = defaultdict(list)
-    if (out / SKIPPED_NAME).exists():
-        with (out / SKIPPED_NAME).open(encoding="utf-8") as file:
+    path = out / SKIPPED_NAME
+    if path.exists():
+        with _told_where(path, remedy="copy it again"), path.open("rb") as file:
             for line in file:
-                fields = json.loads(line)
+                fields = parse_json(line)
                 if (shard := fields.pop("shard")) is not None:
-                    skipped[shard].append(Skipped(**fields))
+                    skipped[shard].append(_check_skipped(Skipped(**fields)))
+    return skipped
+
+
+def _check_skipped(skipped: Skipped) -> Skipped:
+    if type(skipped.position) is not int or not all(isinstance(text, str) for text in skipped[1:]):
+        raise TypeError("position must be a number, the rest text")
     return skipped
 
 
@@ -151,7 +159,7 @@ def drop_records(index: ShardIndex) -> None:
             (index.folder / offsets_name(name)).unlink(missing_ok=True)
         record.unlink(missing_ok=True)
     for left in index.folder.glob(f"*{PART}"):
-        left.unlink(missing_ok=True)
+        remove(left)
     (index.folder / OPTIONS_NAME).unlink(missing_ok=True)
 
 
@@ -165,11 +173,20 @@ def _record_path(out: Path, name: str) -> Path:
 
 def _read_options(out: Path) -> dict[str, Any] | None:
     """The options that the folder was begun with; None for a fresh one."""
-    try:
-        begun: dict[str, Any] = json.loads((out / OPTIONS_NAME).read_bytes())
-    except FileNotFoundError:
+    path = out / OPTIONS_NAME
+    if not path.exists():
         return parse_index(out).options if (out / INDEX_NAME).exists() else None
-    return begun
+    with _told_where(path, remedy=f"make the shards in another --out, or delete {out}"):
+        return dict(parse_json(path.read_bytes()))
+
+
+@contextmanager
+def _told_where(path: Path, *, remedy: str) -> Iterator[None]:
+    """Whatever is wrong with the content of `path` becomes one sentence."""
+    try:
+        yield
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise DataError(f"{path} is damaged ({error}): {remedy}") from None
 
 
 def _describe_change(out: Path, begun: dict[str, Any], options: dict[str, Any], changed: list[str]) -> str:

@@ -13,9 +13,9 @@ from cmae_scale.core.deepspeed_keys import ADAM_PARAMS, NESTED, TOP_LEVEL
 from cmae_scale.core.errors import ConfigError, nearest
 from cmae_scale.core.settings import CmaeConfig
 from cmae_scale.core.shipped import SHIPPED, find_run_file
+from cmae_scale.core.strict_json import Json, parse_json
 from cmae_scale.core.transfer_settings import TransferConfig
 
-Json = dict[str, Any]
 Settings = CmaeConfig | TransferConfig
 RunKind = Literal["cmae", "transfer"]  # the name of our object in a run file
 
@@ -75,7 +75,7 @@ def read_run(path: str | Path, overrides: Sequence[str] = (), *, kind: RunKind =
     values outside of their range. "auto" values stay until `resolve_run`.
     """
     path = find_run_file(path)
-    tree = _parse(_read_text(path), path)
+    tree = _parse(_read_bytes(path), path)
     for override in overrides:
         _apply_override(tree, override, kind=kind)
     ours = tree.pop(kind, None)
@@ -147,32 +147,26 @@ def check_deepspeed_keys(tree: Mapping[str, Any], *, place: str, kind: RunKind =
         raise ConfigError(f"{place}: zero_optimization.stage must be 0, 1, 2 or 3, not {stage!r}")
 
 
-def _read_text(path: Path) -> str:
+def _read_bytes(path: Path) -> bytes:
     if not path.is_file():
         siblings = path.parent.glob("*.json") if path.parent.is_dir() else []
         hint = nearest(path.name, [sibling.name for sibling in siblings])
         raise ConfigError(f"run file {path} does not exist{hint or f'; the shipped ones are in {SHIPPED}'}")
     try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        return path.read_bytes()
+    except OSError as error:
         raise ConfigError(f"run file {path} cannot be read: {error}") from None
 
 
-def _parse(text: str, path: Path) -> Json:
-    def no_duplicates(pairs: list[tuple[str, Any]]) -> Json:
-        tree = dict(pairs)
-        if len(tree) < len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in names if names.count(name) > 1)
-            raise ConfigError(f'{path}: "{twice}" stands twice in one object: keep one')
-        return tree
-
+def _parse(content: bytes, path: Path) -> Json:
     try:
-        tree = json.loads(text, object_pairs_hook=no_duplicates)
+        tree = parse_json(content)
     except json.JSONDecodeError as error:
         raise ConfigError(
             f"{path}, line {error.lineno}: not JSON ({error.msg}, column {error.colno})"
         ) from None
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: a run file is one JSON object, not a {type(tree).__name__}")
     return tree
@@ -193,9 +187,11 @@ def _apply_override(tree: Json, override: str, *, kind: RunKind) -> None:
     if not equals or not all(names):
         raise ConfigError(f'--set "{override}": write PLACE=VALUE, for instance cmae.mask.ratio=0.65')
     try:
-        value = json.loads(text)
+        value = parse_json(text)
     except json.JSONDecodeError:
         value = text
+    except ValueError as error:
+        raise ConfigError(f'--set "{place}": {error}') from None
     node = tree
     for name in names[:-1]:
         child = node.setdefault(name, {})

@@ -8,6 +8,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from cmae_scale.core.errors import ConfigError
 from cmae_scale.core.settings import Section
+from cmae_scale.core.strict_json import parse_json
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
 
@@ -39,13 +40,15 @@ class StudyConfig(Section):
 def read_study(path: Path) -> StudyConfig:
     """The study of a file. Raises ConfigError with the place of a mistake."""
     try:
-        return StudyConfig.model_validate_json(path.read_text(encoding="utf-8"))
+        return StudyConfig.model_validate_json(json.dumps(parse_json(path.read_bytes())))
     except OSError as error:
         raise ConfigError(f"study file {path} cannot be read: {error.strerror}") from None
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         place = ".".join(str(part) for part in first["loc"])
         raise ConfigError(f"{path}: {place + ': ' if place else ''}{first['msg']}") from None
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}") from None
 
 
 def dump_study(study: StudyConfig) -> dict[str, object]:

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from cmae_scale.core.errors import DataError
 from cmae_scale.core.files import write_text
+from cmae_scale.core.strict_json import parse_json
 
 INDEX_FORMAT = 1
 INDEX_NAME = "index.json"
@@ -121,7 +122,7 @@ def write_index(index: ShardIndex) -> None:
 
 def _validate(text: bytes, path: str) -> IndexFile:
     try:
-        content = json.loads(text)
+        content = parse_json(text)
     except ValueError as error:
         raise DataError(f"{path} is not JSON ({error}): make the shards again") from None
     version = content.get("format") if isinstance(content, dict) else None

@@ -1,6 +1,5 @@
 """Encoders to start from: an exported folder, another project's file, or a timm model."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from cmae_scale.core.errors import ConfigError
 from cmae_scale.core.settings import ModelConfig, ViewsConfig
+from cmae_scale.core.strict_json import parse_json
 from cmae_scale.models.formats.model_file import read_model_file
 from cmae_scale.models.formats.names import WHOSE
 from cmae_scale.models.formats.shapes import HeadCounts
@@ -84,7 +84,7 @@ def _read_config(path: Path) -> dict[str, Any] | None:
     if not file.is_file():
         return None
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = parse_json(file.read_bytes())
     except (OSError, ValueError) as error:
         raise ConfigError(f"no encoder at {path}: its {CONFIG_FILE} cannot be read ({error})") from None
     if not isinstance(config, dict):

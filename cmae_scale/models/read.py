@@ -11,6 +11,7 @@ from torch import nn
 
 from cmae_scale.core.errors import ConfigError
 from cmae_scale.core.settings import ModelConfig
+from cmae_scale.core.strict_json import parse_json
 from cmae_scale.models.build import build_encoder
 from cmae_scale.models.encoder import ImageEncoder
 from cmae_scale.models.hybrid_classifier import HybridClassifier
@@ -38,7 +39,7 @@ def read_description(folder: str | Path) -> EncoderDescription:
     """The description in `folder`. Raises ConfigError where there is none, or none of ours."""
     file = Path(folder) / CONFIG_FILE
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = parse_json(file.read_bytes())
         args, prepared = content["model_args"], content["pretrained_cfg"]
         return EncoderDescription(
             architecture=content["architecture"],

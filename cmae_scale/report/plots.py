@@ -1,6 +1,5 @@
 """The curves of a run, from its metrics.jsonl."""
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from typing import Any
 from matplotlib.ticker import StrMethodFormatter
 
 from cmae_scale.core.errors import DataError
+from cmae_scale.core.strict_json import parse_json
 from cmae_scale.report.canvas import (
     BLUE,
     FAINT,
@@ -67,7 +67,7 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     metrics: list[dict[str, Any]] = []
     for number, line in enumerate(lines, start=1):
         try:
-            entry = json.loads(line)
+            entry = parse_json(line, finite=False)
             if not isinstance(entry, dict) or not isinstance(entry.get("step"), int):
                 raise ValueError('no "step"')
         except ValueError as error:

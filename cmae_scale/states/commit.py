@@ -14,14 +14,14 @@ A crash between any two of the functions here leaves the previous state, or the 
 import hashlib
 import json
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
-from cmae_scale.core.files import PART, digest_file, sync, write_text
+from cmae_scale.core.files import PART, digest_file, remove, sync, write_text
+from cmae_scale.core.strict_json import parse_json
+from cmae_scale.states.description import check_description
 
-_COMMITTED = re.compile(r"step_(\d{8,})")
-_SHARE = re.compile(r"rank_\d{5,}\.safetensors")
+_COMMITTED = re.compile(r"step_([0-9]{8,18})")
 DESCRIPTION, SEAL = "state.json", "state.sha256"
 
 FileEntry = dict[str, Any]  # bytes, sha256
@@ -35,6 +35,11 @@ def list_states(folder: Path) -> list[Path]:
     return [steps[step] for step in sorted(steps, reverse=True)]
 
 
+def read_step(path: Path) -> int:
+    """The step of the state in a folder of that name."""
+    return int(path.name.removeprefix("step_"))
+
+
 def name_part(folder: Path, *, step: int) -> Path:
     """Where the state of `step` is written before it is one."""
     return folder / f"step_{step:08d}{PART}"
@@ -43,7 +48,7 @@ def name_part(folder: Path, *, step: int) -> Path:
 def clear_leftovers(folder: Path) -> None:
     """Remove what interrupted saves have left."""
     for leftover in folder.glob(f"*{PART}"):
-        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        remove(leftover)
 
 
 def describe_file(path: Path) -> FileEntry:
@@ -62,8 +67,7 @@ def write_description(part: Path, description: dict[str, Any]) -> None:
 def commit(part: Path) -> Path:
     """Make it a state. An older one of the same step, whatever its condition, gives way."""
     final = part.with_name(part.name.removesuffix(PART))
-    if final.exists():
-        shutil.rmtree(final)
+    remove(final)
     part.rename(final)
     sync(final.parent)
     return final
@@ -77,9 +81,8 @@ def point_latest(final: Path) -> None:
 def drop_old(folder: Path, *, keep: int, keep_every_steps: int | None) -> None:
     """Remove all but the newest `keep` states and those at multiples of `keep_every_steps`."""
     for old in list_states(folder)[keep:]:
-        step = int(old.name.removeprefix("step_"))
-        if keep_every_steps is None or step % keep_every_steps:
-            shutil.rmtree(old)
+        if keep_every_steps is None or read_step(old) % keep_every_steps:
+            remove(old)
 
 
 def read_description(path: Path) -> dict[str, Any]:
@@ -90,9 +93,11 @@ def read_description(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path / DESCRIPTION} or its seal cannot be read ({error})") from None
     if seal != f"{hashlib.sha256(content).hexdigest()}  {DESCRIPTION}\n":
         raise ValueError(f"{path / DESCRIPTION} is damaged")
-    description: dict[str, Any] = json.loads(content)
-    if not all(_SHARE.fullmatch(name) for name in description["files"]):
-        raise ValueError(f"{path / DESCRIPTION} names files that no state has")
+    try:
+        description: dict[str, Any] = parse_json(content)
+        check_description(description, step=read_step(path))
+    except ValueError as error:
+        raise ValueError(f"{path / DESCRIPTION} is not as a run writes it ({error})") from None
     return description
 
 

@@ -3,6 +3,7 @@
 The files are safetensors: plain numbers with a table of contents, nothing in them can run.
 """
 
+import re
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,6 +17,8 @@ from torch import Tensor
 from cmae_scale.core.errors import ConfigError
 from cmae_scale.core.files import sync
 
+_BUFFER_KEY = re.compile(r"buffer/(?P<name>.+)")
+_PART_KEY = re.compile(r"(?P<kind>[a-z_0-9]+)/(?P<name>.+)@(?P<start>[0-9]{1,18})")
 _NOT_OF_THE_OPTIMIZER = ("weight", "average", "buffer")
 
 
@@ -46,6 +49,7 @@ class ShardReader:
     """All files of a state as one. Ranges are put together from the parts that ranks of any number wrote."""
 
     def __init__(self, paths: Sequence[Path]) -> None:
+        self._paths = paths
         self._files: list[Any] = [_open(path) for path in paths]
         self._parts: dict[tuple[str, str], list[_Part]] = {}
         self._buffers: dict[str, tuple[int, str]] = {}
@@ -90,24 +94,27 @@ class ShardReader:
             raise ConfigError(f'the state has no "{kind}" of {name} from element {position} to {stop}')
         return found[0] if len(found) == 1 else torch.cat(found)
 
-    def read_buffer(self, name: str) -> Tensor:
-        """The buffer `name`. Raises ConfigError when it is not there."""
-        if name not in self._buffers:
-            raise ConfigError(f"the state has no buffer {name}")
-        number, key = self._buffers[name]
-        tensor: Tensor = self._files[number].get_tensor(key)
-        return tensor
+    def read_buffer(self, name: str, *, shape: torch.Size) -> Tensor:
+        """The buffer `name`. Raises ConfigError when none of its size is there."""
+        number, key = self._buffers.get(name, (0, ""))
+        tensor: Tensor | None = self._files[number].get_tensor(key) if key else None
+        if tensor is None or tensor.numel() != shape.numel():
+            raise ConfigError(f"the state has no buffer {name} of shape {list(shape)}")
+        return tensor.view(shape)
 
     def _list(self, number: int, key: str) -> None:
-        kind, _, place = key.partition("/")
-        if kind == "buffer":
-            self._buffers[place] = (number, key)
-            return
-        name, _, start = place.rpartition("@")
         shape = self._files[number].get_slice(key).get_shape()
-        length = shape[0] if shape else 0
-        part = _Part(int(start), int(start) + length, number, key)
-        self._parts.setdefault((kind, name), []).append(part)
+        if match := _BUFFER_KEY.fullmatch(key):
+            self._buffers[match["name"]] = (number, key)
+        elif (match := _PART_KEY.fullmatch(key)) and len(shape) <= 1:
+            start, length = int(match["start"]), shape[0] if shape else 0
+            part = _Part(start, start + length, number, key)
+            self._parts.setdefault((match["kind"], match["name"]), []).append(part)
+        else:
+            raise ConfigError(
+                f"{self._paths[number]} holds {key!r} {shape}, which no state does: move the state's folder "
+                "away to go on from an older one"
+            )
 
     def _slice(self, part: _Part) -> Any:
         return self._files[part.file].get_slice(part.key)

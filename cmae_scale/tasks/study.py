@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cmae_scale.core.errors import DataError
+from cmae_scale.core.strict_json import parse_json
 from cmae_scale.core.study_settings import CellConfig, StudyConfig
 from cmae_scale.report.convergence import Curve, find_overtake
 from cmae_scale.report.plots import read_metrics
@@ -85,10 +86,10 @@ def read_scores(study: StudyConfig, out: Path) -> dict[str, dict[str, float]]:
 
 def _read_top1(path: Path) -> float:
     try:
-        results: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        results: Mapping[str, Any] = parse_json(path.read_bytes())
         found = results["last"]["val_top1"] if "last" in results else results["knn_top1"]
         return float(found)
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path} is damaged ({error}): delete it and run the study again") from None
 
 

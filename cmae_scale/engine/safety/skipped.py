@@ -8,6 +8,7 @@ from cmae_scale.core.collectives import gather_objects
 from cmae_scale.core.errors import DivergedError
 from cmae_scale.core.files import LineFile
 from cmae_scale.core.settings import FaultsConfig
+from cmae_scale.core.strict_json import parse_line
 from cmae_scale.engine.safety.guard import BadStep
 
 Decision = Literal["skip", "rewind"]
@@ -90,10 +91,7 @@ def _read(path: Path) -> dict[int, dict[str, Any]]:
     if not path.is_file():
         return {}
     lines = {}
-    for text in path.read_text(encoding="utf-8").splitlines():
-        try:
-            line = json.loads(text)
-            lines[int(line["step"])] = {"rewound_to": None, **line}
-        except (ValueError, KeyError, TypeError):
-            continue  # the last line of a killed run may be torn: its step is judged anew
+    for line in map(parse_line, path.read_bytes().splitlines()):
+        if line and type(step := line.get("step")) is int:  # else its step is judged anew
+            lines[step] = {"rewound_to": None, **line}
     return lines

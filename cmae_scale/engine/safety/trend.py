@@ -7,11 +7,13 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Float
+from pydantic import TypeAdapter
 from torch import Tensor
 
 from cmae_scale.core.collectives import gather_objects
 from cmae_scale.core.files import write_text
 
+_TRENDS = TypeAdapter(dict[int, tuple[float, float, float]])  # by step
 KEPT = 8  # steps whose trends stay on disk: more than states are usually kept
 
 
@@ -52,18 +54,18 @@ class TrendFile:
     def save(self, trend: Trend, *, step: int) -> None:
         """Keep the trend after `step` steps. Written before the state, so that every state has its trend."""
         if self._is_first:
-            known = {**self._read(), str(step): trend.values.tolist()}
-            newest = sorted(known, key=int)[-KEPT:]
+            known = {**self._read(), step: tuple(trend.values.tolist())}
+            newest = sorted(known)[-KEPT:]
             with suppress(OSError):  # a full disk: the state that follows says so
                 write_text(self._path, json.dumps({name: known[name] for name in newest}) + "\n")
 
     def load_(self, trend: Trend, *, step: int) -> None:
         """Set `trend` to what it was after `step` steps; a new one where nothing is known."""
-        values = gather_objects(self._read().get(str(step), [0.0] * 3) if self._is_first else None)[0]
+        values = gather_objects(self._read().get(step, (0.0,) * 3) if self._is_first else None)[0]
         trend.values.copy_(torch.tensor(values, dtype=torch.float64))
 
-    def _read(self) -> dict[str, list[float]]:
+    def _read(self) -> dict[int, tuple[float, float, float]]:
         try:
-            return dict(json.loads(self._path.read_text()))
-        except (OSError, ValueError, TypeError):
+            return _TRENDS.validate_json(self._path.read_bytes())
+        except (OSError, ValueError):
             return {}

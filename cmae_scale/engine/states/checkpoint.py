@@ -136,7 +136,13 @@ def _take_up(
             "go on with the old settings, or start anew with --out or --set cmae.checkpoint.resume=never"
         )
     write_content(engine, list_pieces(engine, masters=masters, averages=averages), state=state)
-    write_counters(engine, description["counters"])
+    try:
+        write_counters(engine, description["counters"])
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise ConfigError(
+            f"{path / commit.DESCRIPTION} has counters that cannot be taken up ({error!r}): move its folder "
+            "away to go on from an older state, or start over with --set cmae.checkpoint.resume=never"
+        ) from None
 
 
 def _open_part(part: Path) -> None:

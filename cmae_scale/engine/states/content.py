@@ -51,7 +51,7 @@ def write_content(engine: Any, pieces: Sequence[Piece], *, state: ShardReader) -
     for shared in by_holder.values():
         _write_states(engine.basic_optimizer, shared, state=state)
     for name, buffer in engine.module.named_buffers():
-        buffer.copy_(state.read_buffer(name).view_as(buffer))
+        buffer.copy_(state.read_buffer(name, shape=buffer.shape))
     spread_weights(engine)
 
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from cmae_scale.core.config import Run, dump_run
 from cmae_scale.core.errors import ConfigError
+from cmae_scale.states.description import STATE_FORMAT
 
-STATE_FORMAT = 2
 SHOWN = 8  # changed settings
 
 # settings that change where and how fast a run runs, or what it tells, never what it computes

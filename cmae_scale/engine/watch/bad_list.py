@@ -6,6 +6,7 @@ from pathlib import Path
 
 from cmae_scale.core.collectives import gather_objects
 from cmae_scale.core.files import LineFile
+from cmae_scale.core.strict_json import parse_line
 
 BadSample = tuple[str, str]  # key and reason
 
@@ -38,10 +39,5 @@ class BadList:
 def _read_keys(path: Path) -> list[str]:
     if not path.is_file():
         return []
-    keys = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            keys.append(json.loads(line)["key"])
-        except (ValueError, KeyError, TypeError):
-            continue  # the last line of a killed run may be torn
-    return keys
+    lines = map(parse_line, path.read_bytes().splitlines())
+    return [key for line in lines if line and isinstance(key := line.get("key"), str)]

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from cmae_scale.core.errors import ConfigError
 from cmae_scale.core.settings import NetworkConfig
+from cmae_scale.core.strict_json import parse_json
 from cmae_scale.layers.blocks import NORM_EPS
 from cmae_scale.models.cmae import CMAE
 from cmae_scale.models.formats.channels import MEAN, STD, swap_to_rgb
@@ -131,7 +132,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         file = path / name
         if file.is_file():
             try:
-                described |= json.loads(file.read_text(encoding="utf-8"))
+                described |= parse_json(file.read_bytes())
             except (OSError, ValueError, TypeError) as error:
                 raise ConfigError(f"{file} cannot be read as a JSON object: {error}") from None
     return described
