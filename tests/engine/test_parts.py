@@ -16,7 +16,7 @@ from cmae_scale.engine.optim import weight_decay_groups
 from cmae_scale.engine.remat import choose_block_runner
 from cmae_scale.engine.start import read_precision
 from cmae_scale.engine.step import METRIC_NAMES, contrast_factor
-from cmae_scale.engine.watch.journal import drop_later_lines
+from cmae_scale.engine.watch.journal import drop_later_lines, set_aside
 from cmae_scale.engine.watch.meter import Meter
 from cmae_scale.models import build_cmae
 
@@ -111,8 +111,24 @@ def test_metrics_after_the_resumed_step_are_dropped(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     lines = [json.dumps({"step": step}) for step in (10, 20, 30)]
     path.write_text("\n".join([*lines, '{"step": 4']))
-    drop_later_lines(path, step=20)
+    assert drop_later_lines(path, step=20) == 0
     assert path.read_text().splitlines() == lines[:2]
+
+
+def test_damaged_lines_of_metrics_are_counted_and_cost_no_other(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 10}\n{"st\xffep": 20}\n[17]\n{"step": "30"}\n{"step": 40}\n')
+    assert drop_later_lines(path, step=40) == 3
+    assert path.read_bytes() == b'{"step": 10}\n{"step": 40}\n'
+
+
+def test_metrics_of_a_run_without_a_state_are_set_aside_and_never_over_others(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    assert set_aside(path) is None
+    for number in (1, 2):
+        path.write_text(f"{number}\n")
+        assert set_aside(path) == tmp_path / f"metrics_{number}.jsonl"
+    assert [each.read_text() for each in sorted(tmp_path.iterdir())] == ["1\n", "2\n"]
 
 
 def test_a_run_folder_that_cannot_be_written_is_told(

@@ -14,6 +14,16 @@ from cmae_scale.core.locks import hold
 from cmae_scale.core.world import World
 
 LOCK = ".lock"
+# what a run leaves in its folder, by kind: a test compares it with what a run has left
+_ENCODER_FILES = ("config.json", "model.safetensors", "README.md")
+PART_FOLDERS = ("checkpoints", "encoder", "pictures", "stacks", "profile", "model", "last")
+PART_FILES = (
+    *(LOCK, "stop", "config.json", "exit.json", "checkpoints/latest"),
+    *("metrics.jsonl", "bad_samples.jsonl", "skipped_steps.jsonl", "loss_trend.json"),
+    *(f"{folder}/{name}" for folder in ("encoder", "model", "last") for name in _ENCODER_FILES),
+    *("pictures/reconstructions.png", "pictures/curves.png", "curves.png", "confusion.png"),
+    *("results.json", "predictions.csv"),
+)
 WAIT_FOR_LOCK_S = 10.0  # a killed run's last process may still be ending
 
 
@@ -21,7 +31,8 @@ def open_folder(folder: Path, *, world: World) -> None:
     """Make `folder` and try on every rank what a save does: write, sync, rename. All ranks call it.
 
     Raises ConfigError on all of them when one cannot, or does not see what the first one wrote: states are
-    written by all ranks and committed by the first.
+    written by all ranks and committed by the first. Nothing that lies there is touched, and each part of the
+    folder that is there already is tried too: a link to a disk that is not mounted is no empty folder.
     """
     trial, mark = folder / f".try_{world.rank}", folder / ".try_first"
     try:
@@ -29,7 +40,7 @@ def open_folder(folder: Path, *, world: World) -> None:
         write_text(trial, "x" * 4096)  # a full disk may still take an empty file
         if world.is_first:
             write_text(mark, "x")
-        failed = None
+        failed = find_unusable(folder, rank=world.rank)
     except OSError as error:
         failed = f"rank {world.rank} on {socket.gethostname()}: {error}"
     failures = [failure for failure in gather_objects(failed) if failure]
@@ -39,13 +50,33 @@ def open_folder(folder: Path, *, world: World) -> None:
             path.unlink(missing_ok=True)
     if failures:
         raise ConfigError(
-            f"cannot write into the run folder {folder} ({failures[0]}): choose another with --out"
+            f"cannot write into the run folder {folder} ({failures[0]}): mend it, or choose another by --out"
         )
     if not all(sees):
         raise ConfigError(
             f"rank {sees.index(False)} does not see in {folder} what rank 0 writes there: --out must name a "
             "folder on a file system that all machines share"
         )
+
+
+def find_unusable(folder: Path, *, rank: int) -> str | None:
+    """What of the parts that lie in a run folder `rank` could not write to, or None. Leaves all as it is."""
+    for name in (*PART_FOLDERS, *PART_FILES):
+        path, is_folder = folder / name, name in PART_FOLDERS
+        if path.is_symlink() and not path.exists():
+            return f"{path} is a link to nothing: mount the disk that it leads to, or remove the link"
+        if path.exists() and not (path.is_dir() if is_folder else path.is_file()):
+            return f"{path} is no {'folder' if is_folder else 'file'}: move it away"
+        try:
+            if path.is_dir():
+                next(path.iterdir(), None)
+                write_text(path / f".try_{rank}", "x" * 4096)
+                (path / f".try_{rank}").unlink()
+            elif path.exists():
+                path.open("ab").close()
+        except OSError as error:
+            return f"{path}: {error.strerror}"
+    return None
 
 
 @contextmanager

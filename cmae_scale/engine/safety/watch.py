@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
@@ -220,8 +221,9 @@ class Watch:
 
     def _pass_on(self) -> None:
         """A request to leave, to all ranks at once: main threads may be waiting for one another."""
-        if self._world.is_first and self._request is None and self._stop_file.exists():
-            self._stop_file.unlink(missing_ok=True)
+        if self._world.is_first and self._request is None and self._stop_file.is_file():
+            with suppress(OSError):  # then the next run is asked to leave too
+                self._stop_file.unlink(missing_ok=True)
             self._request = STOP_FILE
             self._stop.tell(STOP_FILE)
         if self._request is not None and not self._has_passed_on:

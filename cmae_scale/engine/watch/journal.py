@@ -6,6 +6,7 @@ import resource
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ from torch import Tensor
 
 from cmae_scale.core.collectives import sum_of_ranks
 from cmae_scale.core.durations import Timetable
-from cmae_scale.core.files import LineFile, write_text
+from cmae_scale.core.files import LineFile, write_whole
 from cmae_scale.core.progress import Progress, format_seconds
+from cmae_scale.core.strict_json import parse_line
 from cmae_scale.data.bad_samples import BadSamples
 from cmae_scale.engine.hardware import read_peak_flops
 from cmae_scale.engine.optim import read_learning_rate
@@ -105,7 +107,10 @@ class Journal:
     def go_to(self, step: int) -> None:
         """Begin, or begin again, after `step` steps: what was told of later ones is taken back."""
         if self.session.place.world.is_first:
-            drop_later_lines(self.path, step=step)
+            if step == 0 and (kept := set_aside(self.path)):
+                self.say(f"no state to go on from: the metrics of an earlier start are kept in {kept}")
+            if damaged := drop_later_lines(self.path, step=step):
+                self.say(f"warning: {damaged} lines of {self.path} were no lines of metrics and are left out")
         self.meter = Meter(self.meter.names)
         self._start_interval(step)
 
@@ -217,18 +222,35 @@ class Journal:
         self._waited_s = 0.0
 
 
-def drop_later_lines(path: Path, *, step: int) -> None:
-    """Cut metrics.jsonl back to what was known at `step`, so that a resumed run writes no line twice."""
+def set_aside(path: Path) -> Path | None:
+    """The new name of the metrics of a run that begins anew: they stay, also where its states are lost."""
+    if not path.is_file() or not path.stat().st_size:
+        return None
+    names = (path.with_name(f"{path.stem}_{number}{path.suffix}") for number in count(1))
+    kept = next(name for name in names if not name.exists())
+    path.rename(kept)
+    return kept
+
+
+def drop_later_lines(path: Path, *, step: int) -> int:
+    """Cut metrics.jsonl back to the state of `step`, so that a resumed run writes no line twice.
+
+    Returns how many lines were damaged, which go too; the last one may be torn by a kill and does not count.
+    """
     if not path.is_file():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except (ValueError, KeyError, TypeError):
-            continue  # the last line of a killed run may be torn
-    write_text(path, "".join(kept))
+        return 0
+    lines = path.read_bytes().splitlines()
+    steps = [read_line_step(line) for line in lines]
+    kept = [line + b"\n" for line, at in zip(lines, steps, strict=True) if at is not None and at <= step]
+    with write_whole(path) as file:
+        file.writelines(kept)
+    return steps[:-1].count(None)
+
+
+def read_line_step(line: bytes) -> int | None:
+    """The step that a line of metrics tells of; None for one that is damaged."""
+    entry = parse_line(line) or {}
+    return step if type(step := entry.get("step")) is int else None
 
 
 def flatten_metrics(metrics: Mapping[str, Any]) -> Metrics:
