@@ -17,7 +17,7 @@ from cmae_scale.data.decode import decode_image, open_image
 from cmae_scale.data.image_formats import image_extension
 from cmae_scale.data.index import ShardInfo
 from cmae_scale.data.offsets import write_offsets
-from cmae_scale.data.tar import sum_bytes
+from cmae_scale.data.tar_headers import sum_bytes
 from data_prep.layout import Options, ShardTask, Skipped
 from data_prep.ledger import WrittenShard, record_shard
 from data_prep.listing import Item

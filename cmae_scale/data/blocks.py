@@ -102,8 +102,7 @@ def read_run(part: Part, *, epoch: int, stream: int, first: int) -> Iterator[Sto
         shard = part.shards[piece.shard]
         samples = shard.read(piece.first, piece.samples)
         for number, raw in enumerate(samples, start=starts[piece.shard] + piece.first):
-            label = raw.label if shard.has_labels else None
-            yield StoredSample(number, f"{shard.name}/{raw.key}", raw.image, label)
+            yield StoredSample(number, f"{shard.name}/{raw.key}", raw.image, raw.label)
 
 
 class RawRow(NamedTuple):

@@ -45,10 +45,10 @@ IMAGE_ENDINGS = frozenset(ending for each in FORMATS for ending in each.endings)
 NAMES = ", ".join(each.name for each in FORMATS)
 
 OTHER_CONTENT = (  # what people's files hold instead, and what to do about it
-    (_begins(b"\x1f\x8b"), "gzip-compressed data: unpack it with gunzip"),
-    (_begins(b"\x28\xb5\x2f\xfd"), "zstd-compressed data: unpack it with unzstd"),
-    (_begins(b"BZh"), "bzip2-compressed data: unpack it with bunzip2"),
-    (_begins(b"\xfd7zXZ\0"), "xz-compressed data: unpack it with unxz"),
+    (_begins(b"\x1f\x8b"), "compressed with gzip: unpack it (gunzip -c FILE > NEW)"),
+    (_begins(b"\x28\xb5\x2f\xfd"), "compressed with zstd: unpack it (zstd -dc FILE > NEW)"),
+    (_begins(b"BZh"), "compressed with bzip2: unpack it (bunzip2 -c FILE > NEW)"),
+    (_begins(b"\xfd7zXZ\0"), "compressed with xz: unpack it (xz -dc FILE > NEW)"),
     (_begins(b"PK\x03\x04"), "a zip archive: unpack it first"),
     (_begins(b"7z\xbc\xaf\x27\x1c"), "a 7z archive: unpack it first"),
     (_begins(b"Rar!"), "a rar archive: unpack it first"),
@@ -62,11 +62,14 @@ OTHER_CONTENT = (  # what people's files hold instead, and what to do about it
     (_begins(b"DDS "), "a DDS texture: convert it to PNG"),
     (lambda data: data[4:11] in (b"ftyphei", b"ftyphev", b"ftypmif"), "an HEIC image: convert it to JPEG"),
     (lambda data: data[128:132] == b"DICM", "a DICOM file: export its pixels as 16-bit PNG"),
-    (lambda data: data[257:262] == b"ustar", "a tar archive: pack it with --source webdataset"),
+    (lambda data: data[257:262] == b"ustar", "a tar archive: read it with --source webdataset"),
     (lambda data: b"<svg" in data[:512].lower(), "an SVG drawing: render it as PNG"),
-    (lambda data: b"<html" in data[:512].lower(), "a web page, as failed downloads leave: download it again"),
-    (lambda data: b"<!doctype html" in data[:512].lower(), "a web page, as failed downloads leave"),
+    (lambda data: _is_page(data[:512].lower()), "a web page, as failed downloads leave: download it again"),
 )
+
+
+def _is_page(text: bytes) -> bool:
+    return b"<html" in text or b"<!doctype html" in text
 
 
 def find_format(data: bytes) -> ImageFormat | None:
@@ -86,7 +89,7 @@ def name_other(data: bytes) -> str | None:
 
 
 def describe_content(data: bytes) -> str:
-    """For messages: what bytes that are no image are instead, with the remedy where one is known."""
+    """For messages: what bytes that are no image are instead."""
     if not data:
         return "an empty file"
     if data.count(0) == len(data):

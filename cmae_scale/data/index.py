@@ -1,6 +1,7 @@
 """What a folder of shards holds, as its index.json says: the contract of making shards and reading them."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,6 +14,7 @@ from cmae_scale.core.strict_json import parse_json
 
 INDEX_FORMAT = 1
 INDEX_NAME = "index.json"
+KEYS_OPTION = "keys"  # among the options of tars made elsewhere
 
 REMEDY = "delete it and run the same make_shards command again (it makes what is missing), or copy it again"
 
@@ -101,6 +103,11 @@ def parse_text(text: bytes, *, name: str) -> IndexFile:
             f"{name} says total {parsed.total} but its shards hold {listed}: make the shards again"
         )
     return parsed
+
+
+def reads_by_stem(options: Mapping[str, Any]) -> bool:
+    """Whether a sample's key is what is before the last dot of a name, not the first (see tar)."""
+    return options.get(KEYS_OPTION) == "stem"
 
 
 def write_index(index: ShardIndex) -> None:

@@ -15,7 +15,7 @@ from cmae_scale.core.errors import DataError
 from cmae_scale.core.files import write_text
 from cmae_scale.data.index import ShardInfo
 from cmae_scale.data.storage import Storage, read_text
-from cmae_scale.data.tar import BLOCK
+from cmae_scale.data.tar_headers import BLOCK
 
 ENDING = ".offsets"
 

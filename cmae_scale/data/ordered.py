@@ -92,8 +92,7 @@ def _read_samples(shards: ShardSet, pieces: Sequence[Piece]) -> Iterator[StoredS
         shard = shards.shards[piece.shard]
         first = starts[piece.shard] + piece.first
         for number, raw in enumerate(shard.read(piece.first, piece.samples), start=first):
-            label = raw.label if shard.has_labels else None
-            yield StoredSample(number, f"{shard.name}/{raw.key}", raw.image, label)
+            yield StoredSample(number, f"{shard.name}/{raw.key}", raw.image, raw.label)
 
 
 def _as_batch(samples: list[StoredSample], step: int) -> RawBatch:

@@ -7,22 +7,27 @@ from fnmatch import fnmatchcase
 
 from cmae_scale.core.errors import ConfigError, DataError
 from cmae_scale.core.settings import DataConfig
-from cmae_scale.data.index import INDEX_NAME, ShardInfo, check_size, missing_index, parse_text
+from cmae_scale.data.index import INDEX_NAME, ShardInfo, check_size, missing_index, parse_text, reads_by_stem
 from cmae_scale.data.offsets import offsets_name, read_offsets
 from cmae_scale.data.places import COMMAND, expand_braces, join_place, read_scheme, show_place, split_place
 from cmae_scale.data.storage import Storage, find_places, open_storage, read_text
-from cmae_scale.data.tar import RawSample, read_samples
+from cmae_scale.data.tar import MAX_LABEL, RawSample, read_samples
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One tar. `name` is unique in its set and free of secrets, for messages and the keys of samples."""
+    """One tar. `name` is unique in its set and free of secrets, for messages and the keys of samples.
+
+    A label must be below `classes`. `by_stem`: see tar.
+    """
 
     folder: str
     name: str
     info: ShardInfo
     storage: Storage = field(repr=False)
     has_labels: bool = True
+    classes: int = MAX_LABEL + 1
+    by_stem: bool = False
 
     @property
     def place(self) -> str:
@@ -30,14 +35,33 @@ class Shard:
         return join_place(self.folder, self.info.name)
 
     def read(self, first: int, count: int) -> Iterator[RawSample]:
-        """Samples number `first` to `first + count`. See tar.read_samples."""
+        """Samples number `first` to `first + count`, without labels if the set has none (see tar).
+
+        DataError for a label that no class has: whoever counts by class would write beside the counts.
+        """
         offsets = None
         if count < self.info.samples:
             place = join_place(self.folder, offsets_name(self.info.name))
             offsets = read_offsets(self.storage, place, expected=self.info)
-        return read_samples(
-            self.place, first=first, count=count, expected=self.info, storage=self.storage, offsets=offsets
+        samples = read_samples(
+            self.place,
+            first=first,
+            count=count,
+            expected=self.info,
+            storage=self.storage,
+            offsets=offsets,
+            by_stem=self.by_stem,
         )
+        for sample in samples:
+            if not self.has_labels:
+                yield sample._replace(label=None)
+            elif sample.label is not None and sample.label >= self.classes:
+                raise DataError(
+                    f"{self.name}: sample '{sample.key}' has label {sample.label}, the {INDEX_NAME} names "
+                    f"{self.classes} classes: look at the folder with check_shards, or make the shards again"
+                )
+            else:
+                yield sample
 
 
 @dataclass(frozen=True)
@@ -80,7 +104,15 @@ def open_shards(places: str | Sequence[str], *, data: DataConfig) -> ShardSet:
         )
     names = _distinguish([folder.place for folder in folders])
     shards = [
-        Shard(folder.place, names[folder.place] + info.name, info, folder.storage, has_labels=same_classes)
+        Shard(
+            folder.place,
+            names[folder.place] + info.name,
+            info,
+            folder.storage,
+            has_labels=same_classes and bool(folder.classes),
+            classes=len(folder.classes),
+            by_stem=folder.by_stem,
+        )
         for folder in folders
         for info in folder.shards
     ]
@@ -102,6 +134,7 @@ class _Folder:
     storage: Storage
     shards: tuple[ShardInfo, ...]
     classes: tuple[str, ...]
+    by_stem: bool
 
 
 def _read_entry(entry: str, *, data: DataConfig) -> Iterator[_Folder]:
@@ -131,7 +164,7 @@ def _read_folder(place: str, names: list[str], *, storage: Storage) -> _Folder:
             if not any(fnmatchcase(shard.name, name) for shard in shards):
                 raise DataError(f"{show_place(index_place)} lists no shard {name}: look at cmae.data.shards")
         shards = tuple(shard for shard in shards if any(fnmatchcase(shard.name, name) for name in names))
-    return _Folder(place, storage, shards, index.classes)
+    return _Folder(place, storage, shards, index.classes, reads_by_stem(index.options))
 
 
 def _check_sizes(folders: Sequence[_Folder]) -> None:

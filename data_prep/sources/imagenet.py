@@ -12,7 +12,8 @@ from typing import BinaryIO
 import numpy as np
 
 from cmae_scale.core.errors import ConfigError, DataError
-from cmae_scale.data.tar import Member, list_members
+from cmae_scale.data.tar import list_members
+from cmae_scale.data.tar_headers import Member
 from data_prep.listing import Item, Listing
 from data_prep.sources.members import Window, open_archive, read_member
 from data_prep.sources.source import IMAGE_ENDINGS, Source, SourceRequest, existing_folder, show_path

@@ -9,7 +9,8 @@ from typing import BinaryIO
 
 from cmae_scale.core.errors import ConfigError, DataError
 from cmae_scale.data.index import INDEX_NAME, read_index
-from cmae_scale.data.tar import Member, list_members
+from cmae_scale.data.tar import list_members
+from cmae_scale.data.tar_headers import Member
 from data_prep.listing import Item, Listing
 from data_prep.sources.members import MAX_IMAGE_BYTES, open_archive, read_member
 from data_prep.sources.source import IMAGE_ENDINGS, Source, SourceRequest, number_classes

@@ -70,7 +70,7 @@ def test_of_several_pictures_the_first_is_taken(form: str) -> None:
     [
         (b"", "an empty file"),
         (bytes(600), "nothing but zeros"),
-        (b"\x1f\x8b\x08\0\0\0", "gunzip"),
+        (b"\x1f\x8b\x08\0\0\0", "compressed with gzip: unpack it"),
         (b"PK\x03\x04....", "zip archive"),
         (b"version https://git-lfs.github.com/spec/v1", "git lfs pull"),
         (b"\0\0\0\x18ftypheic", "HEIC"),

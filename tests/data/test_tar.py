@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from cmae_scale.core.errors import DataError
 from cmae_scale.data.index import ShardInfo
-from cmae_scale.data.tar import RawSample, list_members, read_samples
+from cmae_scale.data.tar import RawSample, find_offsets, list_members, read_samples, split_members
 
 SAMPLES = [
     RawSample("000000000", b"\xff\xd8\xff first", 3),
@@ -148,9 +148,12 @@ def test_any_flipped_bit_of_any_header_is_noticed(tmp_path: Path, whole: bytes) 
         ([("a.cls", b"1"), ("b.jpg", b"2")], "sample 'a' has no image"),
         ([("a.jpg", b"1"), ("a.png", b"2")], "sample 'a' has two images"),
         ([("a.jpg", b"1"), ("a.cls", b"one")], "label of sample 'a' is b'one'"),
-        ([("a.jpg", b"1"), ("a.cls", b"-1")], "label of sample 'a' is b'-1'"),
-        ([("a.jpg", b"1"), ("a.cls", b"")], "label of sample 'a' is b''"),
-        ([("a.v1.jpg", b"1"), ("a.v2.jpg", b"2")], "sample 'a' has no image"),
+        ([("a.jpg", b"1"), ("a.cls", b"-2")], "label of sample 'a' is b'-2'"),
+        ([("a.jpg", b"1"), ("a.cls", b"+1")], r"label of sample 'a' is b'\+1'"),
+        ([("a.jpg", b"1"), ("a.cls", b"1_0")], "label of sample 'a' is b'1_0'"),
+        ([("a.jpg", b"1"), ("a.cls", str(2**63).encode())], "label of sample 'a' is b'9223372036854775808'"),
+        ([("a.jpg", b"1"), ("a.cls", b"9" * 5000)], "label of sample 'a' is b'99999999999999999999', not"),
+        ([("a.v1.jpg", b"1"), ("a.v2.jpg", b"2")], "sample 'a' has two images"),
         ([("a.jpg", b"1")], "ends 1 samples early"),
         ([("a.jpg", b"1"), ("b.jpg", b"2"), ("c.jpg", b"3")], "more samples than the index says"),
         ([("a.pkl", b"1"), ("b.pyd", b"2")], "sample 'a' has no image"),
@@ -167,12 +170,143 @@ def test_samples_that_do_not_add_up_are_refused(
 
 
 @pytest.mark.parametrize(
-    "content", [bytes(10240), b"<html>not found</html>" * 400, b"", b"\x1f\x8b" + bytes(2046)]
+    ("content", "said"),
+    [
+        (bytes(10240), "is damaged"),
+        (b"", "is damaged"),
+        (b"<html>not found</html>" * 400, "is no tar archive but a web page"),
+        (b"\x1f\x8b" + bytes(2046), r"is no tar archive but compressed with gzip: .*gunzip"),
+        (b"PK\x03\x04" + bytes(999), "is no tar archive but a zip archive"),
+        (b"\xff\xd8\xff" + bytes(999), "is no tar archive but a JPEG image"),
+    ],
 )
-def test_a_file_that_is_no_tar_is_refused(tmp_path: Path, content: bytes) -> None:
+def test_a_file_that_is_no_tar_is_refused(tmp_path: Path, content: bytes, said: str) -> None:
     info = write_shard(tmp_path / "a.tar", content, samples=1)
-    with pytest.raises(DataError, match="is damaged"):
+    with pytest.raises(DataError, match=said):
         read_all(tmp_path / "a.tar", info)
+    if "no tar" in said:
+        with (tmp_path / "a.tar").open("rb") as file, pytest.raises(DataError, match=said):
+            find_offsets(file, name="a.tar")
+
+
+SIZE = slice(124, 136)
+
+
+def with_size(content: bytes, size: bytes, *, member: int) -> bytes:
+    """The archive with another size field in a header, under a right checksum."""
+    damaged = bytearray(content)
+    begin = [place for place in range(0, len(content), 512) if content[place + 257 : place + 262] == b"ustar"]
+    header = memoryview(damaged)[begin[member] :][:512]
+    header[SIZE] = size
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    return bytes(damaged)
+
+
+SIZES = [
+    *(b"-0000000001\0", b"-0000001000\0", b"-1\0", b"+0000000014\0", b"0o000000014\0", b"0000_000014\0"),
+    *(
+        b"0x00000014 \0",
+        b"00000000019\0",
+        b"\x80" + bytes(11),
+        b"\xff" * 12,
+        bytes(12),
+        b" " * 12,
+        b"12\00012\0",
+    ),
+]
+
+
+@pytest.mark.parametrize("member", [0, 2, 5])
+@pytest.mark.parametrize("size", SIZES, ids=repr)
+def test_a_size_that_is_no_plain_octal_number_is_damage(
+    tmp_path: Path, whole: bytes, size: bytes, member: int
+) -> None:
+    content = with_size(whole, size.ljust(12, b"\0")[:12], member=member)
+    info = write_shard(tmp_path / "a.tar", content, samples=4)
+    with pytest.raises(DataError, match=r"is damaged: the header at byte .* gives no size"):
+        read_all(tmp_path / "a.tar", info)
+    with (tmp_path / "a.tar").open("rb") as file, pytest.raises(DataError, match="gives no size"):
+        find_offsets(file, name="a.tar")
+
+
+@settings(max_examples=300, deadline=None)
+@given(size=st.binary(min_size=12, max_size=12) | st.text("0123456789 -+_ox\0", min_size=12, max_size=12))
+def test_whatever_a_size_field_holds_the_archive_is_read_or_refused(
+    tmp_path_factory: pytest.TempPathFactory, size: bytes | str
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "size.tar"
+    field = size.encode() if isinstance(size, str) else size
+    info = write_shard(path, with_size(tar_bytes(members(SAMPLES)), field, member=1), samples=4)
+    with contextlib.suppress(DataError):
+        read_all(path, info)
+
+
+@pytest.mark.parametrize(
+    "length", ["9" * 5000, "1000000", "-19", "+19", "1_9", "019", "0", "", " 19", "\u0661\u0669"]
+)
+def test_a_pax_record_of_an_absurd_length_is_damage(tmp_path: Path, length: str) -> None:
+    record = f"{length} path=other.jpg\n".encode()
+    header = tarfile.TarInfo("pax")
+    header.type, header.size = tarfile.XHDTYPE, len(record)
+    blocks = header.tobuf(tarfile.USTAR_FORMAT) + record + bytes(-len(record) % 512)
+    info = write_shard(tmp_path / "a.tar", blocks + tar_bytes([("a.jpg", b"1")]), samples=1)
+    with pytest.raises(DataError, match="is damaged: it holds a malformed pax record"):
+        read_all(tmp_path / "a.tar", info)
+
+
+@pytest.mark.parametrize(("text", "label"), [(b"", None), (b"-1", None), (b" -1\n", None), (b"7\n", 7)])
+def test_an_empty_label_and_minus_one_are_none(tmp_path: Path, text: bytes, label: int | None) -> None:
+    info = write_shard(tmp_path / "a.tar", tar_bytes([("a.jpg", b"1"), ("a.cls", text)]), samples=1)
+    assert read_all(tmp_path / "a.tar", info) == [RawSample("a", b"1", label)]
+
+
+DOTTED = [
+    ("cam.008.jpg", b"8"),
+    ("cam.008.cls", b"1"),
+    ("cam.009.jpg", b"9"),
+    ("cam.009.cls", b"2"),
+    ("b.jpg", b"b"),
+]
+
+
+def test_names_with_a_dot_in_each_are_read_by_their_stems(tmp_path: Path) -> None:
+    path = tmp_path / "a.tar"
+    info = write_shard(path, tar_bytes(DOTTED), samples=3)
+    expected = [RawSample("cam.008", b"8", 1), RawSample("cam.009", b"9", 2), RawSample("b", b"b", None)]
+    with path.open("rb") as file:
+        offsets = find_offsets(file, name="a", by_stem=True)
+    for first in range(3):
+        for known in (None, offsets):
+            read = read_samples(
+                path, first=first, count=3 - first, expected=info, offsets=known, by_stem=True
+            )
+            assert list(read) == expected[first:]
+
+
+@pytest.mark.parametrize(
+    ("names", "samples"),
+    [
+        (["a.1.jpg", "a.2.jpg", "b.1.jpg"], {"a.1": 1, "a.2": 1, "b.1": 1}),
+        (["a.jpg", "a.seg.png", "a.cls"], {"a": 3}),
+        (["a.rgb.jpg", "a.cls"], {"a": 2}),
+        (["2019.01.05.jpg", "2019.01.05.cls", "2019.01.06.jpg"], {"2019.01.05": 2, "2019.01.06": 1}),
+        (["v1.0/a.jpg", "v1.0/a.cls"], {"v1.0/a": 2}),
+    ],
+)
+def test_dots_mean_parts_of_a_sample_only_beside_a_name_without_them(
+    tmp_path: Path, names: list[str], samples: dict[str, int]
+) -> None:
+    (tmp_path / "a.tar").write_bytes(tar_bytes([(name, b"1") for name in names]))
+    with (tmp_path / "a.tar").open("rb") as file:
+        found = {key: len(own) for key, own in split_members(list_members(file, name="a"))}
+    assert found == samples
+
+
+def test_the_image_of_a_sample_may_have_a_name_of_its_own_where_no_other_is_there(tmp_path: Path) -> None:
+    parts = [("a.depth.png", b"depth"), ("a.jpg", b"image"), ("b.cls", b"1"), ("b.rgb.jpg", b"other")]
+    info = write_shard(tmp_path / "a.tar", tar_bytes(parts), samples=2)
+    assert [sample.image for sample in read_all(tmp_path / "a.tar", info)] == [b"image", b"other"]
 
 
 def test_two_tars_glued_together_are_refused(tmp_path: Path, whole: bytes) -> None:
@@ -237,9 +371,10 @@ def test_members_are_listed_without_an_index_and_damage_is_named(tmp_path: Path)
         members = list(list_members(file, name="some.tar"))
         assert [(member.key, member.ending, member.size) for member in members] == [
             ("a/1", "tar", 700),
+            ("no_ending", "", 700),
             ("2", "jpeg", 700),
         ]
-        file.seek(members[1].data)
+        file.seek(members[2].data)
         assert file.read(700) == b"2" * 700
     path.write_bytes(path.read_bytes()[:4096])
     with path.open("rb") as file, pytest.raises(DataError, match=r"some\.tar is damaged: it ends at byte"):
