@@ -117,7 +117,7 @@ def test_a_class_that_is_not_utf8_is_told_before_anything_is_written(tmp_path: P
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"\x1f\x8b\x08 more", "is gzip-compressed data: unpack it"),
+        (b"\x1f\x8b\x08 more", "is compressed with gzip: unpack it"),
         (b"PK\x03\x04 more", "is a zip archive: unpack it"),
         (b"PAR1 more", "is a Parquet file: pack it with --source huggingface"),
         (b"version https://git-lfs.github.com/spec/v1\n", "is a Git LFS pointer"),

@@ -172,3 +172,102 @@ def test_a_pattern_chooses_among_tars(tmp_path: Path) -> None:
     source = list_webdataset(tmp_path / "train-*.tar")
     assert [source.read(item) for item in source.items] == [b"train-0", b"train-1"]
     assert len(list_webdataset(tmp_path / "val-0.tar").items) == 1
+
+
+def label_names(folder: Path) -> dict[bytes, str | None]:
+    """The class of each image of a folder, by name."""
+    classes = read_index(folder).classes
+    return {
+        sample.image: None if sample.label is None else classes[sample.label] for sample in read_all(folder)
+    }
+
+
+def test_names_with_dots_are_samples_of_their_own_and_none_is_lost(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    names = [f"cam.{number:03d}" for number in range(8)] + [f"plain{number}" for number in range(8)]
+    members = [
+        member
+        for number, name in enumerate(names)
+        for member in ((f"{name}.png", picture(number)), (f"{name}.cls", b"%d" % (number % 3)))
+    ]
+    write_tar(tmp_path / "in" / "x.tar", members)
+    assert make(tmp_path / "in", tmp_path / "out") == 0
+    assert label_names(tmp_path / "out") == {picture(number): str(number % 3) for number in range(16)}
+
+
+@pytest.mark.parametrize("ids", [[10**9, 7], [999_999_999], [2**63 - 1, 5], [70_000, 3, 10**6]])
+def test_sparse_ids_are_classes_by_name_and_no_others(tmp_path: Path, ids: list[int]) -> None:
+    (tmp_path / "in").mkdir()
+    members = [
+        member
+        for number, label in enumerate(ids)
+        for member in ((f"{number}.png", picture(number)), (f"{number}.cls", b"%d" % label))
+    ]
+    write_tar(tmp_path / "in" / "x.tar", members)
+    assert make(tmp_path / "in", tmp_path / "out") == 0
+    assert read_index(tmp_path / "out").classes == tuple(str(label) for label in sorted(ids))
+    assert label_names(tmp_path / "out") == {picture(n): str(label) for n, label in enumerate(ids)}
+
+
+@pytest.mark.parametrize("text", [str(2**63).encode(), b"9" * 5000, b"-7", b"1e9", b"dog"])
+def test_an_absurd_label_is_one_sentence_or_left_out_with_all_labels(
+    tmp_path: Path, text: bytes, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "in").mkdir()
+    write_tar(tmp_path / "in" / "x.tar", [("a.png", picture(0)), ("a.cls", text)])
+    assert make(tmp_path / "in", tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert "sample has a label that is not a class number (--no_labels takes" in error
+    assert error.count("\n") == 1
+    assert make(tmp_path / "in", tmp_path / "other", "--no_labels") == 0
+    assert label_names(tmp_path / "other") == {picture(0): None}
+
+
+def test_folders_in_tars_are_the_classes_where_no_label_says_any(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "in").mkdir()
+    names = ["data/cat/1.png", "data/dog/2.png", "data/cat/3.png"]
+    write_tar(tmp_path / "in" / "x.tar", [(name, picture(n)) for n, name in enumerate(names)])
+    assert make(tmp_path / "in", tmp_path / "out") == 0
+    assert "labels: the folders in the tars, 2 classes" in capsys.readouterr().out
+    assert label_names(tmp_path / "out") == {picture(0): "cat", picture(1): "dog", picture(2): "cat"}
+
+
+@pytest.mark.parametrize("folders", [["one", "one"], ["train", "val"], ["", "cat"]])
+def test_folders_that_say_no_classes_are_none(tmp_path: Path, folders: list[str]) -> None:
+    (tmp_path / "in").mkdir()
+    write_tar(tmp_path / "in" / "x.tar", [(f"{f}/{n}.png", picture(n)) for n, f in enumerate(folders)])
+    assert list_webdataset(tmp_path / "in").classes == ()
+
+
+def test_every_member_is_in_the_shards_or_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "in").mkdir()
+    members = [
+        ("a.png", picture(0)),
+        ("README", b"x"),
+        ("a.json", b"{}"),
+        ("a.mask.png", picture(1)),
+        ("._a.png", b"x"),
+        ("b.txt", b"caption of a lost image"),
+        ("c.tif", picture(2)),
+    ]
+    write_tar(tmp_path / "in" / "x.tar", members)
+    assert make(tmp_path / "in", tmp_path / "out") == 0
+    assert {sample.image for sample in read_all(tmp_path / "out")} == {picture(0), picture(2)}
+    assert "left behind: members beside the images (1 .json, 1 .mask.png)" in capsys.readouterr().out
+    skipped = (tmp_path / "out" / "skipped.jsonl").read_text()
+    assert all(f'"x.tar/{name}"' in skipped for name in ("README", "._a.png", "b.txt"))
+
+
+def test_tars_of_several_splits_are_not_one_set(tmp_path: Path) -> None:
+    for name in ("train-0", "train-1", "val-0"):
+        write_tar(tmp_path / f"{name}.tar", [("1.png", picture(0)), ("1.cls", b"1")])
+    splits = SOURCES["webdataset"](SourceRequest(tmp_path))
+    assert {split: len(source.items) for split, source in splits.items()} == {"train": 2, "val": 1}
+
+
+def test_a_tar_that_is_something_else_is_called_what_it_is(tmp_path: Path) -> None:
+    (tmp_path / "x.tar").write_bytes(b"\x1f\x8b\x08" + bytes(600))
+    with pytest.raises(DataError, match=r"x\.tar is no tar archive but compressed with gzip: unpack it"):
+        list_webdataset(tmp_path)
