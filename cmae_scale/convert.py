@@ -35,14 +35,15 @@ LIBRARIES: "dict[str, Library]" = {  # of the formats that get a card; a hybrid 
 }
 EXAMPLES = """\
   python -m cmae_scale.convert mae_pretrain_vit_base_full.pth weights/mae --to cmae
-  python -m cmae_scale.convert runs/vitb/encoder weights/vit --to huggingface
+  python -m cmae_scale.convert runs/vitb weights/vit --to huggingface
   python -m cmae_scale.convert cmae_vit-base-p16_32xb128-coslr-300e_in1k.pth weights/cmae --to encoder
   python -m cmae_scale.convert runs/convvitb/encoder encoder.onnx --to onnx
   python -m cmae_scale.convert runs/vitb/encoder hub/vitb --to encoder --push_to_hub me/vitb
 
-IN is a .pth or .safetensors file, or a folder with model.safetensors and config.json: MAE and ConvMAE
-(pre-trained or fine-tuned), official CMAE (whole, fine-tuned, or its backbone), timm's and Hugging Face's
-ViT, Hugging Face's ViTMAE, or this project's own. No code in it is run. Sizes are read from the tensors."""
+IN is a run's folder (its newest whole state), a single state of one, a .pth or .safetensors file, or a folder
+with model.safetensors and config.json: MAE and ConvMAE (pre-trained or fine-tuned), official CMAE (whole,
+fine-tuned, or its backbone), timm's and Hugging Face's ViT, Hugging Face's ViTMAE, or this project's own. No
+code in it is run. Sizes are read from the tensors."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -66,6 +67,8 @@ def convert(argv: Sequence[str] | None) -> None:
         file = file.to_rgb()
     elif file.is_bgr:
         print("warning: these weights want BGR images normalised with RGB's mean and std", file=sys.stderr)
+    if args.part == "target":
+        file = file.to_target()
     args.out.parent.mkdir(parents=True, exist_ok=True)
     find_writer(args.to)(file, args.out)
     print(describe(file))
@@ -84,7 +87,7 @@ def read_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         epilog=f"formats of --to:\n{formats}\n\nexamples:\n{EXAMPLES}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("source", type=Path, metavar="IN", help="file or folder of weights")
+    parser.add_argument("source", type=Path, metavar="IN", help="file or folder of weights, or a run")
     parser.add_argument("out", type=Path, metavar="OUT", help="folder or file to write")
     parser.add_argument("--to", required=True, choices=FORMATS, help="what to write")
     parser.add_argument(
@@ -101,6 +104,12 @@ def read_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="rgb (default): weights trained on BGR images, as the official CMAE's, are made to take RGB",
     )
     parser.add_argument(
+        "--part",
+        choices=("online", "target"),
+        default="online",
+        help="the trained encoder (default), or its moving average",
+    )
+    parser.add_argument(
         "--license", default="unknown", metavar="NAME", help="the licence field of the card (README.md)"
     )
     parser.add_argument(
@@ -109,6 +118,8 @@ def read_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="also upload OUT there, to a new repository as a private one",
     )
     args = parser.parse_args(argv)
+    if args.part == "target" and args.to in ("cmae", "huggingface_mae"):
+        parser.error(f"--part target is an encoder alone, and --to {args.to} more than that")
     if args.push_to_hub and args.to not in LIBRARIES:
         parser.error(f"--push_to_hub takes a folder that others load: --to {', '.join(LIBRARIES)}")
     return args

@@ -47,10 +47,18 @@ def pretrain(argv: Sequence[str] | None) -> None:
     """Read what to do before torch and DeepSpeed take their seconds to load: a typo is told at once."""
     parser = build_parser(__doc__.splitlines()[0], examples=EXAMPLES)
     parser.add_argument("--stop_at", type=int, metavar="STEP", help="save and end after this step")
+    parser.add_argument(
+        "--export_only", action="store_true", help="write RUN/encoder from the newest state, and end"
+    )
     args = parser.parse_args(argv)
     wait_without_spinning()
     with StopRequest() as stop:
         run = read_run(args.deepspeed_config, read_overrides(args))
+        if args.export_only:
+            from cmae_scale.tasks.export import export_newest
+
+            export_newest(run)
+            return
         from cmae_scale.engine.safety.attend import attend
 
         with attend(run, stop) as place:

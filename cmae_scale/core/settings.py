@@ -81,7 +81,7 @@ class ModelConfig(Section):
     patch_size: int = Field(16, ge=1)  # px. Source: ViT-S/B/L; ViT-H uses 14
     pixel_decoder: PixelDecoderConfig = PixelDecoderConfig()
     feature_decoder: FeatureDecoderConfig = FeatureDecoderConfig()
-    init: str | None = None  # start from these weights: a file or folder that cmae_scale.convert reads
+    init: str | None = None  # start from these weights: a run, file or folder that cmae_scale.convert reads
     attention: Attention = "auto"  # which scaled-dot-product kernel; a named one that cannot run is an error
     remat: Remat = (
         "none"  # recompute in backward: selective keeps the matrix products, full only block inputs

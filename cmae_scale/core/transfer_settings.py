@@ -25,8 +25,8 @@ from cmae_scale.core.settings import (
 class StartConfig(Section):
     """The encoder that everything starts from."""
 
-    place: str = Field(min_length=1)  # a folder such as RUN/encoder, a file of MAE, ConvMAE, CMAE or Hugging
-    # Face, or "timm:NAME"
+    place: str = Field(min_length=1)  # a run, a folder such as RUN/encoder, a file of MAE, ConvMAE, CMAE or
+    # Hugging Face, or "timm:NAME"
     num_heads: int | None = Field(None, ge=1)  # of a file of no published size; null = as published
     random: bool = False  # only its architecture counts: weights are drawn anew, as pre-training starts
     attention: Attention = "auto"

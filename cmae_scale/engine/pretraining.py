@@ -26,8 +26,7 @@ from cmae_scale.engine.step import METRIC_NAMES, accumulate_gradients
 from cmae_scale.engine.watch.health import Health
 from cmae_scale.engine.weights import gather_weights
 from cmae_scale.layers.attention import AttentionChoice, choose_attention, set_attention_
-from cmae_scale.models.card import CARD_FILE, Library, build_card, describe_run, write_card
-from cmae_scale.models.weights import export_encoder
+from cmae_scale.models.export import export_run
 from cmae_scale.sizing.flops import count_flops
 from cmae_scale.sizing.sizes import read_size
 
@@ -83,18 +82,11 @@ class Pretraining:
         return gather_weights(self.session.engine.module.online_encoder)
 
     def export(self, metrics: Mapping[str, Any]) -> Path:
-        """Write the online encoder to RUN/encoder: see `export_encoder`. Its card tells the `metrics`."""
-        run = self.session.run
-        folder = run.out / "encoder"
-        weights = self.gather_encoder()
+        """Write the online encoder to RUN/encoder; all ranks call it together. See `export_run`."""
+        run, weights = self.session.run, self.gather_encoder()
         if self.session.place.world.is_first:
-            model = run.cmae.model
-            export_encoder(weights, folder, model=model, views=run.cmae.views)
-            if metrics or not (folder / CARD_FILE).exists():
-                facts = describe_run(run, metrics=metrics)
-                library: Library = "cmae-scale" if model.is_hybrid else "timm"
-                write_card(folder, build_card(run.out.name, facts=facts, library=library))
-        return folder
+            export_run(run, weights, metrics=metrics)
+        return run.out / "encoder"
 
 
 def start_pretraining(run: Run, *, place: Place, data_order: str) -> Session:

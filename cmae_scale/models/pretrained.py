@@ -48,11 +48,12 @@ class PretrainedEncoder:
 
 
 def open_encoder(place: str, *, with_weights: bool = True, num_heads: int | None = None) -> PretrainedEncoder:
-    """The encoder of a folder (RUN/encoder, also as local-dir:FOLDER), a file, or timm's model "timm:NAME".
+    """The encoder of a run, a folder (RUN/encoder, local-dir:FOLDER), a file, or timm's model "timm:NAME".
 
-    A file, or a folder without a config.json of ours or timm's, may have any layout that `formats` reads:
-    MAE, ConvMAE, official CMAE (whose weights are made to take RGB), Hugging Face; `num_heads` is for sizes
-    that nobody published. Raises ConfigError when there is no encoder, or another kind of network.
+    Of a run, or of one of its states, it is that of the newest state, whether the run has ended or not. A
+    file, or a folder without a config.json of ours or timm's, may have any layout that `formats` reads: MAE,
+    ConvMAE, official CMAE (whose weights are made to take RGB), Hugging Face; `num_heads` is for sizes that
+    nobody published. Raises ConfigError when there is no encoder, or another kind of network.
     """
     if place.startswith(TIMM):
         return _open_timm(place.removeprefix(TIMM), with_weights)
@@ -77,8 +78,8 @@ def _read_config(path: Path) -> dict[str, Any] | None:
     """The folder's config.json; None for a file or a folder without one."""
     if not path.exists():
         raise ConfigError(
-            f"no encoder at {path}: give a run's encoder/ folder, a timm model's folder, a file of weights, "
-            f'or "{TIMM}NAME"'
+            f"no encoder at {path}: give a run's folder, a timm model's folder, a file of weights, or "
+            f'"{TIMM}NAME"'
         )
     file = path / CONFIG_FILE
     if not file.is_file():

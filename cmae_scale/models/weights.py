@@ -155,7 +155,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     file = path / WEIGHTS_FILE if path.is_dir() else path
     if not file.is_file():
         raise ConfigError(
-            f"no weights at {file}: give a .safetensors or .pth file, or a run's encoder folder"
+            f"no weights at {file}: give a .safetensors or .pth file, a run's encoder folder, or a run that "
+            "has saved a state"
         )
     try:
         if file.suffix == ".safetensors":

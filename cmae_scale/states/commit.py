@@ -36,8 +36,11 @@ def list_states(folder: Path) -> list[Path]:
 
 
 def read_step(path: Path) -> int:
-    """The step of the state in a folder of that name."""
-    return int(path.name.removeprefix("step_"))
+    """The step of the state in a folder of that name. Raises ValueError for a name that no state has."""
+    match = _COMMITTED.fullmatch(path.resolve().name)
+    if match is None:
+        raise ValueError("its folder is no longer called step_ and its step in eight digits")
+    return int(match[1])
 
 
 def name_part(folder: Path, *, step: int) -> Path:

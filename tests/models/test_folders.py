@@ -273,7 +273,7 @@ def test_what_a_format_needs_is_said(tmp_path: Path, published: Any) -> None:
     for kind, make in (("vit", published.make_mae), ("hybrid", published.make_convmae)):
         torch.save(make(classes=5), tmp_path / f"{kind}.pth")
     heads = HeadCounts(encoder=3)
-    with pytest.raises(ConfigError, match="a fine-tuned model lacks"):
+    with pytest.raises(ConfigError, match="a fine-tuned model and a target branch lack"):
         folders.write_huggingface(read_model_file(tmp_path / "vit.pth", heads=heads), tmp_path / "out")
     with pytest.raises(ConfigError, match="has no classifier"):
         folders.write_classifier(file, tmp_path / "out")

@@ -65,7 +65,8 @@ def write_classifier(file: ModelFile, folder: Path) -> None:
 def write_huggingface(file: ModelFile, folder: Path) -> None:
     """A folder for transformers.ViTModel.from_pretrained(FOLDER, add_pooling_layer=False)."""
     _refuse_hybrid(file, "Hugging Face")
-    _need(file, "online_encoder.norm.weight", "ViTModel ends with a norm, which a fine-tuned model lacks")
+    why = "ViTModel ends with a norm, which a fine-tuned model and a target branch lack"
+    _need(file, "online_encoder.norm.weight", why)
     encoder = {n: t for n, t in file.tensors.items() if n.startswith("online_encoder.")}
     config = {"architectures": ["ViTModel"], "model_type": "vit", **_describe_vit(file)}
     write_model(to_huggingface(encoder, prefix=""), folder, config=config)

@@ -18,6 +18,7 @@ from cmae_scale.models.cmae import CMAE
 from cmae_scale.models.formats.channels import MEAN, STD, swap_to_rgb
 from cmae_scale.models.formats.names import WHOSE, Layout, find_layout, to_ours
 from cmae_scale.models.formats.prefixes import choose_branch
+from cmae_scale.models.formats.run_states import RunState, open_run
 from cmae_scale.models.formats.shapes import HeadCounts, ShapeReader
 from cmae_scale.models.hybrid import ENDS
 from cmae_scale.models.weights import CONFIG_FILE, read_weights
@@ -58,25 +59,54 @@ class ModelFile:
         notice = "trained on BGR images; its patch embeddings now take RGB, with the same features"
         return replace(self, tensors=tensors, is_bgr=False, notices=(*self.notices, notice))
 
+    def to_target(self) -> "ModelFile":
+        """The encoder's moving average in its place, and nothing else. ConfigError where there is none."""
+        target = {f"online_encoder.{name}": tensor for name, tensor in self.part("target_encoder").items()}
+        if not target:
+            raise ConfigError(f"{self.path} has no target branch, only {', '.join(self.parts)}")
+        return replace(self, tensors=target, notices=(*self.notices, "the target branch's encoder"))
+
 
 def read_model_file(path: Path, *, heads: HeadCounts | None = None) -> ModelFile:
-    """The model in a file, or in a folder with a config.json of ours, timm's or Hugging Face's.
+    """The model in a file, in a folder with a config.json of ours, timm's or Hugging Face's, or in a run.
 
-    Raises ConfigError for names that its layout does not have, for missing tensors and for wrong shapes,
-    with a list of them.
+    Of a run's folder the newest whole state is read; see `run_states.open_run`. Raises ConfigError for names
+    that its layout does not have, for missing tensors and for wrong shapes, with a list of them.
     """
+    source = open_run(path)
+    return (
+        _read_state(source) if isinstance(source, RunState) else _read_tensors(source, heads or HeadCounts())
+    )
+
+
+def _read_state(state: RunState) -> ModelFile:
+    cfg = state.run.cmae
+    return ModelFile(
+        path=state.path,
+        layout="ours",
+        tensors=state.read(),
+        cfg=cfg,
+        mean=cfg.views.mean,
+        std=cfg.views.std,
+        is_bgr=False,
+        notices=state.notices,
+    )
+
+
+def _read_tensors(path: Path, heads: HeadCounts) -> ModelFile:
     branch, described = choose_branch(read_weights(path), path=path), _read_config(path)
     layout = find_layout(list(branch.tensors))
     renamed = to_ours(branch.tensors, layout)
     if renamed.unknown:
         raise ConfigError(f"{path} has tensors with none of the {WHOSE[layout]}: {_some(renamed.unknown)}")
-    reader = ShapeReader(renamed.tensors, heads=_fill_in(heads or HeadCounts(), described))
+    reader = ShapeReader(renamed.tensors, heads=_fill_in(heads, described))
     try:
         written = described.get("cmae") if layout == "ours" else None
         cfg = read_network(written) if written else reader.config()
     except ValidationError as error:
         raise ConfigError(f"{path}: its sizes make no model: {_first_fault(error)}") from None
-    check_whole(renamed.tensors, cfg, path=path)
+    has_norm = (described.get("model_args") or {}).get("final_norm", True)
+    check_whole(renamed.tensors, cfg, path=path, has_norm=has_norm)
     return ModelFile(
         path=path,
         layout=layout,
@@ -100,12 +130,17 @@ def read_network(settings: Mapping[str, Any]) -> NetworkConfig:
     return NetworkConfig.model_validate_json(json.dumps(own))
 
 
-def check_whole(tensors: Mapping[str, Tensor], cfg: NetworkConfig, *, path: Path) -> None:
-    """Raise ConfigError unless every part is there as a whole, with the shapes of `cfg`."""
+def check_whole(
+    tensors: Mapping[str, Tensor], cfg: NetworkConfig, *, path: Path, has_norm: bool = True
+) -> None:
+    """Raise ConfigError unless every part is there as a whole, with the shapes of `cfg`.
+
+    Without `has_norm` the encoder may lack its last norm, as that of a fine-tuned model or a target branch.
+    """
     with torch.device("meta"):
         expected = {name: tuple(tensor.shape) for name, tensor in CMAE(cfg, mask=None).state_dict().items()}
     parts = {name.split(".")[0] for name in tensors}
-    optional = PRETRAINING_ONLY if "classifier" in parts else ()
+    optional = PRETRAINING_ONLY if "classifier" in parts or not has_norm else ()
     missing = [
         name
         for name in expected

@@ -1,0 +1,110 @@
+"""The weights in a run's training states, read without an engine and on any number of processes."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from cmae_scale.core.config import Run
+from cmae_scale.core.errors import ConfigError
+from cmae_scale.core.settings import CmaeConfig
+from cmae_scale.models.cmae import CMAE
+from cmae_scale.models.weights import CONFIG_FILE, WEIGHTS_FILE
+from cmae_scale.states.commit import DESCRIPTION, list_states
+from cmae_scale.states.description import STATE_FORMAT
+from cmae_scale.states.newest import Chosen, check_files, choose_state
+from cmae_scale.states.shards import ShardReader
+
+CHECKPOINTS = "checkpoints"
+_EXPORTS = ("encoder", "model")  # what a finished run leaves: of pre-training, of a transfer
+
+
+@dataclass(frozen=True)
+class RunState:
+    """A whole state of a pre-training run; `run` is its resolved run file."""
+
+    path: Path
+    run: Run
+    step: int
+    files: tuple[Path, ...]
+    passed_over: tuple[str, ...]  # what is wrong with newer ones
+
+    @property
+    def notices(self) -> tuple[str, ...]:
+        """What the user should know of the choice."""
+        older = (f"warning: {damage}, so an older state was taken" for damage in self.passed_over)
+        return (*older, f"weights of step {self.step:,}")
+
+    def read(self, part: str = "") -> dict[str, Tensor]:
+        """The model's tensors, or those of a `part` such as "online_encoder" under its own names, in fp32."""
+        state, prefix = ShardReader(self.files), f"{part}." if part else ""
+        with torch.device("meta"):
+            model = CMAE(self.run.cmae, mask=None)
+        parameters = {
+            name: state.read("weight", name, 0, parameter.numel()).view(parameter.shape).float()
+            for name, parameter in model.named_parameters()
+            if name.startswith(prefix)
+        }
+        buffers = {
+            name: state.read_buffer(name, shape=buffer.shape).to(buffer.dtype)
+            for name, buffer in model.named_buffers()
+            if name.startswith(prefix)
+        }
+        return {name.removeprefix(prefix): tensor for name, tensor in (parameters | buffers).items()}
+
+
+def open_run(path: Path) -> RunState | Path:
+    """What holds the weights of `path`: of a run's folder its newest whole state, checked as resuming does.
+
+    A single state, or a folder of states, will do. Of a run without a state, and of a transfer run, it is the
+    folder that was exported. Anything that is of no run is given back as it is.
+    """
+    if (path / WEIGHTS_FILE).is_file():
+        return path
+    chosen = _choose(path)
+    export = next((path / name for name in _EXPORTS if (path / name / CONFIG_FILE).is_file()), None)
+    if chosen is None:
+        return export or path
+    stamp = chosen.description["stamp"]
+    if "cmae" in stamp["run"]:
+        return _open_state(chosen, stamp)
+    if export is None:
+        raise ConfigError(
+            f"{chosen.path} is a state of a transfer run: give the folder model/ that it exports when it has "
+            "been validated"
+        )
+    return export
+
+
+def _choose(path: Path) -> Chosen | None:
+    if (path / DESCRIPTION).is_file():
+        damage, description = check_files(path)
+        if damage is not None or description is None:
+            raise ConfigError(f"{damage}: give the run's folder, of which the newest whole state is taken")
+        return Chosen(path, description, ())
+    folder = path if list_states(path) else path / CHECKPOINTS
+    return choose_state(folder, remedy="restore one, or give the folder that the run has exported")
+
+
+def _open_state(chosen: Chosen, stamp: dict[str, Any]) -> RunState:
+    if stamp["format"] != STATE_FORMAT:
+        raise ConfigError(
+            f"{chosen.path} has format {stamp['format']}, this version reads {STATE_FORMAT}: export its "
+            "encoder with the version that wrote it"
+        )
+    tree = dict(stamp["run"])
+    try:
+        settings = CmaeConfig.model_validate_json(json.dumps(tree.pop("cmae")))
+    except ValidationError as error:
+        place = ".".join(map(str, error.errors(include_url=False)[0]["loc"]))
+        raise ConfigError(
+            f"{chosen.path} was written with settings that this version does not have (cmae.{place}): export "
+            "its encoder with the version that wrote it"
+        ) from None
+    files = tuple(chosen.path / name for name in sorted(chosen.description["files"]))
+    run = Run(chosen.path / DESCRIPTION, settings, tree)
+    return RunState(chosen.path, run, int(chosen.description["step"]), files, chosen.passed_over)
