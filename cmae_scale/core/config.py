@@ -8,8 +8,9 @@ from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ValidationError
 
+from cmae_scale.core.autos import check_autos, fill_autos, plan_optimizer
 from cmae_scale.core.batches import MICRO, STEPS, TOTAL, BatchSizes
-from cmae_scale.core.deepspeed_keys import ADAM_PARAMS, NESTED, TOP_LEVEL
+from cmae_scale.core.deepspeed_sections import check_deepspeed, drop_unserved, prefer_torch_adam_
 from cmae_scale.core.errors import ConfigError, nearest
 from cmae_scale.core.settings import CmaeConfig
 from cmae_scale.core.shipped import SHIPPED, find_run_file
@@ -81,43 +82,28 @@ def read_run(path: str | Path, overrides: Sequence[str] = (), *, kind: RunKind =
     ours = tree.pop(kind, None)
     if not isinstance(ours, dict):
         raise ConfigError(f'{path}: the object "{kind}" is missing: {_explain_missing(tree, kind)}')
-    check_deepspeed_keys(tree, place=str(path), kind=kind)
-    return Run(path=path, settings=_read_settings(ours, path, kind=kind), deepspeed=tree)
+    check_deepspeed(tree, place=str(path), kind=kind, ours=_places(_KINDS[kind]))
+    tree = drop_unserved(tree, place=str(path), kind=kind)
+    settings = _read_settings(ours, path, kind=kind)
+    check_autos(tree, settings, place=str(path))
+    return Run(path=path, settings=settings, deepspeed=tree)
 
 
 def resolve_run(run: Run, *, batch: BatchSizes, total_steps: int, warmup_steps: int) -> Run:
-    """The same run with every "auto" replaced by its number; running the result's JSON gives the same run.
-
-    `lr` follows the linear scaling rule base_lr * train_batch_size / 256 (Source: MAE appendix A.1, official
-    config); scheduler totals follow the schedule; "auto" sizes of zero_optimization are left to DeepSpeed.
-    """
+    """The same run with every "auto" replaced by its number; running the result's JSON gives the same run."""
+    if "optimizer" not in run.deepspeed:
+        raise ConfigError(f'{run.path}: "optimizer" is missing: write {{"type": "AdamW", "params": {{...}}}}')
     tree = json.loads(json.dumps(run.deepspeed))
+    tree["optimizer"].setdefault("params", {}).setdefault("lr", "auto")
+    known = plan_optimizer(
+        run.settings, batch_samples=batch.total, total_steps=total_steps, warmup_steps=warmup_steps
+    )
+    tree = fill_autos(tree, known)
+    prefer_torch_adam_(tree)
     tree[TOTAL], tree[MICRO], tree[STEPS] = batch.total, batch.micro, batch.accumulation
     # DeepSpeed clips at a norm of 1 unless told otherwise (its runtime/constants.py). The official code and
     # MAE clip nowhere
     tree.setdefault("gradient_clipping", 0.0)
-    if "optimizer" not in tree:
-        raise ConfigError(f'{run.path}: "optimizer" is missing: write {{"type": "AdamW", "params": {{...}}}}')
-    tree["optimizer"].setdefault("params", {}).setdefault("lr", "auto")
-    peak = run.settings.schedule.base_lr * batch.total / 256
-    known = {
-        ("optimizer", "lr"): peak,
-        ("scheduler", "warmup_max_lr"): peak,
-        ("scheduler", "warmup_min_lr"): peak * run.settings.schedule.warmup_start,
-        ("scheduler", "warmup_num_steps"): warmup_steps,
-        ("scheduler", "total_num_steps"): total_steps,
-    }
-    for (section, name), value in known.items():
-        params = tree.get(section, {}).get("params", {})
-        if params.get(name) == "auto":
-            params[name] = value
-    zero = tree.get("zero_optimization", {})
-    for name in [name for name, value in zero.items() if value == "auto" and name != "stage"]:
-        del zero[name]
-    if left := _find_auto(tree):
-        raise ConfigError(
-            f'{run.path}: "{left}" cannot be "auto": nothing else in the run says what it should be'
-        )
     settled = run.settings.model_copy(update={"out": str(run.out)})
     return replace(run, settings=settled, deepspeed=tree)
 
@@ -126,25 +112,6 @@ def dump_run(run: Run) -> str:
     """The run file's text, every default written out."""
     ours = json.loads(run.settings.model_dump_json())
     return json.dumps({**run.deepspeed, run.kind: ours}, indent=2) + "\n"
-
-
-def check_deepspeed_keys(tree: Mapping[str, Any], *, place: str, kind: RunKind = "cmae") -> None:
-    """Raise ConfigError for a name DeepSpeed does not know, with the nearest one it does."""
-    _check_names(tree, frozenset(TOP_LEVEL) | {kind}, place=place, prefix="", kind=kind)
-    for name, allowed in TOP_LEVEL.items():
-        if allowed is not None and name in tree:
-            _check_names(_object(tree, name, place=place), allowed, place=place, prefix=f"{name}.")
-    for (section, name), allowed in NESTED.items():
-        inner = tree.get(section, {}).get(name)
-        if isinstance(inner, dict):
-            _check_names(inner, allowed, place=place, prefix=f"{section}.{name}.")
-    optimizer = tree.get("optimizer", {})
-    if str(optimizer.get("type", "")).lower() in ("adam", "adamw"):
-        params = _object(optimizer, "params", place=place) if "params" in optimizer else {}
-        _check_names(params, ADAM_PARAMS, place=place, prefix="optimizer.params.")
-    stage = tree.get("zero_optimization", {}).get("stage", 0)
-    if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
-        raise ConfigError(f"{place}: zero_optimization.stage must be 0, 1, 2 or 3, not {stage!r}")
 
 
 def _read_bytes(path: Path) -> bytes:
@@ -201,35 +168,6 @@ def _apply_override(tree: Json, override: str, *, kind: RunKind) -> None:
     node[names[-1]] = value
 
 
-def _object(tree: Mapping[str, Any], name: str, *, place: str) -> Json:
-    value = tree[name]
-    if not isinstance(value, dict):
-        raise ConfigError(f"{place}: {name} must be an object {{...}}, not {value!r}")
-    return value
-
-
-def _check_names(
-    tree: Mapping[str, Any],
-    allowed: frozenset[str],
-    *,
-    place: str,
-    prefix: str,
-    kind: RunKind = "cmae",
-) -> None:
-    for name in tree:
-        if name not in allowed:
-            known = f"{prefix}{name}" if not prefix else name
-            raise ConfigError(
-                f'{place}: "{prefix}{name}" is not a DeepSpeed setting{nearest(known, allowed)}'
-                f"{_elsewhere(name, kind) if not prefix else ''}"
-            )
-
-
-def _elsewhere(name: str, kind: RunKind) -> str:
-    place = next((place for place in _places(_KINDS[kind]) if place.rsplit(".", 1)[-1] == name), None)
-    return f'; "{kind}.{place}" is one of ours' if place else ""
-
-
 def _read_settings(tree: Json, path: Path, *, kind: RunKind) -> Settings:
     try:
         return _KINDS[kind].model_validate_json(json.dumps(tree))
@@ -277,13 +215,3 @@ def _places(section: type[BaseModel], prefix: str = "") -> list[str]:
             if isinstance(kind, type) and issubclass(kind, BaseModel):
                 places += _places(kind, f"{prefix}{name}.")
     return places
-
-
-def _find_auto(tree: Any, prefix: str = "") -> str | None:
-    if tree == "auto":
-        return prefix
-    if isinstance(tree, dict):
-        for name, value in tree.items():
-            if found := _find_auto(value, f"{prefix}.{name}" if prefix else name):
-                return found
-    return None

@@ -184,3 +184,33 @@ ADAM_PARAMS = frozenset(
         "fp32_optimizer_states",
     }
 )
+
+_REMOVED = "DeepSpeed has removed it"
+
+# What DeepSpeed reads and nothing here uses, with the reason or what to write instead
+UNSERVED = {
+    "pipeline": "blocks are not spread over ranks",
+    "tensor_parallel": "blocks are not spread over ranks",
+    "use_data_before_expert_parallelism": "there are no experts",
+    "seq_parallel_communication_data_type": "sequences are not spread over ranks",
+    "data_efficiency": "samples come from {kind}.data",
+    "curriculum_learning": "samples come from {kind}.data",
+    "dataloader_drop_last": "samples come from {kind}.data",
+    "autotuning": "python -m cmae_scale.plan compares layouts",
+    "hybrid_engine": "it is for generating text while training",
+    "weight_quantization": "it is for inference",
+    "checkpoint": "see {kind}.checkpoint",
+    "compile": "for pre-training there is cmae.compile",
+    "disable_allgather": "DeepSpeed does not use it",
+    "amp": f"{_REMOVED}, see torch_autocast",
+    "nebula": _REMOVED,
+    "compression_training": _REMOVED,
+    "sparse_attention": _REMOVED,
+    "sparse_gradients": _REMOVED,
+}
+
+# What DeepSpeed writes to its log at level "info" only, which is below what is shown
+LOGGED = {
+    "comms_logger": 'it needs log_level "info" and verbose; see also {kind}.monitor.breakdown',
+    "dump_state": 'it needs log_level "info"',
+}

@@ -49,7 +49,8 @@ def test_defaults_follow_the_official_code(run_file: Path) -> None:
         ("cmae.model.depth=3", "encoder names a size already"),
         ("zero_optimisation.stage=2", "\"zero_optimisation\" is not a DeepSpeed setting; did you mean"),
         ("zero_optimization.stag=2", "did you mean 'stage'?"),
-        ("zero_optimization.stage=auto", "zero_optimization.stage must be 0, 1, 2 or 3"),
+        ("zero_optimization.stage=auto", "what \"auto\" should be for zero_optimization.stage"),
+        ("zero_optimization.stage=4", "zero_optimization.stage must be 0, 1, 2 or 3"),
         ("zero_optimization.offload_param.devise=cpu", "did you mean 'device'?"),
         ("optimizer.params.betass=1", "did you mean 'betas'?"),
         ("optimizer=AdamW", "optimizer must be an object"),
@@ -151,12 +152,6 @@ def test_scheduler_totals_follow_the_schedule(run_file: Path) -> None:
     )
     resolved = resolve_run(run, batch=plan_batch(run.deepspeed, ranks=1), total_steps=100, warmup_steps=10)
     assert resolved.deepspeed["scheduler"]["params"] == {"total_num_steps": 100, "warmup_num_steps": 10}
-
-
-def test_auto_is_refused_where_nothing_says_the_value(run_file: Path) -> None:
-    run = read_run(run_file, ["gradient_clipping=auto"])
-    with pytest.raises(ConfigError, match='"gradient_clipping" cannot be "auto"'):
-        resolve_run(run, batch=plan_batch(run.deepspeed, ranks=1), total_steps=1, warmup_steps=0)
 
 
 def test_the_known_names_are_those_of_the_installed_deepspeed() -> None:
