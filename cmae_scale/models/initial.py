@@ -1,5 +1,6 @@
 """Starting a run from weights that exist already: whole models of any known origin, or an encoder alone."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -9,6 +10,7 @@ from cmae_scale.core.settings import CmaeConfig
 from cmae_scale.models.cmae import CMAE
 from cmae_scale.models.formats.model_file import PRETRAINING_ONLY, ModelFile, read_model_file
 from cmae_scale.models.formats.names import WHOSE
+from cmae_scale.models.formats.positions import refit_positions
 from cmae_scale.models.formats.shapes import HeadCounts
 from cmae_scale.sizing.sizes import read_size
 
@@ -19,12 +21,13 @@ _MAY_DIFFER = ("target_encoder.norm.", *PRETRAINING_ONLY)
 def start_from_(model: CMAE, cfg: CmaeConfig, *, path: Path) -> list[str]:
     """Give `model` the weights in `path`, and say what came from where.
 
-    What the file has is taken, fixed positions too: those of MAE are laid out otherwise than ours. What it
-    lacks: the target is a copy of the online branch, as at the start of any run; everything else keeps the
-    starting values of the run's seed. What the run has no use for is left out. Weights trained on BGR images
-    are made to take RGB. Raises ConfigError where a shape is not the run's.
+    What the file has is taken, fixed positions too: those of MAE are laid out otherwise than ours. Images of
+    another size get positions to suit (see `refit_positions`), which is told. What the file lacks: the target
+    is a copy of the online branch, as at the start of any run; everything else keeps the starting values of
+    the run's seed. What the run has no use for is left out. Weights trained on BGR images are made to take
+    RGB. Raises ConfigError where a shape is not the run's.
     """
-    file = read_model_file(path, heads=_read_heads(cfg)).to_rgb()
+    file = _fit_grid(read_model_file(path, heads=_read_heads(cfg)).to_rgb(), grid=cfg.grid)
     _check_fit(model, file)
     missing = model.load_state_dict(
         {name: tensor for name, tensor in file.tensors.items() if name in model.state_dict()}, strict=False
@@ -53,6 +56,19 @@ def _read_heads(cfg: CmaeConfig) -> HeadCounts:
     )
 
 
+def _fit_grid(file: ModelFile, *, grid: int) -> ModelFile:
+    """The same with positions for grid x grid patches."""
+    old = file.cfg.grid
+    if old == grid:
+        return file
+    refitted = {n: refit_positions(t, grid=grid) for n, t in file.tensors.items() if n.endswith("pos_embed")}
+    are_computed = all(one.is_computed for one in refitted.values())
+    how = "are fixed, so computed for" if are_computed else "were learned, so interpolated to"
+    notice = f"positions of its {old} x {old} patches {how} {grid} x {grid}"
+    positions = {name: one.positions for name, one in refitted.items()}
+    return replace(file, tensors=file.tensors | positions, notices=(*file.notices, notice))
+
+
 def _check_fit(model: CMAE, file: ModelFile) -> None:
     """Raise ConfigError unless the parts that file and run both have are of one size."""
     state = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -66,8 +82,7 @@ def _check_fit(model: CMAE, file: ModelFile) -> None:
         shapes = [list(place[name]) if name in place else "absent" for place in (given, state)]
         raise ConfigError(
             f"cmae.model.init {file.path} is a model of another size or kind, for instance {name} is "
-            f"{shapes[0]} there and {shapes[1]} in this run: give cmae.model, cmae.heads and "
-            "cmae.views.img_px the file's sizes"
+            f"{shapes[0]} there and {shapes[1]} in this run: give cmae.model and cmae.heads the file's sizes"
         )
 
 
