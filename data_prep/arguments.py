@@ -16,7 +16,7 @@ from data_prep.sources import SOURCES, SourceRequest
 DEFAULT_QUALITY = 90
 EXAMPLES = """examples:
   python data_prep/make_shards.py --source digits --out shards/digits
-  python data_prep/make_shards.py --source imagefolder --root images/train --out shards/train
+  python data_prep/make_shards.py --source imagefolder --root images --val_fraction 0.05 --out shards/mine
   python data_prep/make_shards.py --source flat --root photos --out shards/photos --resize_short 384
   python data_prep/make_shards.py --source imagenet --root downloads --out shards/imagenet
   python data_prep/make_shards.py --source webdataset --root other --out shards/other --dedup --skip_bad
@@ -54,6 +54,8 @@ def read_command(argv: Sequence[str] | None, *, description: str) -> Command:
     args = _build_parser(description).parse_args(argv)
     if args.quality is not None and args.resize_short is None:
         raise ConfigError("--quality needs --resize_short: images are never re-encoded otherwise")
+    if args.dry_run and args.val_fraction is not None:
+        raise ConfigError("--val_fraction has to read all images, which --dry_run does not: leave out one")
     if args.no_labels and (args.classes or args.label_column):
         raise ConfigError("--no_labels leaves out what --classes and --label_column ask for")
     options = Options(
@@ -66,6 +68,7 @@ def read_command(argv: Sequence[str] | None, *, description: str) -> Command:
         min_side_px=args.min_side_px,
         dedup=args.dedup,
         verify_pixels=args.verify_pixels,
+        val_fraction=args.val_fraction,
     )
     return Command(
         options=options,
@@ -136,6 +139,12 @@ def _add_what_is_written(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("what is in the shards").add_argument
     add("--samples_per_shard", type=_positive, default=2000, metavar="N", help="default %(default)s")
     add("--seed", type=int, default=0, metavar="N", help="of the shuffle (default %(default)s)")
+    add(
+        "--val_fraction",
+        type=_fraction,
+        metavar="F",
+        help="write DIR/train and DIR/val, with this part of the images, chosen by their content",
+    )
     add("--limit", type=_positive, metavar="N", help="keep the first N of the shuffled images")
     add("--min_side_px", type=_positive, metavar="PX", help="leave out images whose shorter side is below PX")
     add("--dedup", action="store_true", help="keep one of images with exactly the same bytes")
@@ -188,6 +197,13 @@ def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
+    return value
+
+
+def _fraction(text: str) -> float:
+    value = float(text)
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"must lie between 0 and 1, not {text}")
     return value
 
 

@@ -13,6 +13,7 @@ class Options:
     """Everything that decides what a finished shard contains, besides the images themselves.
 
     `resize_short` re-encodes images whose short side is longer (px) as JPEG of `quality`; None copies all.
+    `val_fraction` is that of the images that a set of their own holds, None if there is none.
     """
 
     source: str
@@ -24,6 +25,7 @@ class Options:
     min_side_px: int | None = None
     dedup: bool = False
     verify_pixels: bool = False
+    val_fraction: float | None = None
 
 
 class Part(NamedTuple):
@@ -114,4 +116,7 @@ class ShardPlan:
 
     def describe(self) -> dict[str, Any]:
         """The options and a digest of the list, as the index keeps them and a second run compares."""
-        return {**asdict(self.options), "files": len(self.items), "listing_sha256": self.items.digest}
+        options = asdict(self.options)
+        if self.options.val_fraction is None:  # it was not always there
+            del options["val_fraction"]
+        return {**options, "files": len(self.items), "listing_sha256": self.items.digest}

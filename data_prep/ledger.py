@@ -9,7 +9,7 @@ import json
 import re
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import chain
@@ -22,12 +22,15 @@ from cmae_scale.core.strict_json import parse_json
 from cmae_scale.data.index import INDEX_NAME, ShardIndex, ShardInfo, parse_index
 from cmae_scale.data.offsets import offsets_name
 from data_prep.layout import Part, ShardPlan, Skipped
+from data_prep.listing import Item
 from data_prep.locks import hold_part
+from data_prep.sources import Read, Source
 from data_prep.tally import Tally, pack_tally, unpack_tally
 
 OPTIONS_NAME = ".making.json"
 RECORD_ENDING = ".done.json"
 SKIPPED_NAME = "skipped.jsonl"
+SCRATCH = ".scratch-"
 SHARD_PART = re.compile(rf"\.shard-(\d+)\..*{re.escape(PART)}")
 
 
@@ -64,8 +67,7 @@ def open_ledger(out: Path, options: dict[str, Any], *, part: Part) -> Iterator[N
             shard = SHARD_PART.fullmatch(left.name)
             if part.of == 1 or (shard is not None and part.owns(int(shard[1]))):
                 remove(left)
-        for left in out.glob(f"{_scratch_prefix(part)}*"):
-            remove(left)
+        drop_scratch(out, part=part)
         yield
 
 
@@ -74,6 +76,22 @@ def open_scratch(out: Path, *, part: Part) -> Iterator[Path]:
     """A folder for what a part needs on disk while it works: beside its shards, where there must be room."""
     with tempfile.TemporaryDirectory(prefix=_scratch_prefix(part), dir=out) as folder:
         yield Path(folder)
+
+
+@contextmanager
+def open_reader(source: Source, items: Iterable[Item], *, out: Path, part: Part) -> Iterator[Read]:
+    """What gives the bytes of any of `items`, copied to a scratch folder of `out` if need be."""
+    if source.stage is None:
+        yield source.read
+        return
+    with open_scratch(out, part=part) as scratch:
+        yield source.stage(scratch, iter(items))
+
+
+def drop_scratch(out: Path, *, part: Part | None = None) -> None:
+    """Remove what killed runs left: that of one part, or of all."""
+    for left in out.glob(f"{SCRATCH}*" if part is None else f"{_scratch_prefix(part)}*"):
+        remove(left)
 
 
 def record_shard(out: Path, written: WrittenShard) -> None:
@@ -164,7 +182,7 @@ def drop_records(index: ShardIndex) -> None:
 
 
 def _scratch_prefix(part: Part) -> str:
-    return f".scratch-{part.number}-of-{part.of}-"
+    return f"{SCRATCH}{part.number}-of-{part.of}-"
 
 
 def _record_path(out: Path, name: str) -> Path:

@@ -3,7 +3,6 @@
 import sys
 import time
 from collections.abc import Container, Mapping, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 
 if __package__ in (
@@ -16,8 +15,9 @@ from cmae_scale.core.cli import run_command
 from cmae_scale.core.errors import DataError
 from data_prep.arguments import Command, read_command
 from data_prep.executors import run_tasks
+from data_prep.held_out import hold_out
 from data_prep.layout import Part, ShardPlan, ShardSlot
-from data_prep.ledger import open_ledger, open_scratch, read_finished
+from data_prep.ledger import open_ledger, open_reader, read_finished
 from data_prep.locks import hold_merge
 from data_prep.merge import LeftOut, known_left_out, plan_left_out, write_data_set
 from data_prep.relabel import drop_labels, take_classes
@@ -46,6 +46,8 @@ def list_splits(command: Command) -> dict[str, Source]:
         splits = {split: drop_labels(source) for split, source in splits.items()}
     if command.classes is not None:
         splits = {split: take_classes(source, command.classes) for split, source in splits.items()}
+    if command.options.val_fraction is not None:
+        splits = hold_out(splits, command.options.val_fraction, command=command)
     return splits
 
 
@@ -96,11 +98,7 @@ def write_slots(
     made = Tally()
     if not slots:
         return made
-    with ExitStack() as stack:
-        read = source.read
-        if source.stage is not None:
-            scratch = stack.enter_context(open_scratch(out, part=command.part))
-            read = source.stage(scratch, plan.items_of(slots))
+    with open_reader(source, plan.items_of(slots), out=out, part=command.part) as read:
         writer = ShardWriter(out, read, plan.options, command.skip_bad)
         tasks = (plan.fill(slot, left_out=left_out.get(slot.name, {})) for slot in slots)
         shards = run_tasks(

@@ -21,23 +21,36 @@ MAX_CLASSES_NAMED = 5
 MAX_BAD_LINES = 20  # skipped.jsonl has them all
 
 
+class Progress:
+    """Images done of `total`: a bar on a terminal, to be closed, and a line now and then elsewhere."""
+
+    def __init__(self, total: int, *, doing: str) -> None:
+        self.bar = tqdm(total=total, unit=" images", desc=doing, disable=None, leave=False)
+        self._total, self._doing, self._done = total, doing, 0
+        self._started_s = self._line_s = time.monotonic()
+
+    def add(self, images: int) -> None:
+        """Count more of them as done."""
+        self._done += images
+        self.bar.update(images)
+        now_s = time.monotonic()
+        if self.bar.disable and now_s - self._line_s > LINE_EVERY_S:
+            self._line_s = now_s
+            left = format_seconds((now_s - self._started_s) / self._done * (self._total - self._done))
+            print(f"{self._doing}: {self._done:,} of {self._total:,} images, {left} left", flush=True)
+
+
 def show_progress(shards: Iterable[WrittenShard], *, total: int, out: Path) -> Iterator[WrittenShard]:
-    """Pass the shards on, with a bar on a terminal and a line now and then elsewhere."""
-    started_s = line_s = time.monotonic()
-    with tqdm(total=total, unit=" images", desc=str(out), disable=None, leave=False) as bar:
-        done = bad = 0
+    """Pass the shards on; say how far they are, and which images are bad."""
+    progress = Progress(total, doing=str(out))
+    with progress.bar:
+        bad = 0
         for written in shards:
             for each in written.skipped:
                 bad += each.kind == "bad"
                 if each.kind == "bad" and bad <= MAX_BAD_LINES:
-                    bar.write(f"skipped {each.name}: {each.reason}", file=sys.stderr)
-            done += written.info.samples + len(written.skipped)
-            bar.update(written.info.samples + len(written.skipped))
-            now_s = time.monotonic()
-            if bar.disable and now_s - line_s > LINE_EVERY_S:
-                line_s = now_s
-                left = format_seconds((now_s - started_s) / done * (total - done))
-                print(f"{out}: {done:,} of {total:,} images, {left} left", flush=True)
+                    progress.bar.write(f"skipped {each.name}: {each.reason}", file=sys.stderr)
+            progress.add(written.info.samples + len(written.skipped))
             yield written
 
 
