@@ -17,8 +17,9 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from cmae_scale.core.errors import ConfigError, DataError
+from cmae_scale.data.answers import Failure, fetch_http, say_too_much, understand_error
 from cmae_scale.data.cache import ChunkCache
-from cmae_scale.data.places import show_place
+from cmae_scale.data.places import read_scheme, show_place
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
@@ -27,23 +28,9 @@ LOG = logging.getLogger(__name__)
 CHUNK_BYTES = 1 << 21  # of one request. Every stream of a rank holds two
 AT_ONCE = 32  # requests for sizes
 FIRST_PAUSE_S = 0.1  # before the first repetition; doubles each time
-LONGEST_PAUSE_S = 20.0
+LONGEST_PAUSE_S = 20.0  # of those that no server asked for
 PACKAGES = {"http": "aiohttp", "https": "aiohttp", "s3": "s3fs", "gs": "gcsfs", "hf": "huggingface_hub"}
-REFUSALS = (FileNotFoundError, PermissionError, NotImplementedError)  # asking again does not help
-REFUSED_STATUS = frozenset(
-    (401, 403, 404, 405, 410, 416)
-)  # of HTTP, the same. aiohttp calls a cut answer 400
-
 T = TypeVar("T")
-
-
-class _Failure(Exception):  # noqa: N818 -- becomes a DataError or OSError where the place is known
-    """Why a request gave nothing, in words that may be shown; `is_final` if asking again cannot help."""
-
-    def __init__(self, reason: str, *, is_final: bool = False, is_missing: bool = False) -> None:
-        super().__init__(reason)
-        self.is_final = is_final
-        self.is_missing = is_missing
 
 
 class Remote:
@@ -55,10 +42,12 @@ class Remote:
         self._retries = retries
         self.cache = cache
 
-    def open_file(self, place: str, *, end: int | None = None, version: str | None = None) -> io.RawIOBase:
+    def open_file(
+        self, place: str, *, max_bytes: int, end: int | None = None, version: str | None = None
+    ) -> io.RawIOBase:
         """The file, read range by range. DataError if it is missing. Cached if its content has a name."""
         size = self.measure([place])[0]
-        return RemoteFile(self, place, size=size, end=end, version=version)
+        return RemoteFile(self, place, size=size, max_bytes=max_bytes, end=end, version=version)
 
     def measure(self, places: Sequence[str]) -> list[int | None]:
         """Sizes as the server tells them; None where it does not. DataError if one is missing."""
@@ -81,7 +70,7 @@ class Remote:
         try:
             found = self._files.glob(pattern)
         except Exception as error:  # every store has errors of its own
-            raise DataError(f"{show_place(pattern)} cannot be listed ({_explain(error)})") from None
+            raise DataError(f"{show_place(pattern)} cannot be listed ({understand_error(error)})") from None
         return sorted(each if "://" in each else f"{scheme}://{each}" for each in found)
 
     def start(self, work: Coroutine[Any, Any, T]) -> "Future[T]":
@@ -90,15 +79,16 @@ class Remote:
 
         return asyncio.run_coroutine_threadsafe(work, get_loop())
 
-    async def fetch(self, place: str, start: int, end: int | None) -> bytes:
-        """Bytes `start` to `end` of a file, exactly as many; all from `start` on if `end` is None."""
+    async def fetch(self, place: str, start: int, end: int | None, *, max_bytes: int) -> bytes:
+        """Bytes `start` to `end` of a file, exactly as many; all, `max_bytes` at most, if `end` is None."""
+        most = max_bytes if end is None else end - start
 
         async def fetch_once() -> bytes:
-            data = await self._cat(place, start, end)
-            if end is not None and len(data) > end - start:
-                raise _Failure("it sends whole files where a range was asked for", is_final=True)
+            data = await self._cat(place, start, end, max_bytes=most)
+            if len(data) > most:
+                raise say_too_much(most, is_range=end is not None)
             if end is not None and len(data) < end - start:
-                raise _Failure(f"{len(data)} of {end - start} bytes came")
+                raise Failure(f"{len(data)} of {end - start} bytes came")
             return data
 
         return await self._repeat(place, fetch_once)
@@ -108,18 +98,17 @@ class Remote:
             try:
                 return await asyncio.wait_for(once(), self._timeout_s)
             except asyncio.TimeoutError:
-                failure = _Failure(f"nothing came for {self._timeout_s:g} s")
-            except _Failure as error:
+                failure = Failure(f"nothing came for {self._timeout_s:g} s")
+            except Failure as error:
                 failure = error
             except Exception as error:  # every store has errors of its own
-                failure = _Failure(
-                    _explain(_read_cause(error)), is_final=_is_refusal(error), is_missing=_is_missing(error)
-                )
+                failure = understand_error(error)
             if failure.is_missing:
                 raise FileNotFoundError(errno.ENOENT, "it is not there", show_place(place))
             if failure.is_final or attempt == self._retries:
                 break
             pause_s = min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2**attempt) * random.uniform(0.5, 1)  # noqa: S311
+            pause_s = max(pause_s, min(failure.wait_s, self._timeout_s))
             LOG.info("%s: %s, asked again in %.1f s", show_place(place), failure, pause_s)
             await asyncio.sleep(pause_s)
         raise DataError(
@@ -127,7 +116,9 @@ class Remote:
             "and at your permissions, or raise cmae.data.read_retries or read_timeout_s"
         )
 
-    async def _cat(self, place: str, start: int, end: int | None) -> bytes:
+    async def _cat(self, place: str, start: int, end: int | None, *, max_bytes: int) -> bytes:
+        if read_scheme(place) in ("http", "https"):
+            return await fetch_http(self._files, place, start, end, max_bytes=max_bytes)
         path = self._files._strip_protocol(place)
         if self._files.async_impl:
             return bytes(await self._files._cat_file(path, start=start, end=end))
@@ -150,13 +141,21 @@ class RemoteFile(io.RawIOBase):
     """
 
     def __init__(
-        self, remote: Remote, place: str, *, size: int | None, end: int | None, version: str | None
+        self,
+        remote: Remote,
+        place: str,
+        *,
+        size: int | None,
+        max_bytes: int,
+        end: int | None,
+        version: str | None,
     ) -> None:
         self._remote = remote
         self._place = place
         self._cache = remote.cache if version is not None else None
         self._kept_as = f"{place}\n{version}"
         self._size = size
+        self._max_bytes = max_bytes
         self._end = end if size is None or end is None else min(size, end)
         self._position = 0
         self._chunk = b""
@@ -207,10 +206,7 @@ class RemoteFile(io.RawIOBase):
     def _load(self, position: int) -> bool:
         """Have the range that `position` lies in; False at the end of the file."""
         if self._size is None:  # a server that tells no length sends the whole file
-            self._chunk, self._chunk_start = (
-                self._remote.start(self._remote.fetch(self._place, 0, None)).result(),
-                0,
-            )
+            self._chunk, self._chunk_start = self._fetch(0, None).result(), 0
             self._size = self._end = len(self._chunk)
             return position < self._size
         if position >= self._size:
@@ -234,13 +230,16 @@ class RemoteFile(io.RawIOBase):
         if self._cache is None:
             if self._end is not None and start < self._end:
                 end = min(end, self._end)
-            return self._remote.start(self._remote.fetch(self._place, start, end))
+            return self._fetch(start, end)
         return self._remote.start(self._fetch_cached(self._cache, start, end))
+
+    def _fetch(self, start: int, end: int | None) -> "Future[bytes]":
+        return self._remote.start(self._remote.fetch(self._place, start, end, max_bytes=self._max_bytes))
 
     async def _fetch_cached(self, cache: ChunkCache, start: int, end: int) -> bytes:
         data = await asyncio.to_thread(cache.read, self._kept_as, start, end - start)
         if data is None:
-            data = await self._remote.fetch(self._place, start, end)
+            data = await self._remote.fetch(self._place, start, end, max_bytes=self._max_bytes)
             await asyncio.to_thread(cache.write, self._kept_as, start, data)
         return data
 
@@ -259,36 +258,3 @@ def _connect(scheme: str) -> Any:
             f"reading {scheme}:// needs packages that are missing: pip install fsspec {PACKAGES[scheme]} "
             '(or "cmae-scale[remote]" for all schemes)'
         ) from None
-
-
-def _explain(error: BaseException) -> str:
-    """The kind of an error and its HTTP status, and nothing else of it."""
-    status = _read_status(error)
-    return type(error).__name__ + (f", status {status}" if status else "")
-
-
-def _read_status(error: BaseException) -> int | None:
-    """From aiohttp, gcsfs (`status`, `code`), huggingface_hub (`response`) and botocore's errors alike."""
-    response = getattr(error, "response", None)
-    if isinstance(response, dict):
-        status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
-    else:
-        status = getattr(response, "status_code", getattr(error, "status", None))
-        if status is None:
-            status = getattr(error, "code", None)
-    return status if isinstance(status, int) else None
-
-
-def _read_cause(error: BaseException) -> BaseException:
-    """What is behind an error: fsspec reports a web server's every failure as a missing file."""
-    return error if error.__cause__ is None else error.__cause__
-
-
-def _is_refusal(error: BaseException) -> bool:
-    cause = _read_cause(error)
-    return isinstance(cause, REFUSALS) or _read_status(cause) in REFUSED_STATUS
-
-
-def _is_missing(error: BaseException) -> bool:
-    cause = _read_cause(error)
-    return isinstance(cause, FileNotFoundError) or _read_status(cause) in (404, 410)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
 MAX_TEXT_BYTES = 1 << 30  # of an index.json: ten million shards
+TEXT_CHUNK_BYTES = 1 << 22
 STALL_S = 60.0  # after which nobody waits for a disk, where no setting says otherwise
 
 T = TypeVar("T")
@@ -28,10 +29,13 @@ T = TypeVar("T")
 class Storage(Protocol):
     """Files of one kind of place. Whatever goes wrong is a DataError or an OSError."""
 
-    def open_file(self, place: str, *, end: int | None = None, version: str | None = None) -> io.RawIOBase:
+    def open_file(
+        self, place: str, *, max_bytes: int, end: int | None = None, version: str | None = None
+    ) -> io.RawIOBase:
         """A file to read front to back and to seek in; nothing from byte `end` on will be asked for.
 
-        `version` names its content (a hash), so that a cache can tell it from what was there before.
+        A server that tells no length may send `max_bytes` at most. `version` names the content (a hash), so
+        that a cache can tell it from what was there before.
         """
 
     def measure(self, places: Sequence[str]) -> list[int | None]:
@@ -50,7 +54,9 @@ class LocalStorage:
     def __init__(self, *, timeout_s: float = STALL_S) -> None:
         self.timeout_s = timeout_s
 
-    def open_file(self, place: str, *, end: int | None = None, version: str | None = None) -> io.RawIOBase:
+    def open_file(
+        self, place: str, *, max_bytes: int, end: int | None = None, version: str | None = None
+    ) -> io.RawIOBase:
         """The file itself."""
         return _LocalFile(place, end=end, wait=self._wait)
 
@@ -81,7 +87,9 @@ class CommandStorage:
     def __init__(self, *, timeout_s: float) -> None:
         self.timeout_s = timeout_s
 
-    def open_file(self, place: str, *, end: int | None = None, version: str | None = None) -> io.RawIOBase:
+    def open_file(
+        self, place: str, *, max_bytes: int, end: int | None = None, version: str | None = None
+    ) -> io.RawIOBase:
         """The output of the command, started when it is first read."""
         return CommandFile(place, timeout_s=self.timeout_s)
 
@@ -115,18 +123,20 @@ def open_storage(place: str, data: DataConfig) -> Storage:
 
 def read_text(storage: Storage, place: str) -> bytes | None:
     """A whole small file, such as an index; None if there is none. DataError if it is absurdly large."""
+    text = bytearray()
     try:
-        with storage.open_file(place) as file:
-            text = file.read(MAX_TEXT_BYTES + 1)
+        with storage.open_file(place, max_bytes=MAX_TEXT_BYTES) as file:
+            while len(text) <= MAX_TEXT_BYTES and (part := file.read(TEXT_CHUNK_BYTES)):
+                text += part
     except FileNotFoundError:
         return None
     except OSError as error:
         raise DataError(
             f"{show_place(place)} cannot be read ({error.strerror or type(error).__name__})"
         ) from None
-    if text is not None and len(text) > MAX_TEXT_BYTES:
+    if len(text) > MAX_TEXT_BYTES:
         raise DataError(f"{show_place(place)} has more than {MAX_TEXT_BYTES} bytes: it is no index")
-    return text
+    return bytes(text)
 
 
 def find_places(storage: Storage, place: str) -> list[str]:

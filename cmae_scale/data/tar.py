@@ -160,7 +160,7 @@ def _as_error(damage: Damage, *, name: str, remedy: str) -> DataError:
 
 def _open(storage: Storage, place: str, expected: ShardInfo, *, end: int | None) -> io.RawIOBase:
     try:
-        raw = storage.open_file(place, end=end, version=expected.sha256)
+        raw = storage.open_file(place, max_bytes=expected.bytes, end=end, version=expected.sha256)
     except OSError as error:
         raise Damage(f"it cannot be opened ({error.strerror})") from None
     try:

@@ -5,7 +5,7 @@ import itertools
 import threading
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -39,8 +39,8 @@ class WatchedStorage(LocalStorage):
         self.readings: list[Reading] = []
         self.openings = itertools.count()
 
-    def open_file(self, place: str, *, end: int | None = None, version: str | None = None) -> io.RawIOBase:
-        file = super().open_file(place, end=end, version=version)
+    def open_file(self, place: str, **options: Any) -> io.RawIOBase:
+        file = super().open_file(place, **options)
         return _WatchedFile(file, place, self) if place.endswith(".tar") else file
 
 
