@@ -102,7 +102,7 @@ def pretrain(on_ranks: Callable[..., list[Any]]) -> Callable[..., list[int]]:
     def run(arguments: list[str], *, ranks: int = 1) -> list[int]:
         from cmae_scale.pretrain import main
 
-        return on_ranks(lambda: main(arguments), ranks=ranks, timeout_s=300)
+        return on_ranks(lambda: main(arguments), ranks=ranks)
 
     return run
 
@@ -196,7 +196,7 @@ def test_a_signal_to_one_rank_saves_on_all_and_the_same_command_goes_on(
         Journal.add = add
         return main(arguments(*settings, out="asked"))
 
-    assert on_ranks(interrupted, ranks=2, timeout_s=300) == [75, 75]
+    assert on_ranks(interrupted, ranks=2) == [75, 75]
     assert (tmp_path / "asked" / "checkpoints" / "latest").read_text() == "step_00000003"
     assert pretrain(arguments(*settings, out="asked"), ranks=2) == [0, 0]
     assert pretrain(arguments(*settings, out="never"), ranks=2) == [0, 0]

@@ -52,6 +52,7 @@ def test_worlds_that_differ_are_an_error(
     assert "the global batches differ" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_the_race_reports_all_contestants_and_writes_a_record(
     shards: str, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -71,6 +72,7 @@ def test_the_race_reports_all_contestants_and_writes_a_record(
     assert len(content["results"]["ours"]["resident_mib"]) == 3
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_epochs(shards: str) -> None:
     data = DataConfig(shards=shards, workers=2)
     views = ViewsConfig(img_px=32, master_px=32, shift_px=0)

@@ -49,6 +49,7 @@ def test_the_digest_sees_every_field_and_every_boundary() -> None:
     assert Listing(variants[0]).digest == Listing(iter(variants[0])).digest
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_list() -> None:
     def many(count: int) -> Iterator[Item]:
         return (Item(f"n{number:08d}/{number:020d}.JPEG", number) for number in range(count))

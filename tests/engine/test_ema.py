@@ -65,6 +65,7 @@ def test_a_plain_mae_has_nothing_to_average() -> None:
     TargetEma([], keep_master=False).update_(0.9)
 
 
+@pytest.mark.slow_unless(stage=2, threshold=0)
 @pytest.mark.dist
 @pytest.mark.parametrize("stage", [1, 2, 3])
 @pytest.mark.parametrize("threshold", [0, 10**6], ids=["all split", "small ones whole"])

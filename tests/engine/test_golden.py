@@ -50,6 +50,7 @@ def test_twenty_steps_give_the_recorded_losses(trace: Callable[..., torch.Tensor
     torch.testing.assert_close(losses, read_golden(), rtol=TOLERANCE, atol=0)
 
 
+@pytest.mark.slow_unless(change={"loss": {"temperature": 0.0707}})
 @pytest.mark.parametrize(
     "change",
     [

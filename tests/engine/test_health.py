@@ -101,6 +101,7 @@ def test_on_one_rank_all_figures_equal_plain_sums(plain: dict[str, Any]) -> None
     assert health["contrast_vs_chance"] == pytest.approx(1 / math.log(8))
 
 
+@pytest.mark.slow_unless(stage=2)
 @pytest.mark.dist
 @pytest.mark.parametrize(
     ("stage", "how"),
@@ -130,6 +131,7 @@ def test_split_over_ranks_they_are_the_same(
             assert answer["health"]["grad_norm"] == pytest.approx(answer["norm"], rel=1e-4)
 
 
+@pytest.mark.slow_unless(stage=3)
 @pytest.mark.dist
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_a_bf16_engine_is_measured_too(

@@ -27,6 +27,7 @@ def trained(tiny_run: Callable[..., Any], tmp_path: Path) -> ModelFile:
     return file
 
 
+@pytest.mark.slow_unless(stage=2)
 @pytest.mark.parametrize(
     ("stage", "precision"), [(0, {}), (2, {}), (3, {}), (3, {"bf16": {"enabled": True}})], ids=str
 )
@@ -53,6 +54,7 @@ def test_every_rank_starts_with_the_files_weights(
         )
 
 
+@pytest.mark.slow_unless(stage=2, precision={"bf16": {"enabled": True}})
 @pytest.mark.parametrize(
     "precision", [{}, {"bf16": {"enabled": True}}], ids=["full precision", "bf16 with fp32 masters"]
 )

@@ -93,7 +93,7 @@ def test_the_predicted_peak_is_that_of_a_real_step(
         device="cpu" if stage == 0 else "cuda",
         is_fused=is_optimizer_fused(run.deepspeed),
     )
-    measured = on_ranks(lambda: measure(run, live_bytes), ranks=ranks, timeout_s=300)[0]
+    measured = on_ranks(lambda: measure(run, live_bytes), ranks=ranks)[0]
     idle = next(moment for moment in plan_moments(job) if moment.name == "average")
     assert predict_peak(job).total_bytes == pytest.approx(measured["peak"], rel=0.06)
     assert idle._replace(views=0, working=0).total_bytes == pytest.approx(measured["idle"], rel=0.03)

@@ -182,6 +182,7 @@ def run_loop(run: Any, *, steps: int) -> Path:
     return journal.path
 
 
+@pytest.mark.slow_unless(stage=3)
 @pytest.mark.dist
 @pytest.mark.parametrize(("stage", "ranks", "accumulation"), [(0, 1, 2), (3, 2, 1)])
 def test_a_run_writes_breakdown_health_and_trace(
@@ -213,6 +214,7 @@ def test_a_run_writes_breakdown_health_and_trace(
     assert sum(event.get("name") == "backward" for event in events) == 2 * accumulation
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 def test_looking_closely_changes_no_loss(
     on_ranks: Callable[..., list[Any]], tiny_run: Callable[..., Any], tmp_path: Path

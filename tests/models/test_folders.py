@@ -228,6 +228,7 @@ def test_an_encoder_without_its_final_norm_is_read_back(
     torch.testing.assert_close(theirs.forward_features(images), expected, **CLOSE)
 
 
+@pytest.mark.slow_unless(model=MODEL)
 @pytest.mark.parametrize("model", [MODEL, HYBRID], ids=["plain", "hybrid"])
 def test_onnx_runtime_computes_the_same_tokens_for_any_batch(
     tmp_path: Path, images: Tensor, model: ModelConfig
@@ -245,6 +246,7 @@ def test_onnx_runtime_computes_the_same_tokens_for_any_batch(
         torch.testing.assert_close(torch.from_numpy(tokens), expected, **CLOSE)
 
 
+@pytest.mark.slow_unless(model=MODEL)
 @pytest.mark.parametrize("model", [MODEL, HYBRID], ids=["plain", "hybrid"])
 def test_an_exported_program_computes_the_same_tokens_for_any_batch(
     tmp_path: Path, images: Tensor, model: ModelConfig

@@ -19,6 +19,8 @@ HYBRID: dict[str, Any] = {
 }
 
 
+@pytest.mark.slow_unless(changes={})
+@pytest.mark.slow_unless(changes={"model": HYBRID})
 @pytest.mark.parametrize(
     "changes",
     [

@@ -105,7 +105,7 @@ def transfer(on_ranks: Callable[..., list[Any]]) -> Callable[..., list[int]]:
     def run(line: list[str], *, ranks: int = 1) -> list[int]:
         from cmae_scale.transfer import main
 
-        return on_ranks(lambda: main(line), ranks=ranks, timeout_s=300)
+        return on_ranks(lambda: main(line), ranks=ranks)
 
     return run
 

@@ -40,6 +40,7 @@ def pretraining(shards: Path, tmp_path: Path) -> Callable[..., list[str]]:
     return write
 
 
+@pytest.mark.slow_unless(model={})
 @pytest.mark.parametrize("model", [{}, CONV], ids=["transformer", "hybrid"])
 def test_the_monitor_says_what_the_command_says_of_the_exported_encoder(
     pretraining: Callable[..., list[str]],
@@ -52,7 +53,7 @@ def test_the_monitor_says_what_the_command_says_of_the_exported_encoder(
     from cmae_scale.pretrain import main
 
     line = pretraining(**model)
-    assert on_ranks(lambda: main(line), ranks=2, timeout_s=300) == [0, 0]
+    assert on_ranks(lambda: main(line), ranks=2) == [0, 0]
     lines = [
         json.loads(text) for text in (tmp_path / "pretrained" / "metrics.jsonl").read_text().splitlines()
     ]

@@ -40,6 +40,7 @@ def test_lars_is_maes(rng: torch.Generator) -> None:
         torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 def test_its_accuracy_is_logistic_regressions_on_the_same_features(
     arguments: Callable[..., list[str]],
