@@ -26,6 +26,7 @@ FORMATS = {
     "torch_export": "file for torch.export.load: the same",
     "cmae": "folder of all parts that the file has, for cmae.model.init",
 }
+SUFFIXES = {"onnx": ".onnx", "torch_export": ".pt2"}  # of the formats that are one file
 LIBRARIES: "dict[str, Library]" = {  # of the formats that get a card; a hybrid needs ours
     "encoder": "timm",
     "timm": "timm",
@@ -54,12 +55,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 def convert(argv: Sequence[str] | None) -> None:
     """Read IN, check that it is whole, and write OUT."""
     args = read_arguments(argv)
+    from cmae_scale.models.formats.destination import check_destination
     from cmae_scale.models.formats.hub import push_folder
     from cmae_scale.models.formats.model_file import read_model_file
     from cmae_scale.models.formats.shapes import HeadCounts
 
     if not args.source.exists():
         raise ConfigError(f"{args.source} does not exist: give a file of weights or a folder of them")
+    check_destination(args.out, source=args.source, suffix=SUFFIXES.get(args.to), overwrite=args.overwrite)
     decoder_heads = args.decoder_heads
     heads = HeadCounts(args.num_heads, pixel_decoder=decoder_heads, feature_decoder=decoder_heads)
     file = read_model_file(args.source, heads=heads)
@@ -69,9 +72,12 @@ def convert(argv: Sequence[str] | None) -> None:
         print("warning: these weights want BGR images normalised with RGB's mean and std", file=sys.stderr)
     if args.part == "target":
         file = file.to_target()
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    find_writer(args.to)(file, args.out)
-    print(describe(file))
+    try:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        find_writer(args.to)(file, args.out)
+    except PermissionError as error:
+        raise ConfigError(f"{args.out} cannot be written ({error}): write to another place") from None
+    print(file.describe())
     if args.to in LIBRARIES:
         write_its_card(file, args)
     if args.push_to_hub:
@@ -108,6 +114,9 @@ def read_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         choices=("online", "target"),
         default="online",
         help="the trained encoder (default), or its moving average",
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace an earlier conversion; nothing else is replaced"
     )
     parser.add_argument(
         "--license", default="unknown", metavar="NAME", help="the licence field of the card (README.md)"
@@ -151,18 +160,6 @@ def write_its_card(file: "ModelFile", args: argparse.Namespace) -> None:
     library: Library = "cmae-scale" if file.cfg.model.is_hybrid else LIBRARIES[args.to]
     card = build_card(args.out.name, facts=facts, library=library, license_name=args.license)
     write_card(args.out, card)
-
-
-def describe(file: "ModelFile") -> str:
-    """What was read, part by part, and what had to be assumed."""
-    from cmae_scale.models.formats.names import WHOSE
-
-    lines = [f"{file.path} ({WHOSE[file.layout]}), {file.cfg.views.img_px} px images"]
-    for part in file.parts:
-        tensors = file.part(part)
-        count = sum(tensor.numel() for name, tensor in tensors.items() if "running_" not in name)
-        lines.append(f"  {part:16} {len(tensors):4} tensors, {count:,} values")
-    return "\n".join([*lines, *(f"  {notice}" for notice in file.notices)])
 
 
 if __name__ == "__main__":

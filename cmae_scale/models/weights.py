@@ -17,6 +17,8 @@ from cmae_scale.core.settings import EncoderName, ModelConfig, ViewsConfig
 from cmae_scale.sizing.sizes import read_size, read_stages
 
 WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
+PROCESSOR_FILE = "preprocessor_config.json"  # Hugging Face's, of how images are prepared
+WRITER = {"writer": "cmae-scale"}  # in the metadata of the weights that are written here
 
 # timm needs a registered name; all that matters is said again in model_args
 TIMM_NAMES: dict[EncoderName | None, str] = {
@@ -51,7 +53,7 @@ def write_model(state: Mapping[str, Tensor], folder: Path, *, config: Mapping[st
     part = folder / (WEIGHTS_FILE + PART)
     tensors = {name: _stored(tensor) for name, tensor in state.items()}
     try:
-        save_file(tensors, part, metadata={"format": "pt"})
+        save_file(tensors, part, metadata={"format": "pt", **WRITER})
     except SafetensorError as error:
         raise ConfigError(
             f"the model cannot be written to {folder} ({error}): make room and start the same command again"
@@ -59,6 +61,7 @@ def write_model(state: Mapping[str, Tensor], folder: Path, *, config: Mapping[st
     sync(part)
     part.replace(folder / WEIGHTS_FILE)
     write_text(folder / CONFIG_FILE, json.dumps(dict(config), indent=2) + "\n")
+    (folder / PROCESSOR_FILE).unlink(missing_ok=True)  # of an older export for Hugging Face
     sync(folder)
 
 

@@ -21,9 +21,7 @@ from cmae_scale.models.formats.prefixes import choose_branch
 from cmae_scale.models.formats.run_states import RunState, open_run
 from cmae_scale.models.formats.shapes import HeadCounts, ShapeReader
 from cmae_scale.models.hybrid import ENDS
-from cmae_scale.models.weights import CONFIG_FILE, read_weights
-
-PROCESSOR_FILE = "preprocessor_config.json"  # Hugging Face's, of how images are prepared
+from cmae_scale.models.weights import CONFIG_FILE, PROCESSOR_FILE, read_weights
 
 PRETRAINING_ONLY = tuple(f"online_encoder.{name}." for name in ENDS)  # a fine-tuned model may lack them
 
@@ -50,6 +48,15 @@ class ModelFile:
         """One part's tensors under its own names; empty where the file lacks it."""
         prefix = f"{name}."
         return {n.removeprefix(prefix): tensor for n, tensor in self.tensors.items() if n.startswith(prefix)}
+
+    def describe(self) -> str:
+        """What was read, part by part, and what had to be assumed, in lines for people."""
+        lines = [f"{self.path} ({WHOSE[self.layout]}), {self.cfg.views.img_px} px images"]
+        for part in self.parts:
+            tensors = self.part(part)
+            count = sum(tensor.numel() for name, tensor in tensors.items() if "running_" not in name)
+            lines.append(f"  {part:16} {len(tensors):4} tensors, {count:,} values")
+        return "\n".join([*lines, *(f"  {notice}" for notice in self.notices)])
 
     def to_rgb(self) -> "ModelFile":
         """The same for RGB images: see `channels.swap_to_rgb`."""
