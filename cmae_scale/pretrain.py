@@ -88,7 +88,7 @@ def train(run: Run, place: "Place", *, stop_at: int | None = None) -> None:
     run = resolve_run(run, batch=batch, total_steps=times.total_steps, warmup_steps=times.warmup_steps)
     schedules = plan_schedules(run.cmae, peak_lr=run.peak_lr, times=times)
 
-    session = start_pretraining(run, place=place, data_order=plan.fingerprint)
+    session = start_pretraining(run, place=place, data_order=plan.describe())
     method = Pretraining(session, batch, schedules.momentum, watch_health(session))
     journal = Journal(
         session,

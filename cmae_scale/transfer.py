@@ -111,7 +111,7 @@ def train(run: Run, bench: "Bench", *, place: "Place", stop_at: int | None = Non
     ema = cfg.task.finetune.ema if cfg.task.finetune else 0.0
 
     method = start_transfer(
-        run, place=place, task=task, batch=batch, attention=attention, data_order=plan.fingerprint, ema=ema
+        run, place=place, task=task, batch=batch, attention=attention, data_order=plan.describe(), ema=ema
     )
     session = method.session
     journal = Journal(session, times=times, metric_names=task.metric_names, image_flops=task.image_flops)

@@ -32,9 +32,9 @@ def build_parser(description: str, *, examples: str) -> argparse.ArgumentParser:
         action="extend",
         default=[],
         metavar="PLACE=VALUE",
-        help="override settings of the run file, e.g. cmae.mask.ratio=0.75 zero_optimization.stage=3",
+        help="override settings of the run file, e.g. zero_optimization.stage=3",
     )
-    parser.add_argument("--out", metavar="DIR", help="run folder (same as --set cmae.out=DIR)")
+    parser.add_argument("--out", metavar="DIR", help="run folder (as the setting out)")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     parser.add_argument(
         "--deepspeed", action="store_true", help=argparse.SUPPRESS

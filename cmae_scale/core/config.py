@@ -1,6 +1,7 @@
 """Reading a run file strictly: DeepSpeed's own keys plus one object of ours, and overrides on top."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -114,6 +115,19 @@ def dump_run(run: Run) -> str:
     return json.dumps({**run.deepspeed, run.kind: ours}, indent=2) + "\n"
 
 
+def name_settings(text: str, kind: RunKind) -> str:
+    """`text` with the settings that it names as a run of this kind has them.
+
+    Code that serves every kind of run writes "cmae.data.streams"; what only pre-training has stays as it is.
+    """
+    places = _places(_KINDS[kind])
+    return re.sub(
+        r"\bcmae\.([a-z_]+(?:\.[a-z_]+)*)",
+        lambda found: f"{kind}.{found[1]}" if found[1] in places else found[0],
+        text,
+    )
+
+
 def _read_bytes(path: Path) -> bytes:
     if not path.is_file():
         siblings = path.parent.glob("*.json") if path.parent.is_dir() else []
@@ -152,7 +166,7 @@ def _apply_override(tree: Json, override: str, *, kind: RunKind) -> None:
     if names[0] in _KINDS and names[0] != kind:
         raise ConfigError(f'--set "{override}": the settings of this run are "{kind}", as {kind}.data')
     if not equals or not all(names):
-        raise ConfigError(f'--set "{override}": write PLACE=VALUE, for instance cmae.mask.ratio=0.65')
+        raise ConfigError(f'--set "{override}": write PLACE=VALUE, for instance {kind}.seed=1')
     try:
         value = parse_json(text)
     except json.JSONDecodeError:

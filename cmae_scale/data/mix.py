@@ -64,6 +64,16 @@ class MixPlan:
             return self.parts[0].fingerprint
         return hashlib.sha256(repr(self).encode()).hexdigest()[:16]
 
+    def describe(self) -> dict[str, int | str]:
+        """What resuming compares: in the order in which a difference says most."""
+        return {
+            "images": self.total,
+            "shards": sum(len(part.shard_samples) for part in self.parts),
+            "streams": self.streams,
+            "shuffle_window": self.parts[0].window,
+            "order": self.fingerprint,
+        }
+
     @property
     def first_shards(self) -> list[int]:
         """The number of each part's first shard among all shards."""

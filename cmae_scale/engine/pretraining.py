@@ -21,7 +21,7 @@ from cmae_scale.engine.inputs import draw_step
 from cmae_scale.engine.partition import build_model
 from cmae_scale.engine.session import Session, count_trainable, name_precision, start_session
 from cmae_scale.engine.start import Place, read_precision
-from cmae_scale.engine.states.stamp import build_stamp
+from cmae_scale.engine.states.stamp import DataOrder, build_stamp
 from cmae_scale.engine.step import METRIC_NAMES, accumulate_gradients
 from cmae_scale.engine.watch.health import Health
 from cmae_scale.engine.weights import gather_weights
@@ -89,8 +89,8 @@ class Pretraining:
         return run.out / "encoder"
 
 
-def start_pretraining(run: Run, *, place: Place, data_order: str) -> Session:
-    """The session of a pre-training run; `data_order` names the sample order, which a state belongs to."""
+def start_pretraining(run: Run, *, place: Place, data_order: DataOrder) -> Session:
+    """The session of a pre-training run; `data_order` tells the samples that a state belongs to."""
     precision = read_precision(run.deepspeed)
     attention = choose_run_attention(run.cmae, device=place.device, dtype=precision.compute)
     model, notices = build_model(run, device=place.device)
@@ -134,7 +134,7 @@ def watch_health(session: Session) -> Health | None:
     return Health(parts, ema=session.ema, chance=chance)
 
 
-def describe_kind(run: Run, *, data_order: str) -> dict[str, Any]:
+def describe_kind(run: Run, *, data_order: DataOrder) -> dict[str, Any]:
     """What a pre-training run cannot change on the way without being another: samples, model and method."""
     sections = json.loads(
         run.cmae.model_dump_json(include={"model", "mask", "heads", "views", "loss", "target"})

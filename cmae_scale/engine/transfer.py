@@ -16,7 +16,7 @@ from cmae_scale.data.stream import MasterBatch
 from cmae_scale.engine.ema import Pair
 from cmae_scale.engine.session import Session, count_trainable, name_precision, start_session
 from cmae_scale.engine.start import Place, read_precision
-from cmae_scale.engine.states.stamp import build_stamp
+from cmae_scale.engine.states.stamp import DataOrder, build_stamp
 from cmae_scale.engine.weights import gather_weights
 from cmae_scale.layers.attention import AttentionChoice
 
@@ -107,7 +107,7 @@ def start_transfer(
     task: Task,
     batch: BatchSizes,
     attention: AttentionChoice,
-    data_order: str,
+    data_order: DataOrder,
     ema: float = 0.0,
 ) -> Transfer:
     """The training of `task` at the newest state in the run folder, or at step 0."""

@@ -107,6 +107,17 @@ def test_fingerprints_tell_mixes_apart(shards: ShardSet) -> None:
         assert one.fingerprint != other.fingerprint
 
 
+def test_a_plan_is_described_by_its_counts_and_the_name_of_its_order(shards: ShardSet) -> None:
+    plan = plan_mix(shards, (2.0, 1.0), streams=12, shuffle_window=5)
+    assert plan.describe() == {
+        "images": shards.total,
+        "shards": len(shards.shards),
+        "streams": 12,
+        "shuffle_window": 5,
+        "order": plan.fingerprint,
+    }
+
+
 def test_too_small_a_share_is_refused_with_a_remedy(shards: ShardSet) -> None:
     with pytest.raises(ConfigError, match=r"entry 2 has a share of 0\.99%.*raise cmae\.data\.streams"):
         plan_mix(shards, (100.0, 1.0))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from cmae_scale.core.config import Run
+from cmae_scale.core.config import Run, name_settings
 from cmae_scale.core.errors import UserError
 from cmae_scale.core.files import write_text
 from cmae_scale.engine.safety.folder import hold_folder, open_folder
@@ -32,6 +32,7 @@ def attend(run: Run, stop: StopRequest) -> Iterator[Place]:
         pulse=place.pulse,
         stop=stop,
         faults=run.settings.faults,
+        kind=run.kind,
         out=run.out,
         on_end=lambda cause: note.write(FAILED, cause),
     ) as watch:
@@ -42,6 +43,7 @@ def attend(run: Run, stop: StopRequest) -> Iterator[Place]:
                 yield place
                 note.write_first(0, "done")
         except UserError as error:
+            error.args = (name_settings(str(error), run.kind),)
             watch.report(str(error), is_shared=True)
             note.write_first(error.exit_status, str(error), done=getattr(error, "step", None))
             raise

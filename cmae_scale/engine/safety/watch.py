@@ -51,12 +51,13 @@ class Watch:
         pulse: Pulse,
         stop: StopRequest,
         faults: FaultsConfig,
+        kind: str = "cmae",
         out: Path,
         on_end: Callable[[str], None],
     ) -> None:
         self._world, self._pulse, self._stop, self._faults = world, pulse, stop, faults
         self._stacks, self._stop_file = out / "stacks", out / "stop"
-        self._on_end = on_end
+        self._kind, self._on_end = kind, on_end
         self._every_s = min(2.0, faults.peer_timeout_s / 10, faults.step_timeout_s / 10)
         self._selector = selectors.DefaultSelector()
         self._line: Line | None = None  # to rank 0
@@ -256,7 +257,7 @@ class Watch:
             self._roster.hear(0, {"host": socket.gethostname(), "beat": list(report)}, now_s=0)
         return (
             f"{self._roster.describe_stuck(for_s=report.for_s)}; the stacks of all threads are in "
-            f"{self._stacks}. Longer steps need a larger cmae.faults.step_timeout_s"
+            f"{self._stacks}. Longer steps need a larger {self._kind}.faults.step_timeout_s"
         )
 
     def _send_all(self, message: Message) -> None:

@@ -1,26 +1,24 @@
 """What a training state was written by, and what of that may change when it is taken up again."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from cmae_scale.core.config import Run, dump_run
+from cmae_scale.core.config import Run, RunKind, dump_run
 from cmae_scale.core.errors import ConfigError
 from cmae_scale.states.description import STATE_FORMAT
+
+DataOrder = Mapping[str, int | str] | str  # the samples of every step: counts, and a name of their order
 
 SHOWN = 8  # changed settings
 
 # settings that change where and how fast a run runs, or what it tells, never what it computes
-_FREE = (
-    "cmae.out",
-    "cmae.data.workers",
-    "cmae.data.prefetch",
-    "cmae.data.cache",
-    "cmae.monitor",
-    "cmae.checkpoint",
-)
+_FREE = ("out", "data.workers", "data.prefetch", "data.cache", "data.cache_gib", "monitor", "checkpoint")
+
+# how a plan of samples differs where neither their number nor that of shards says it
+_ORDER = "data.order"
 
 
 @dataclass(frozen=True)
@@ -45,12 +43,11 @@ class Stamp:
                 "the run with the version that began it, or start anew with --out"
             )
         mine = json.loads(json.dumps(asdict(self)))
-        broken = list(_differences(written["kind"], mine["kind"]))
+        broken = list(_differences(written["kind"], _as_written(mine["kind"], written["kind"])))
         if broken and not changes_allowed:
-            place, old, new = broken[0]
             raise ConfigError(
-                f"{path} was written with {place} {old}, this run has {new}: go on with the old value, start "
-                "anew with --out, or, if you mean it, --set cmae.checkpoint.resume=anyway"
+                f"{path} was written with {_describe_break(broken)}: go on as it was, start anew with --out, "
+                "or, if you mean it, --set cmae.checkpoint.resume=anyway"
             )
         notices = []
         for name, label in (("ranks", "ranks"), ("zero_stage", "ZeRO stage"), ("precision", "precision")):
@@ -59,7 +56,7 @@ class Stamp:
         changed = [
             f"{place} {old} -> {new}"
             for place, old, new in _differences(written["run"], mine["run"])
-            if not place.startswith(_FREE)
+            if not _is_free(place)
         ]
         if changed:
             more = f" and {len(changed) - SHOWN} more" if len(changed) > SHOWN else ""
@@ -76,6 +73,23 @@ def build_stamp(run: Run, *, kind: dict[str, Any], ranks: int, precision: str) -
         precision=precision,
         run=json.loads(dump_run(run)),
     )
+
+
+def _is_free(place: str) -> bool:
+    kind, _, inner = place.partition(".")
+    return kind in get_args(RunKind) and any(f"{inner}.".startswith(f"{free}.") for free in _FREE)
+
+
+def _as_written(mine: dict[str, Any], written: dict[str, Any]) -> dict[str, Any]:
+    """`mine` with samples as states of old describe them: by nothing but the name of their order."""
+    if isinstance(written.get("data"), str) and isinstance(mine.get("data"), dict):
+        return {**mine, "data": mine["data"]["order"]}
+    return mine
+
+
+def _describe_break(broken: list[tuple[str, Any, Any]]) -> str:
+    told = [f"{place} {old} (now {new})" for place, old, new in broken if place not in (_ORDER, "data")]
+    return ", ".join(told[:SHOWN]) or "other samples or another order of them: the sizes of shards differ"
 
 
 def _differences(old: Any, new: Any, place: str = "") -> Iterator[tuple[str, Any, Any]]:

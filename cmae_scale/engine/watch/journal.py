@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from cmae_scale.core.collectives import sum_of_ranks
+from cmae_scale.core.config import name_settings
 from cmae_scale.core.durations import Timetable
 from cmae_scale.core.files import LineFile, write_whole
 from cmae_scale.core.progress import Progress, format_seconds
@@ -72,7 +73,7 @@ class Journal:
     def say(self, text: str) -> None:
         """Lines for people."""
         if self.progress is not None:
-            self.progress.say(text)
+            self.progress.say(name_settings(text, self.session.run.kind))
 
     def watch(self, steps: range) -> Iterator[int]:
         """The same steps, looked at closely where the run file asks: for a log line, for a profiler."""
