@@ -18,7 +18,7 @@ from cmae_scale.sizing.sizes import read_size, read_stages
 
 WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
 PROCESSOR_FILE = "preprocessor_config.json"  # Hugging Face's, of how images are prepared
-WRITER = {"writer": "cmae-scale"}  # in the metadata of the weights that are written here
+WRITER = {"exported_by": "cmae-scale"}  # in every config.json that is written here
 
 # timm needs a registered name; all that matters is said again in model_args
 TIMM_NAMES: dict[EncoderName | None, str] = {
@@ -53,14 +53,14 @@ def write_model(state: Mapping[str, Tensor], folder: Path, *, config: Mapping[st
     part = folder / (WEIGHTS_FILE + PART)
     tensors = {name: _stored(tensor) for name, tensor in state.items()}
     try:
-        save_file(tensors, part, metadata={"format": "pt", **WRITER})
+        save_file(tensors, part, metadata={"format": "pt"})
     except SafetensorError as error:
         raise ConfigError(
             f"the model cannot be written to {folder} ({error}): make room and start the same command again"
         ) from None
     sync(part)
     part.replace(folder / WEIGHTS_FILE)
-    write_text(folder / CONFIG_FILE, json.dumps(dict(config), indent=2) + "\n")
+    write_text(folder / CONFIG_FILE, json.dumps({**config, **WRITER}, indent=2) + "\n")
     (folder / PROCESSOR_FILE).unlink(missing_ok=True)  # of an older export for Hugging Face
     sync(folder)
 

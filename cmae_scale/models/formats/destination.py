@@ -2,10 +2,9 @@
 
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-
 from cmae_scale.core.errors import ConfigError
 from cmae_scale.core.files import PART
+from cmae_scale.core.strict_json import parse_json
 from cmae_scale.models.card import CARD_FILE
 from cmae_scale.models.weights import CONFIG_FILE, PROCESSOR_FILE, WEIGHTS_FILE, WRITER
 
@@ -50,11 +49,11 @@ def _list_content(folder: Path) -> set[str]:
 
 
 def _is_export(folder: Path) -> bool:
-    """Whether nothing but an export is there, whose weights say that we wrote them."""
+    """Whether nothing but an export is there, whose config.json says that we wrote it."""
     if not _list_content(folder) <= _OURS:
         return False
     try:
-        with safe_open(folder / WEIGHTS_FILE, framework="np") as weights:
-            return WRITER.items() <= (weights.metadata() or {}).items()
-    except (OSError, SafetensorError):
+        config = parse_json((folder / CONFIG_FILE).read_bytes())
+    except (OSError, ValueError):
         return False
+    return isinstance(config, dict) and WRITER.items() <= config.items()
