@@ -61,6 +61,9 @@ def say_source(source: Source, *, out: Path) -> None:
     empty = [name for label, name in enumerate(source.classes) if not source.items.labels[label]]
     if empty and len(empty) == len(source.classes):
         print(f"warning: {out}: no image has a label", file=sys.stderr, flush=True)
+    elif len(source.classes) == 1:
+        text = f"all images are of one class, {source.classes[0]}: is its folder the --root to name?"
+        print(f"warning: {out}: {text}", file=sys.stderr, flush=True)
     elif empty:
         names = ", ".join(empty[:MAX_CLASSES_NAMED]) + (", ..." if len(empty) > MAX_CLASSES_NAMED else "")
         count = f"{len(empty):,} of {len(source.classes):,} classes"

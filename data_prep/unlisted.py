@@ -1,6 +1,7 @@
 """Files that a source found and does not take: what is left out is told, however much it is."""
 
 import json
+import re
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
@@ -8,6 +9,7 @@ from pathlib import PurePath
 
 KIND = "unlisted"
 BUFFER_BYTES = 1 << 20
+ENDING = re.compile(r"\.[a-z][a-z0-9]{0,7}")  # others are parts of names: numbers, dates
 REASONS_TOLD = 6  # skipped.jsonl has them all
 HIDDEN = "hidden"
 FROM_SYSTEM = "left by an operating system"
@@ -54,4 +56,5 @@ def is_clutter(name: str) -> str | None:
 
 def say_other_file(name: str) -> str:
     """The reason of a file whose name does not end as that of an image."""
-    return f"no image by name ({PurePath(name).suffix.lower() or 'without an ending'})"
+    ending = PurePath(name).suffix.lower()
+    return f"no image by name ({ending if ENDING.fullmatch(ending) else 'without an ending'})"

@@ -7,6 +7,7 @@ from fnmatch import fnmatchcase
 
 from cmae_scale.core.errors import ConfigError, DataError
 from cmae_scale.core.settings import DataConfig
+from cmae_scale.data.classes import tell_apart
 from cmae_scale.data.index import INDEX_NAME, ShardInfo, check_size, missing_index, parse_text, reads_by_stem
 from cmae_scale.data.offsets import offsets_name, read_offsets
 from cmae_scale.data.places import COMMAND, expand_braces, join_place, read_scheme, show_place, split_place
@@ -99,8 +100,9 @@ def open_shards(places: str | Sequence[str], *, data: DataConfig) -> ShardSet:
     if not same_classes and not is_mixed:
         other = next(folder for folder in folders if folder.classes != folders[0].classes)
         raise DataError(
-            f"{show_place(other.place)} has other classes than {show_place(folders[0].place)}: "
-            "they cannot be one data set (with cmae.data.mix they can, without labels)"
+            f"{show_place(other.place)} has other classes than {show_place(folders[0].place)} "
+            f"({tell_apart(other.classes, folders[0].classes)}): they cannot be one data set (with "
+            "cmae.data.mix they can, without labels)"
         )
     names = _distinguish([folder.place for folder in folders])
     shards = [

@@ -13,6 +13,7 @@ from cmae_scale.core.settings import DataConfig, KnnConfig
 from cmae_scale.core.transfer_settings import CropConfig
 from cmae_scale.core.world import World
 from cmae_scale.data.bad_samples import BadSamples
+from cmae_scale.data.classes import tell_apart
 from cmae_scale.data.decoding import CentreCrops
 from cmae_scale.data.ordered import count_samples, open_ordered
 from cmae_scale.data.prefetch import copy_ahead
@@ -40,7 +41,11 @@ def open_labelled(train: str | Sequence[str], val: str | Sequence[str], *, data:
             "class folders"
         )
     if shards.classes != val_shards.classes:
-        raise DataError(f"{val_shards.describe()} has other classes than {shards.describe()}")
+        raise DataError(
+            f"{val_shards.describe()} has other classes than {shards.describe()} "
+            f"({tell_apart(val_shards.classes or (), shards.classes)}): make it again with --classes and the "
+            "folder of the training shards"
+        )
     return Labelled(shards, val_shards, shards.classes)
 
 

@@ -11,10 +11,12 @@ from typing import Any, NamedTuple
 from cmae_scale.core.errors import ConfigError, DataError
 from data_prep.listing import Listing
 from data_prep.sources.column_files import list_arrow, list_parquet, open_arrow, read_arrow, stage_parquet
-from data_prep.sources.source import Source, SourceRequest, say_kind, show_path
+from data_prep.sources.source import Source, SourceRequest, find_below, say_kind, show_path
 from data_prep.sources.splits import find_role, group_files
 from data_prep.sources.tables import choose_label_column, list_tables, say_labels
+from data_prep.unlisted import Unlisted, is_clutter
 
+METADATA = {"dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json"}
 SHARD_OF_SPLIT = re.compile(r"(.+?)-\d{5}-of-\d{5}.*")  # as the Hub names them
 
 
@@ -50,7 +52,19 @@ def list_huggingface(request: SourceRequest) -> dict[str, Source]:
         sources[split if len(files) > 1 else ""] = Source(
             title, items, classes, read, stage if _is_parquet(first) else None, notes=notes
         )
+    _note_others(request.root, files, next(iter(sources.values())).unlisted)
     return sources
+
+
+def _note_others(root: Path, files: Mapping[str, list[Path]], unlisted: Unlisted) -> None:
+    """Note what lies in a folder of Parquet files beside those that are read."""
+    read = {path for paths in files.values() for path in paths}
+    above = {folder for path in read for folder in path.parents}
+    for folder in sorted({path.parent for path in read} | {root}) if root in above else ():
+        for path in sorted(folder.iterdir()):
+            if path not in read and path not in above and path.name not in METADATA:
+                name = f"{path.relative_to(root)}{'/' if path.is_dir() else ''}"
+                unlisted.add(name, is_clutter(path.name) or "beside the files of the data set")
 
 
 def _find_files(root: Path, *, merge: bool) -> dict[str, list[Path]]:
@@ -86,11 +100,11 @@ def _find_parquet(root: Path, *, merge: bool) -> dict[str, list[Path]]:
 
 def _say_nothing_found(root: Path) -> str:
     text = f"--root {root} holds neither a data set written by save_to_disk nor a *.parquet file"
-    for name in ("dataset_dict.json", "state.json", "*.parquet"):
-        if (found := next(root.glob(f"*/{name}"), None) or next(root.glob(f"*/*/{name}"), None)) is not None:
-            folder = found.parent.parent if found.parent.name == "data" else found.parent
-            return f"{text}, but {folder} does: write --root {folder}"
-    return text
+    folder = find_below(root, "dataset_dict.json", "state.json", "*.parquet")
+    if folder is None:
+        return text
+    folder = folder.parent if folder.name == "data" or find_role(folder.name) else folder
+    return f"{text}, but {folder} does: write --root {folder}"
 
 
 def _read_state(folder: Path) -> list[Path]:

@@ -13,6 +13,15 @@ from data_prep.sources.source import IMAGE_ENDINGS, Source, SourceRequest, exist
 from data_prep.sources.splits import MERGE, find_role, find_splits
 from data_prep.unlisted import Unlisted, is_clutter, say_other_file
 
+PACKED = {
+    ".tar": "write --source webdataset",
+    ".parquet": "write --source huggingface",
+    ".arrow": "write --source huggingface",
+    ".csv": "write --source csv with the file as --root",
+    ".zip": "unpack it first",
+    ".gz": "unpack it first",
+}
+
 
 def list_imagefolder(request: SourceRequest) -> dict[str, Source]:
     """ROOT/<class>/**/<image>, or ROOT/<split>/<class>/**/<image>: the folder's name is the class.
@@ -154,8 +163,9 @@ def _refuse_one_split(tree: _Tree, folders: Mapping[str, str]) -> None:
 def _build_sources(
     kind: str, trees: Mapping[str, _Tree], listings: Mapping[str, Listing], classes: tuple[str, ...]
 ) -> dict[str, Source]:
-    if empty := next((tree.root for split, tree in trees.items() if not listings[split]), None):
-        raise ConfigError(f"--root {empty} holds no image file ({', '.join(IMAGE_ENDINGS)})")
+    for split, tree in trees.items():
+        if not listings[split]:
+            raise ConfigError(_say_no_image(tree))
     return {
         split: Source(
             f"{kind} {show_path(tree.root)}",
@@ -166,6 +176,12 @@ def _build_sources(
         )
         for split, tree in trees.items()
     }
+
+
+def _say_no_image(tree: _Tree) -> str:
+    found = ", ".join(f"{count:,} {reason}" for reason, count in tree.unlisted.counts.most_common(3))
+    remedy = next((PACKED[kind] for kind in PACKED if f"({kind})" in found), "name the folder of the images")
+    return f"--root {tree.root} holds no image file (found: {found or 'nothing'}): {remedy}"
 
 
 def _identify(folder: Path) -> tuple[int, int]:

@@ -14,7 +14,7 @@ from cmae_scale.data.tar_headers import Member
 from data_prep.listing import Item, Listing
 from data_prep.sources.labels import number_labels
 from data_prep.sources.members import MAX_IMAGE_BYTES, open_archive, read_member
-from data_prep.sources.source import Source, SourceRequest
+from data_prep.sources.source import Source, SourceRequest, find_below
 from data_prep.sources.splits import find_role, group_files
 from data_prep.unlisted import Unlisted, say_other_file
 
@@ -71,9 +71,12 @@ def _find_tars(root: Path) -> list[Path]:
     pattern = root / "*.tar" if root.is_dir() else root
     paths = sorted(pattern.parent.glob(pattern.name))
     if not paths:
-        raise ConfigError(
-            f"--root {root} holds no tar: name a folder of tars, a tar, or a pattern like {root}/a-*.tar"
-        )
+        remedy = f"name a folder of tars, a tar, or a pattern like {root}/a-*.tar"
+        if next(root.glob("*.t*gz"), None) or next(root.glob("*.tar.*"), None):
+            remedy = "unpack those that are compressed"
+        elif (folder := find_below(root, "*.tar")) is not None:
+            remedy = f"write --root {folder}"
+        raise ConfigError(f"--root {root} holds no *.tar: {remedy}")
     return paths
 
 

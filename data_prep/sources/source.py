@@ -75,7 +75,10 @@ def say_kind(path: Path) -> str | None:
     return None if kind is None else f"{show_path(path)} is {kind}"
 
 
-def number_classes(items: Listing) -> tuple[str, ...]:
-    """Names for classes that have only numbers: 0 up to the largest label."""
-    largest = max((-1 if label is None else label for label in items.labels), default=-1)
-    return tuple(str(label) for label in range(largest + 1))
+def find_below(root: Path, *patterns: str) -> Path | None:
+    """The first folder up to two below `root` with a file that fits: what to name when `root` has none."""
+    for pattern in patterns:
+        for depth in ("*", "*/*"):
+            for found in sorted(root.glob(f"{depth}/{pattern}")):
+                return found.parent
+    return None

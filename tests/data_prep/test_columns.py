@@ -167,6 +167,13 @@ def test_damaged_and_hostile_folders_are_told(tmp_path: Path) -> None:
         list_huggingface(tmp_path)
     with pytest.raises(ConfigError, match="needs --root"):
         list_huggingface(None)
+    for number, inner in enumerate(("one", "one/data", "one/train", "one/two")):
+        above = tmp_path / str(number)
+        (above / inner).mkdir(parents=True)
+        (above / inner / "0.parquet").touch()
+        folder = "one/two" if inner == "one/two" else "one"
+        with pytest.raises(ConfigError, match=rf"but {above}/{folder} does: write --root {above}/{folder}$"):
+            list_huggingface(above)
     write_arrow(tmp_path / "in", build_table())
     data = tmp_path / "in" / "data-00000-of-00001.arrow"
     data.write_bytes(data.read_bytes()[:3000])

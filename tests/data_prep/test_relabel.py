@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from cmae_scale.core.cli import run_command
+from cmae_scale.core.errors import DataError
 from cmae_scale.data.index import read_index
 from cmae_scale.data.tar import read_samples
 from data_prep.make_shards import main
@@ -58,6 +59,25 @@ def test_a_val_set_that_lacks_a_class_is_numbered_as_the_train_set(
     assert read_index(tmp_path / "out" / "val").classes == ("cat", "dog", "emu")
     assert read_labels(tmp_path / "out" / "val") == [1, 2]
     assert "1 of 3 classes have no image: cat" in capsys.readouterr().err
+
+
+def test_shards_with_other_classes_say_which_and_what_to_do(tmp_path: Path) -> None:
+    from cmae_scale.core.settings import DataConfig
+    from cmae_scale.data.shard_set import open_shards
+    from cmae_scale.tasks.judge import open_labelled
+
+    train, val = str(tmp_path / "train"), str(tmp_path / "val")
+    assert make("imagefolder", fill(tmp_path / "1", "cat/1.png", "dog/2.png"), Path(train)) == 0
+    assert make("imagefolder", fill(tmp_path / "2", "dog/3.png", "gnu/4.png"), Path(val)) == 0
+    data = DataConfig(shards=train)
+    with pytest.raises(
+        DataError, match=r"it lacks 'cat', and has 'gnu' besides\): make it again with --classes"
+    ):
+        open_labelled(train, val, data=data)
+    with pytest.raises(
+        DataError, match=r"it lacks 'cat', and has 'gnu' besides\): they cannot be one data set"
+    ):
+        open_shards((train, val), data=data)
 
 
 @pytest.mark.parametrize("extra", ["gnu", "Dog"])

@@ -88,6 +88,43 @@ def test_an_image_folder_that_is_none_says_why(tmp_path: Path, names: tuple[str,
         list_source("imagefolder", tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [
+        ("a.tar", "write --source webdataset"),
+        ("a.parquet", "write --source huggingface"),
+        ("list.csv", "write --source csv"),
+        ("a.zip", "unpack it first"),
+        ("a.txt", "name the folder of the images"),
+    ],
+)
+def test_a_folder_of_something_else_says_how_to_read_it(tmp_path: Path, name: str, remedy: str) -> None:
+    touch(tmp_path, f"x/{name}")
+    for kind in ("flat", "imagefolder"):
+        with pytest.raises(
+            ConfigError, match=rf"holds no image file \(found: 1 no image by name.*: {remedy}"
+        ):
+            list_source(kind, tmp_path)
+
+
+def test_an_archive_as_root_is_to_be_unpacked(tmp_path: Path) -> None:
+    (tmp_path / "images.zip").write_bytes(b"PK\x03\x04 more")
+    for kind in ("flat", "imagefolder", "imagenet"):
+        with pytest.raises(ConfigError, match=r"images\.zip is a zip archive: unpack it"):
+            list_source(kind, tmp_path / "images.zip")
+
+
+@pytest.mark.parametrize(
+    ("name", "remedy"), [("a/1.tar", "write --root .*/a$"), ("1.tar.gz", "unpack"), ("1.tgz", "unpack")]
+)
+def test_tars_one_level_down_and_compressed_ones_are_pointed_at(
+    tmp_path: Path, name: str, remedy: str
+) -> None:
+    touch(tmp_path, name)
+    with pytest.raises(ConfigError, match=rf"holds no \*\.tar: {remedy}"):
+        list_source("webdataset", tmp_path)
+
+
 def test_missing_and_empty_roots_are_told(tmp_path: Path) -> None:
     for kind in ("flat", "imagefolder"):
         with pytest.raises(ConfigError, match="needs --root"):

@@ -86,6 +86,36 @@ def test_a_class_without_an_image_is_a_warning(tmp_path: Path, capsys: pytest.Ca
     assert read_index(tmp_path / "out").classes == ("a", "b", "c")
 
 
+def test_files_beside_parquet_files_are_told(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow", reason="needs the extra 'datasets'")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    (tmp_path / "in" / "data").mkdir(parents=True)
+    parquet.write_table(pyarrow.table({"image": [picture(1)]}), tmp_path / "in" / "data" / "a.parquet")
+    fill(tmp_path / "in", "README.md", "data/list.csv", "images/1.png", ".gitattributes")
+    assert make(tmp_path / "in", tmp_path / "out", source="huggingface") == 0
+    beside = "beside the files of the data set"
+    told = dict.fromkeys(("README.md", "data/list.csv", "images/"), beside)
+    assert read_unlisted(tmp_path / "out") == {**told, ".gitattributes": "hidden"}
+    assert make(tmp_path / "in" / "data" / "a.parquet", tmp_path / "one", source="huggingface") == 0
+    assert read_unlisted(tmp_path / "one") == {}, "one file was named, the others were not found"
+
+
+def test_endings_without_number_do_not_become_reasons_without_number(tmp_path: Path) -> None:
+    fill(tmp_path / "in", "1.png", *(f"slice.{number}" for number in range(50)), "x.dcm", "y.2024-01-01")
+    assert make(tmp_path / "in", tmp_path / "out", source="flat") == 0
+    assert Counter(read_unlisted(tmp_path / "out").values()) == {
+        "no image by name (without an ending)": 51,
+        "no image by name (.dcm)": 1,
+    }
+
+
+def test_a_single_class_is_doubted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """An archive unpacked into a folder of its own name puts all classes into one."""
+    root = fill(tmp_path / "in", "animals/cat/1.png", "animals/dog/2.png")
+    assert make(root, tmp_path / "out") == 0
+    assert "all images are of one class, animals: is its folder the --root" in capsys.readouterr().err
+
+
 NAMES = st.sampled_from(["a", "b", ".a", "thumbs.db", "x.png", "x.txt", "y.JPG", "_.jpeg", "._x.png", "z"])
 
 
