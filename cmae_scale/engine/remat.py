@@ -64,7 +64,22 @@ def adapt_settings(remat: Remat, *, settings: dict[str, Any]) -> dict[str, Any]:
 def _run_through_deepspeed(block: BlockCall, tokens: Tensor) -> Tensor:
     if not torch.is_grad_enabled():
         return _as_tensor(block(tokens))
-    return _as_tensor(deepspeed.checkpointing.checkpoint(block, tokens))
+    return _as_tensor(deepspeed.checkpointing.checkpoint(_hold_autocast(block, tokens.device.type), tokens))
+
+
+def _hold_autocast(block: BlockCall, device_type: str) -> BlockCall:
+    """`block` under the autocast of this moment whenever it runs.
+
+    DeepSpeed's checkpoint recomputes where backward happens to be, outside of autocast: in fp32, so that
+    gradients would be of another function than the loss, at a multiple of the time.
+    """
+    is_on, dtype = torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type)
+
+    def run(tokens: Tensor) -> Any:
+        with torch.autocast(device_type, dtype=dtype, enabled=is_on):
+            return block(tokens)
+
+    return run
 
 
 def _run_full(block: BlockCall, tokens: Tensor) -> Tensor:
