@@ -19,7 +19,8 @@ class TargetEma:
     the rounding of those formats. Source: paper 3.3; official core/hooks/momentum_update_hook.py.
     """
 
-    def __init__(self, pairs: Sequence[Pair], *, keep_master: bool) -> None:
+    def __init__(self, pairs: Sequence[Pair], *, keep_master: bool, device: torch.device) -> None:
+        self._device = device  # where ranks talk to each other, wherever their shards lie
         self.names = [name for name, _, _ in pairs]
         self.online = [online for _, online, _ in pairs]
         self.target = [target for _, _, target in pairs]
@@ -69,11 +70,11 @@ class TargetEma:
         Every rank must call it at the same step. Takes the memory of one parameter.
         """
         pairs = list(zip(self.online, self.masters or [shard_of(p) for p in self.target], strict=True))
-        squares = torch.zeros(2, device=pairs[0][1].device)
+        squares = torch.zeros(2, device=self._device)
         for online, target in pairs:
             values = shard_of(online) if self.masters is None else master_of(online)
             own, followed = own_elements(online, values), own_elements(online, target)
-            squares += torch.stack([(own - followed).square().sum(), own.square().sum()])
+            squares += torch.stack([(own - followed).square().sum(), own.square().sum()]).to(self._device)
         if hasattr(self.online[0], "ds_tensor"):
             squares = sum_of_ranks(squares)
         return (squares[0] / squares[1]).sqrt()
@@ -88,5 +89,6 @@ def _starting_master(online: nn.Parameter, target: nn.Parameter) -> Tensor:
     In a new run it equals the online branch, whose fp32 values were not yet rounded. In a run that starts
     from a whole model's weights it has its own where the two differ.
     """
-    rounded = shard_of(target)
-    return torch.where(rounded == shard_of(online), master_of(online), rounded.float())
+    master = master_of(online)  # on the CPU where the optimizer is offloaded: then the average is made there
+    rounded, online_rounded = (shard_of(parameter).to(master.device) for parameter in (target, online))
+    return torch.where(rounded == online_rounded, master, rounded.float())

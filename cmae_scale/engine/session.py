@@ -98,7 +98,11 @@ def start_session(
         place=place,
         engine=engine,
         # an average outside of the model is in no state but as these masters
-        ema=TargetEma(pairs, keep_master=groups is not None or read_precision(run.deepspeed).needs_master),
+        ema=TargetEma(
+            pairs,
+            keep_master=groups is not None or read_precision(run.deepspeed).needs_master,
+            device=place.device,
+        ),
         attention=attention,
         stamp=stamp,
         first_step=0,

@@ -4,8 +4,12 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+import cmae_scale.engine.ema as ema_module
 from cmae_scale.engine.ema import TargetEma
+
+CPU = torch.device("cpu")
 
 
 def layers(count: int, rng: torch.Generator) -> list[nn.Parameter]:
@@ -16,7 +20,9 @@ def test_the_average_equals_its_definition(rng: torch.Generator) -> None:
     online, target = layers(4, rng), layers(4, rng)
     expected = [parameter.detach().double() for parameter in target]
     ema = TargetEma(
-        [(str(i), o, t) for i, (o, t) in enumerate(zip(online, target, strict=True))], keep_master=False
+        [(str(i), o, t) for i, (o, t) in enumerate(zip(online, target, strict=True))],
+        keep_master=False,
+        device=CPU,
     )
     for momentum in (0.9, 0.996, 1.0, 0.5):
         ema.update_(momentum)
@@ -38,6 +44,7 @@ def test_it_equals_timms_average(rng: torch.Generator) -> None:
     ema = TargetEma(
         [(n, o, t) for (n, o), t in zip(model.named_parameters(), followed.parameters(), strict=True)],
         keep_master=False,
+        device=CPU,
     )
     for _ in range(5):
         with torch.no_grad():
@@ -54,15 +61,35 @@ def test_a_bf16_target_moves_only_with_a_master(keep_master: bool) -> None:
     """At momentum 0.996 a bf16 average from 1.0 towards 1.2 stays at 1.0 for ever."""
     online = nn.Parameter(torch.full((4,), 1.0, dtype=torch.bfloat16))
     target = nn.Parameter(torch.full((4,), 1.0, dtype=torch.bfloat16))
-    ema = TargetEma([("weight", online, target)], keep_master=keep_master)
+    ema = TargetEma([("weight", online, target)], keep_master=keep_master, device=CPU)
     online.data.fill_(1.2)
     for _ in range(1000):
         ema.update_(0.996)
     assert target.detach().float().max() == pytest.approx(1.2 if keep_master else 1.0, abs=0.01)
 
 
+@pytest.mark.parametrize("offloaded", ["master_of", "shard_of"])
+def test_what_is_offloaded_is_averaged_where_it_lies_and_compared_on_the_device(
+    monkeypatch: pytest.MonkeyPatch, offloaded: str
+) -> None:
+    """Weights on a GPU that is not there; every second one has its master, or its shard, on the CPU."""
+    keep_master = offloaded == "master_of"
+    with FakeTensorMode():
+        pairs = [
+            (str(number), *(nn.Parameter(torch.ones(number + 1, device="cuda").half()) for _ in "ot"))
+            for number in range(4)
+        ]
+        lying = {id(one): CPU if int(name) % 2 else one.device for name, *both in pairs for one in both}
+        monkeypatch.setattr(ema_module, offloaded, lambda one: one.data.to(lying[id(one)]).float())
+        ema = TargetEma(pairs, keep_master=keep_master, device=torch.device("cuda"))
+        ema.update_(0.9)
+        assert ema.measure_distance().device.type == "cuda"
+        for (name, *_), master in zip(pairs, ema.masters or [], strict=keep_master):
+            assert master.device.type == ("cpu" if int(name) % 2 else "cuda")
+
+
 def test_a_plain_mae_has_nothing_to_average() -> None:
-    TargetEma([], keep_master=False).update_(0.9)
+    TargetEma([], keep_master=False, device=CPU).update_(0.9)
 
 
 @pytest.mark.slow_unless(stage=2, threshold=0)
