@@ -69,7 +69,6 @@ def train(run: Run, place: "Place", *, stop_at: int | None = None) -> None:
     """The run on this rank: to its end, with an exported encoder, or to `stop_at`, with a saved state."""
     from cmae_scale.data.bad_samples import BadSamples
     from cmae_scale.data.mix import plan_data
-    from cmae_scale.data.prefetch import copy_ahead
     from cmae_scale.data.shard_set import open_shards
     from cmae_scale.data.stream import open_batches
     from cmae_scale.engine.loop import take_steps
@@ -125,7 +124,7 @@ def train(run: Run, place: "Place", *, stop_at: int | None = None) -> None:
             bad=bad,
         )
         with loader:
-            yield copy_ahead(loader, place.device)
+            yield loader
 
     take_steps(method, journal, feed, steps=steps, lr=schedules.lr, bad=bad, evaluation=knn)
     if steps.stop == times.total_steps:

@@ -89,7 +89,6 @@ def look_for_neighbours(run: Run, bench: "Bench") -> None:
 def train(run: Run, bench: "Bench", *, place: "Place", stop_at: int | None = None) -> None:
     """The run on this rank: to its end, with an exported model, or to `stop_at`, with a saved state."""
     from cmae_scale.data.bad_samples import BadSamples
-    from cmae_scale.data.prefetch import copy_ahead
     from cmae_scale.engine.loop import take_steps
     from cmae_scale.engine.transfer import describe_transfer, start_transfer
     from cmae_scale.engine.watch.journal import Journal
@@ -130,7 +129,7 @@ def train(run: Run, bench: "Bench", *, place: "Place", stop_at: int | None = Non
     @contextmanager
     def feed(steps: range) -> Iterator[Iterator["MasterBatch"]]:
         with open_training(bench, task, plan, batch=batch, steps=steps, bad=bad) as loader:
-            yield copy_ahead(loader, place.device)
+            yield loader
 
     take_steps(method, journal, feed, steps=steps, lr=lr, bad=bad, evaluation=examination)
     if steps.stop == times.total_steps and place.world.is_first:

@@ -41,7 +41,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Hide GPUs, unless `-m gpu` asks for them: ranks are forked, which autograd does not survive with one."""
+    """Hide GPUs, unless `-m gpu` asks: autograd that knows one does not survive the fork of ranks."""
     if config.option.markexpr != "gpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 

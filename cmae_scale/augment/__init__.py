@@ -6,8 +6,6 @@ them together. Imports core only (and torch); the data, models and engine folder
 
 from cmae_scale.augment.draws import ViewNumbers as ViewNumbers
 from cmae_scale.augment.draws import draw_views as draw_views
-from cmae_scale.augment.views import Views as Views
 from cmae_scale.augment.views import denormalise as denormalise
-from cmae_scale.augment.views import make_views as make_views
 from cmae_scale.augment.views import online_view as online_view
 from cmae_scale.augment.views import target_view as target_view

@@ -1,7 +1,6 @@
 """The online and the target view of a batch of master images."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, UInt8
@@ -18,31 +17,15 @@ _GROUP_BYTES_CPU = 2**22
 _GROUP_BYTES = 2**28
 
 
-@dataclass(frozen=True)
-class Views:
-    """What the two branches see, normalised with the views' mean and std."""
-
-    online: Float[Tensor, "batch 3 side side"]
-    target: Float[Tensor, "batch 3 side side"]
-
-
-def make_views(
-    images: UInt8[Tensor, "batch crops 3 master master"], numbers: ViewNumbers, *, views: ViewsConfig
-) -> Views:
-    """Both views, on the device of `images`; `numbers` has the same rows as `images`.
-
-    Source: paper 3.2; official pipelines: the flip is of the master, the online view has no colour change.
-    """
-    return Views(
-        online=online_view(images, numbers, views=views), target=target_view(images, numbers, views=views)
-    )
-
-
 @torch.no_grad()
 def online_view(
     images: UInt8[Tensor, "batch crops 3 master master"], numbers: ViewNumbers, *, views: ViewsConfig
 ) -> Float[Tensor, "batch 3 side side"]:
-    """The top-left img_px square of each (flipped) master. A plain MAE needs no more than this."""
+    """The top-left img_px square of each (flipped) master, normalised, on its device, without colour change.
+
+    A plain MAE needs no more than this. `numbers` has the same rows as `images`. Source: paper 3.2; official
+    pipelines: the flip is of the master.
+    """
     online = _empty_view(images, numbers, views=views)
     for group in _groups(online):
         part = numbers.pick(group)

@@ -231,7 +231,8 @@ class DataConfig(Section):
     )  # samples of a stream shuffled together, in memory as compressed bytes
     max_bad_fraction: Fraction = 0.001  # unreadable samples beyond this share stop the run
     max_image_mpx: float = Field(50.0, gt=0)  # larger images count as bad before they are decoded
-    prefetch: int = Field(2, ge=1)  # batches ready ahead of the model. Does not change results
+    prefetch: int = Field(2, ge=1)  # batches decoded ahead of the model; under accumulation so many beyond
+    # all but one of the next step's, which it takes at once. Does not change results
     cache: str | None = None  # folder on a local disk that keeps what was read from remote shards
     cache_gib: float = Field(100.0, gt=0)  # its size; the least recently used goes first
     read_timeout_s: float = Field(

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from functools import cache
 
 import torch
 
@@ -16,7 +17,7 @@ def copy_ahead(batches: Iterable[MasterBatch], device: torch.device) -> Iterator
     if device.type != "cuda":
         yield from batches
         return
-    side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    side = _side_stream(device)
     ahead: tuple[MasterBatch, torch.cuda.Event] | None = None
     for batch in batches:
         with torch.cuda.stream(side):
@@ -27,6 +28,12 @@ def copy_ahead(batches: Iterable[MasterBatch], device: torch.device) -> Iterator
         ahead = copied, event
     if ahead is not None:
         yield _hand_over(*ahead)
+
+
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """The one stream for copies to `device`: torch gives what was freed on a stream to that stream alone."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 def _hand_over(batch: MasterBatch, copied: torch.cuda.Event) -> MasterBatch:

@@ -1,15 +1,32 @@
 """From the loader's images to what a forward pass sees: the views and mask noise of its rows."""
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from cmae_scale.augment import ViewNumbers, draw_views, make_views, online_view
+from cmae_scale.augment import ViewNumbers, draw_views, online_view, target_view
 from cmae_scale.core.draws import step_generator
 from cmae_scale.core.settings import CmaeConfig
-from cmae_scale.engine.step import MicroBatch
+from cmae_scale.data.prefetch import copy_ahead
+from cmae_scale.data.stream import MasterBatch
+from cmae_scale.engine.watch.spans import Spans
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What one forward pass of this rank sees; a view that it does not ask for is None.
+
+    Noise fixes the masks: see `CMAE.forward`. `first_row` is its place in the global batch.
+    """
+
+    online: Float[Tensor, "batch 3 side side"] | None
+    target: Float[Tensor, "batch 3 side side"] | None
+    noise: Float[Tensor, "batch cells"]
+    target_noise: Float[Tensor, "batch cells"]
+    first_row: int
 
 
 @dataclass(frozen=True)
@@ -25,23 +42,27 @@ class StepDraws:
     target_noise: Float[Tensor, "total cells"]
 
     def prepare(
-        self, images: UInt8[Tensor, "batch crops 3 side side"], *, first_row: int, cfg: CmaeConfig
+        self,
+        images: UInt8[Tensor, "batch crops 3 side side"],
+        *,
+        first_row: int,
+        cfg: CmaeConfig,
+        online: bool = True,
+        target: bool = True,
     ) -> MicroBatch:
-        """The micro-batch made of `images`, which begin at row `first_row` of the global batch."""
+        """The micro-batch made of `images`, which begin at row `first_row` of the global batch.
+
+        `online` and `target` say which views to make. A plain MAE has no target view.
+        """
         count, device = len(images), images.device
         numbers = self.numbers.rows(first_row, count)
-        if cfg.has_contrast:
-            views = make_views(images, numbers, views=cfg.views)
-            online, target = views.online, views.target
-        else:
-            online = online_view(images, numbers, views=cfg.views)
-            target = online
         rows = slice(first_row, first_row + count)
         return MicroBatch(
-            online=online,
-            target=target,
+            online=online_view(images, numbers, views=cfg.views) if online else None,
+            target=target_view(images, numbers, views=cfg.views) if target and cfg.has_contrast else None,
             noise=self.noise[rows].to(device, non_blocking=True),
             target_noise=self.target_noise[rows].to(device, non_blocking=True),
+            first_row=first_row,
         )
 
 
@@ -55,3 +76,40 @@ def draw_step(cfg: CmaeConfig, *, total: int, step: int) -> StepDraws:
             total, cells, generator=step_generator(cfg.seed, step=step, purpose="target mask")
         ),
     )
+
+
+@dataclass(frozen=True)
+class StepImages:
+    """A rank's images of one optimizer step; `first_row` is where they begin in the global batch.
+
+    They stay where the loader put them. On the device are the views of the micro-batch that is being computed
+    and, on a GPU, its images and the next ones: memory does not grow with accumulation.
+    """
+
+    masters: Sequence[MasterBatch]
+    draws: StepDraws
+    first_row: int
+    cfg: CmaeConfig
+    device: torch.device
+    spans: Spans
+
+    def __len__(self) -> int:
+        """Number of micro-batches."""
+        return len(self.masters)
+
+    def views(self, *, online: bool, target: bool) -> Iterator[MicroBatch]:
+        """One micro-batch after the other with the views asked for, each made when its turn comes.
+
+        They are the same however often and in whatever combination they are asked for. Nothing here holds on
+        to a micro-batch, so consume them by `map`: the variable of a `for` keeps one while the next is made.
+        """
+
+        def prepare(part: MasterBatch, first_row: int) -> MicroBatch:
+            with self.spans.span("augment"):
+                return self.draws.prepare(
+                    part.images, first_row=first_row, cfg=self.cfg, online=online, target=target
+                )
+
+        micro = len(self.masters[0].images)
+        first_rows = range(self.first_row, self.first_row + micro * len(self), micro)
+        return map(prepare, copy_ahead(self.masters, self.device), first_rows)

@@ -30,7 +30,7 @@ from cmae_scale.engine.watch.journal import Journal
 
 Feed = Callable[
     [range], AbstractContextManager[Iterator[MasterBatch]]
-]  # a rank's micro-batches of some steps
+]  # a rank's micro-batches of some steps, in main memory
 
 LAUNCHERS_GRACE_S = 30.0  # what the deepspeed launcher and Slurm give a process between SIGTERM and kill -9
 

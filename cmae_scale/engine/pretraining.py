@@ -17,7 +17,7 @@ from cmae_scale.core.durations import Timetable
 from cmae_scale.core.schedules import TargetMomentum
 from cmae_scale.core.settings import CmaeConfig
 from cmae_scale.data.stream import MasterBatch
-from cmae_scale.engine.inputs import draw_step
+from cmae_scale.engine.inputs import StepImages, draw_step
 from cmae_scale.engine.partition import build_model
 from cmae_scale.engine.session import Session, count_trainable, name_precision, start_session
 from cmae_scale.engine.start import Place, read_precision
@@ -52,22 +52,18 @@ class Pretraining:
 
     def accumulate(self, masters: Sequence[MasterBatch], *, step: int) -> Float[Tensor, " metrics"]:
         """Gradients of this rank's micro-batches; views and masks are drawn for the whole global batch."""
-        cfg, rank = self.session.run.cmae, self.session.place.world.rank
-        first_rows = range(rank * self.batch.local, (rank + 1) * self.batch.local, self.batch.micro)
-        with self.session.spans.span("augment"):
-            draws = draw_step(cfg, total=self.batch.total, step=step)
-            micro_batches = [
-                draws.prepare(part.images, first_row=row, cfg=cfg)
-                for part, row in zip(masters, first_rows, strict=True)
-            ]
-        return accumulate_gradients(
-            self.session.engine,
-            micro_batches,
-            cfg=cfg,
-            rank=rank,
-            spans=self.session.spans,
-            health=self.health,
+        session = self.session
+        with session.spans.span("augment"):
+            draws = draw_step(session.run.cmae, total=self.batch.total, step=step)
+        images = StepImages(
+            masters,
+            draws,
+            first_row=session.place.world.rank * self.batch.local,
+            cfg=session.run.cmae,
+            device=session.place.device,
+            spans=session.spans,
         )
+        return accumulate_gradients(session.engine, images, health=self.health)
 
     def follow_(self, *, step: int) -> None:
         """The target follows the weights that step `step` has moved."""

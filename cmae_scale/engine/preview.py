@@ -35,6 +35,7 @@ def preview(engine: Any, masters: UInt8[Tensor, "batch 3 master master"], *, cfg
     crops = 2 if cfg.views.target_crop == "random" else 1
     images = masters[:, None].expand(-1, crops, -1, -1, -1)
     micro = draw_step(cfg, total=len(images), step=0).prepare(images, first_row=0, cfg=cfg)
+    assert micro.online is not None
     engine.eval()
     output = engine(micro.online, None, noise=micro.noise)
     engine.train()
@@ -51,5 +52,5 @@ def preview(engine: Any, masters: UInt8[Tensor, "batch 3 master master"], *, cfg
         images=denormalise(micro.online, views=cfg.views).cpu(),
         hidden=unpatchify(blank, patch)[:, :1].cpu(),
         reconstructed=denormalise(unpatchify(everywhere, patch), views=cfg.views).cpu(),
-        target=denormalise(micro.target, views=cfg.views).cpu() if cfg.has_contrast else None,
+        target=None if micro.target is None else denormalise(micro.target, views=cfg.views).cpu(),
     )

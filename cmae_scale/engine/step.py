@@ -1,8 +1,7 @@
-"""Forward and backward passes of one optimizer step: from the views of its micro-batches to gradients."""
+"""Forward and backward passes of one optimizer step: from its images, piece by piece, to gradients."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -10,23 +9,14 @@ from torch import Tensor
 
 from cmae_scale.core.collectives import gather_rows
 from cmae_scale.core.settings import CmaeConfig, LossConfig
+from cmae_scale.engine.inputs import MicroBatch, StepImages
 from cmae_scale.engine.watch.health import Health
 from cmae_scale.engine.watch.spans import Spans
-from cmae_scale.layers.masking import take_tokens
+from cmae_scale.layers.masking import TokenMask, take_tokens
 from cmae_scale.layers.patches import patchify
 from cmae_scale.losses import byol, infonce, pixel_loss
 
 METRIC_NAMES = ("loss", "pixel", "contrast")
-
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """What one forward pass of this rank sees. Noise fixes the masks: see `CMAE.forward`."""
-
-    online: Float[Tensor, "batch 3 side side"]
-    target: Float[Tensor, "batch 3 side side"]
-    noise: Float[Tensor, "batch cells"]
-    target_noise: Float[Tensor, "batch cells"]
 
 
 def contrast_factor(loss: LossConfig) -> float:
@@ -39,14 +29,16 @@ def contrast_factor(loss: LossConfig) -> float:
     return loss.weight * scale
 
 
+class Passed(NamedTuple):
+    """What the pass of a micro-batch leaves behind, on the device and without gradient."""
+
+    losses: Float[Tensor, " metrics"]
+    query: Float[Tensor, "batch dim"] | None
+    keys: Float[Tensor, "total dim"] | None
+
+
 def accumulate_gradients(
-    engine: Any,
-    micro_batches: Sequence[MicroBatch],
-    *,
-    cfg: CmaeConfig,
-    rank: int,
-    spans: Spans,
-    health: Health | None = None,
+    engine: Any, images: StepImages, *, health: Health | None = None
 ) -> Float[Tensor, " metrics"]:
     """This rank's mean losses of one optimizer step, after forward and backward of all micro-batches.
 
@@ -56,45 +48,50 @@ def accumulate_gradients(
     no gradient. `engine` counts the micro-batches; the update after the last is the caller's `engine.step()`.
     """
     keys = None
-    if cfg.has_contrast and len(micro_batches) > 1:
-        with spans.span("target"):
-            keys = compute_keys(engine, micro_batches)
-    local = sum(len(micro.online) for micro in micro_batches)
-    first_row = rank * local
-    losses, queries = [], []
-    for micro in micro_batches:
-        with spans.span("forward"):
-            output = engine(
-                micro.online,
-                micro.target if cfg.has_contrast and keys is None else None,
-                noise=micro.noise,
-                target_noise=micro.target_noise,
-            )
-            pixel = pixel_loss(
-                output.pixels, _hidden_patches(micro, output.mask, cfg), norm_pix=cfg.loss.norm_pix
-            )
-            total, contrast = pixel, torch.zeros_like(pixel)
-            if cfg.has_contrast:
-                keys = gather_rows(output.key) if keys is None else keys
-                contrast = _contrast(output.query, keys, first_row=first_row, loss=cfg.loss)
-                total = pixel + contrast_factor(cfg.loss) * contrast
-                queries.append(output.query.detach())
-        first_row += len(micro.online)
-        with spans.span("backward"):
-            engine.backward(total)
-            if micro is not micro_batches[-1]:
-                engine.step()
-        losses.append(torch.stack([total.detach(), pixel.detach(), contrast.detach()]))
-    if health is not None and keys is not None:
-        health.look_at_features(torch.cat(queries), keys)
-    return torch.stack(losses).mean(dim=0)
+    if images.cfg.has_contrast and len(images) > 1:
+        with images.spans.span("target"):
+            keys = compute_keys(engine, images)
+    learn = partial(_learn, engine, keys=keys, cfg=images.cfg, spans=images.spans)
+    passes: list[Passed] = []
+    for passed in map(learn, images.views(online=True, target=keys is None)):
+        passes.append(passed)
+        if len(passes) < len(images):
+            engine.step()
+    if health is not None and passed.keys is not None:
+        health.look_at_features(
+            torch.cat([one.query for one in passes if one.query is not None]), passed.keys
+        )
+    return torch.stack([one.losses for one in passes]).mean(dim=0)
 
 
 @torch.no_grad()
-def compute_keys(engine: Any, micro_batches: Sequence[MicroBatch]) -> Float[Tensor, "total dim"]:
+def compute_keys(engine: Any, images: StepImages) -> Float[Tensor, "total dim"]:
     """Target projections of the global batch, in the order of the global batch."""
-    keys = [engine(None, micro.target, target_noise=micro.target_noise).key for micro in micro_batches]
-    return gather_rows(torch.cat(keys))
+
+    def project(micro: MicroBatch) -> Tensor:
+        key: Tensor = engine(None, micro.target, target_noise=micro.target_noise).key
+        return key
+
+    return gather_rows(torch.cat(list(map(project, images.views(online=False, target=True)))))
+
+
+def _learn(engine: Any, micro: MicroBatch, *, keys: Tensor | None, cfg: CmaeConfig, spans: Spans) -> Passed:
+    """Forward and backward pass of one micro-batch; `keys` are of the global batch, if it has more."""
+    assert micro.online is not None
+    query = None
+    with spans.span("forward"):
+        output = engine(micro.online, micro.target, noise=micro.noise, target_noise=micro.target_noise)
+        pixel = pixel_loss(
+            output.pixels, _hidden_patches(micro.online, output.mask, cfg), norm_pix=cfg.loss.norm_pix
+        )
+        total, contrast = pixel, torch.zeros_like(pixel)
+        if cfg.has_contrast:
+            query, keys = output.query.detach(), gather_rows(output.key) if keys is None else keys
+            contrast = _contrast(output.query, keys, first_row=micro.first_row, loss=cfg.loss)
+            total = pixel + contrast_factor(cfg.loss) * contrast
+    with spans.span("backward"):
+        engine.backward(total)
+    return Passed(torch.stack([total.detach(), pixel.detach(), contrast.detach()]), query, keys)
 
 
 def _contrast(query: Tensor, keys: Tensor, *, first_row: int, loss: LossConfig) -> Tensor:
@@ -103,5 +100,7 @@ def _contrast(query: Tensor, keys: Tensor, *, first_row: int, loss: LossConfig) 
     return infonce(query, keys, first_row=first_row, temperature=loss.temperature)
 
 
-def _hidden_patches(micro: MicroBatch, mask: Any, cfg: CmaeConfig) -> Float[Tensor, "batch hidden values"]:
-    return take_tokens(patchify(micro.online, cfg.model.patch_size), mask.hidden)
+def _hidden_patches(
+    online: Float[Tensor, "batch 3 side side"], mask: TokenMask, cfg: CmaeConfig
+) -> Float[Tensor, "batch hidden values"]:
+    return take_tokens(patchify(online, cfg.model.patch_size), mask.hidden)

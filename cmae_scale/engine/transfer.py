@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from cmae_scale.core.batches import BatchSizes
 from cmae_scale.core.config import Run
 from cmae_scale.core.errors import ConfigError
+from cmae_scale.data.prefetch import copy_ahead
 from cmae_scale.data.stream import MasterBatch
 from cmae_scale.engine.ema import Pair
 from cmae_scale.engine.session import Session, count_trainable, name_precision, start_session
@@ -75,7 +76,7 @@ class Transfer:
         first_row = self.session.place.world.rank * batch.local
         dtype = read_precision(self.session.run.deepspeed).parameters
         means = []
-        for number, part in enumerate(masters, start=1):
+        for number, part in enumerate(copy_ahead(masters, self.session.place.device), start=1):
             inputs, target = self.task.prepare(part, step=step, first_row=first_row, total=batch.total)
             losses = self.task.losses(engine(inputs.to(dtype)), target)
             engine.backward(losses[0])

@@ -36,7 +36,7 @@ class Moment(NamedTuple):
     target: int  # its weights and masters
     gradients: int
     buckets: int  # what gradients are sent in
-    views: int  # uint8 masters and both views
+    views: int  # and the uint8 images that they are cut from
     activations: int
     working: int  # operations under way
 
@@ -48,24 +48,25 @@ class Moment(NamedTuple):
 
 def plan_moments(job: Job) -> list[Moment]:
     """The moments at which a step can be fullest, in their order."""
-    cfg, micro, held = job.cfg, job.batch.micro, count_standing(job)
-    pair = _view_bytes(cfg)
-    masters = 3 * (2 if cfg.views.target_crop == "random" else 1) * cfg.views.master_px**2
-    ready = job.batch.local * (pair + masters) + micro * masters * (job.device == "cuda")  # one batch ahead
-    group = min(micro * pair // (2 if cfg.has_contrast else 1), _VIEW_GROUP[job.device])
+    held, masters = count_standing(job), _master_bytes(job)
+    view = 3 * job.cfg.views.img_px**2 * _FP32
+    # under accumulation the target's pass comes first, for the whole batch: each pass has its own view
+    both = job.cfg.has_contrast and job.batch.accumulation == 1
+    views = masters + job.batch.micro * view * (2 if both else 1)
+    group = min(job.batch.micro * view, _VIEW_GROUP[job.device])
     idle = Moment("", held.weights, held.optimizer, held.target, held.gradients, held.buckets, 0, 0, 0)
+    between = masters * (job.device == "cpu")  # a step's images lie in main memory until it is over
     return [
         idle._replace(name="start", working=held.rehearsed),
-        # the views of the step before are still held while the next ones are made
-        idle._replace(name="views", views=ready + job.batch.local * pair, working=group * _VIEW_TEMPORARIES),
-        *_plan_passes(job, held, idle=idle._replace(views=ready)),
+        idle._replace(name="views", views=views, working=group * _VIEW_TEMPORARIES),
+        *_plan_passes(job, held, idle=idle._replace(views=views)),
         idle._replace(
             name="optimizer",
-            views=ready,
+            views=between,
             gradients=held.gradients + held.flattened,
             working=held.updating,
         ),
-        idle._replace(name="average", views=ready, working=held.averaged),
+        idle._replace(name="average", views=between, working=held.averaged),
     ]
 
 
@@ -185,6 +186,9 @@ def _decoder_shape(cfg: CmaeConfig) -> BlockShape:
     return decoder_block(cfg.model.pixel_decoder, tokens=patches + count_prefix(cfg.model))
 
 
-def _view_bytes(cfg: CmaeConfig) -> int:
-    """Of one image's views; a plain MAE has one."""
-    return (2 if cfg.has_contrast else 1) * 3 * cfg.views.img_px**2 * _FP32
+def _master_bytes(job: Job) -> int:
+    """Of the images that views are cut from: on a GPU a micro-batch and the next one, else a whole step's."""
+    crops = 2 if job.cfg.views.target_crop == "random" else 1
+    ahead = 2 if job.batch.accumulation > 1 else 1
+    images = job.batch.local if job.device == "cpu" else job.batch.micro * ahead
+    return images * 3 * crops * job.cfg.views.master_px**2

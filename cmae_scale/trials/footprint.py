@@ -179,7 +179,7 @@ def train_on_noise(run: Run, *, place: Place, batch: BatchSizes, steps: int) -> 
         for step in range(steps):
             parts = []
             for micro in range(batch.accumulation):
-                images = torch.randint(0, 256, shape, dtype=torch.uint8).to(place.device)
+                images = torch.randint(0, 256, shape, dtype=torch.uint8)
                 labels = torch.zeros(batch.micro, dtype=torch.int64)
                 parts.append(MasterBatch(images, labels, (), step, micro))
             method.accumulate(parts, step=step)

@@ -1,12 +1,14 @@
 """Whole views against a slow reference that treats one image at a time with torchvision."""
 
+from typing import NamedTuple
+
 import pytest
 import torch
 import torchvision.transforms.functional as tv
 from torch import Tensor
 
 import cmae_scale.augment.views as views_module
-from cmae_scale.augment import ViewNumbers, denormalise, draw_views, make_views, online_view, target_view
+from cmae_scale.augment import ViewNumbers, denormalise, draw_views, online_view, target_view
 from cmae_scale.core.settings import ColorConfig, ViewsConfig
 
 TOLERANCE = 2e-5  # roundings of at most 5e-6 in [0, 1] (see test_color), divided by a std of at least 0.22
@@ -21,6 +23,15 @@ def masters(total: int, *, views: ViewsConfig, seed: int = 1) -> Tensor:
     crops = 2 if views.target_crop == "random" else 1
     shape = (total, crops, 3, views.master_px, views.master_px)
     return torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+
+
+class Views(NamedTuple):
+    online: Tensor
+    target: Tensor
+
+
+def make_views(images: Tensor, numbers: ViewNumbers, *, views: ViewsConfig) -> Views:
+    return Views(online_view(images, numbers, views=views), target_view(images, numbers, views=views))
 
 
 def view_slowly(image: Tensor, numbers: ViewNumbers, *, views: ViewsConfig) -> tuple[Tensor, Tensor]:
@@ -115,13 +126,6 @@ def test_how_many_images_are_worked_on_together_changes_nothing(
     other = make_views(images, numbers, views=SMALL)
     assert torch.equal(other.online, usual.online)
     assert torch.equal(other.target, usual.target)
-
-
-def test_each_view_can_be_had_alone() -> None:
-    images, numbers = masters(8, views=SMALL), draw(8, views=SMALL)
-    both = make_views(images, numbers, views=SMALL)
-    assert torch.equal(online_view(images, numbers, views=SMALL), both.online)
-    assert torch.equal(target_view(images, numbers, views=SMALL), both.target)
 
 
 def test_masters_are_left_as_they_were() -> None:

@@ -314,9 +314,9 @@ def test_an_interrupt_while_waiting_closes_the_stream(
     timer.join()
 
 
-@pytest.mark.parametrize("prefetch", [1, 3])
-def test_no_more_batches_than_asked_are_made_ahead(
-    shards: ShardSet, monkeypatch: pytest.MonkeyPatch, prefetch: int
+@pytest.mark.parametrize(("accumulation", "prefetch"), [(1, 1), (1, 3), (4, 1), (4, 2)])
+def test_a_whole_step_is_made_ahead_and_no_more_batches_than_asked(
+    shards: ShardSet, monkeypatch: pytest.MonkeyPatch, accumulation: int, prefetch: int
 ) -> None:
     made = 0
     take = BatchMemory.take
@@ -327,12 +327,13 @@ def test_no_more_batches_than_asked_are_made_ahead(
         return take(memory, shape)
 
     monkeypatch.setattr(BatchMemory, "take", count)
-    with start(shards, make_plan(shards), end_step=100, prefetch=prefetch) as stream:
+    plan = make_plan(shards)
+    with start(shards, plan, end_step=100, prefetch=prefetch, accumulation=accumulation) as stream:
         next(stream)
-        while made < prefetch + 1:
+        while made < accumulation + prefetch:
             time.sleep(0.01)
         time.sleep(0.1)  # one more would come in less
-        assert made == prefetch + 1
+        assert made == accumulation + prefetch
 
 
 def test_batches_own_their_memory(shards: ShardSet) -> None:

@@ -97,3 +97,21 @@ def test_the_predicted_peak_is_that_of_a_real_step(
     idle = next(moment for moment in plan_moments(job) if moment.name == "average")
     assert predict_peak(job).total_bytes == pytest.approx(measured["peak"], rel=0.06)
     assert idle._replace(views=0, working=0).total_bytes == pytest.approx(measured["idle"], rel=0.03)
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("cmae", [{}, {"loss": {"weight": 0.0}}], ids=["cmae", "mae"])
+def test_views_are_those_of_one_micro_batch_however_many_a_step_has(
+    tiny_run: Callable[..., Run], on_ranks: Callable[..., list[Any]], live_bytes: Any, cmae: dict[str, Any]
+) -> None:
+    side, micro = 128, 2
+
+    def peak(accumulation: int) -> int:
+        large = {"views": {"img_px": side, "master_px": side, "shift_px": 1}, "model": {"patch_size": 32}}
+        size = {"accumulation": accumulation, "train_batch_size": micro * accumulation}
+        run = tiny_run(**size, cmae={**cmae, **large})
+        found = on_ranks(lambda: measure(run, live_bytes), ranks=1)[0]["peak"]
+        return int(found) - 3 * side**2 * micro * accumulation  # the images themselves, in main memory
+
+    view = 3 * side**2 * micro * 4
+    assert peak(8) - peak(2) < view

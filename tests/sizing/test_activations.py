@@ -8,7 +8,7 @@ import torch
 from cmae_scale.core.precision import NumberFormats
 from cmae_scale.core.settings import CmaeConfig, Remat
 from cmae_scale.engine.remat import choose_block_runner
-from cmae_scale.engine.step import MicroBatch, _hidden_patches
+from cmae_scale.engine.step import _hidden_patches
 from cmae_scale.layers.attention import AttentionChoice, set_attention_, use_attention
 from cmae_scale.losses import infonce, pixel_loss
 from cmae_scale.models import build_cmae
@@ -56,13 +56,12 @@ def alive_after_forward(
     side, cells = cfg.views.img_px, (cfg.views.img_px // cfg.model.patch_size // cfg.mask.cell) ** 2
     online, target = torch.randn(2, images, 3, side, side)
     noise = torch.rand(images, cells)
-    micro = MicroBatch(online, target, noise, noise)
     with live, use_attention(ATTENTION[kernel]):
         live.watch([online, target, noise, *model.parameters(), *model.buffers()])
         before = live.now
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=formats.is_autocast):
             output = model(online, target if cfg.has_contrast else None, noise=noise, target_noise=noise)
-        pixel = pixel_loss(output.pixels, _hidden_patches(micro, output.mask, cfg))
+        pixel = pixel_loss(output.pixels, _hidden_patches(online, output.mask, cfg))
         loss = pixel
         if cfg.has_contrast:
             loss = pixel + infonce(output.query, output.key, first_row=0, temperature=0.07)
