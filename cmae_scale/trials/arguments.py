@@ -14,7 +14,7 @@ def build_bench_parser(description: str, *, examples: str) -> argparse.ArgumentP
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(
-        required=True, metavar="loader | stream | shards | memory | hybrid | kill"
+        required=True, metavar="loader | stream | shards | memory | hybrid | kill | gpu"
     )
     loader = commands.add_parser("loader", help="CPU seconds per sample beside other loaders")
     loader.set_defaults(trial="loader")
@@ -55,4 +55,10 @@ def build_bench_parser(description: str, *, examples: str) -> argparse.ArgumentP
     shards.add_argument("--scratch", type=Path, metavar="DIR", help="disk to write to (default: temporary)")
     shards.add_argument("--rounds", type=int, default=5, help="interleaved rounds (default: 5)")
     shards.add_argument("--record", type=Path, default=RECORDS / "shards.json", metavar="FILE")
+    gpu = commands.add_parser("gpu", help="what a GPU computes, how fast, and what it holds")
+    gpu.set_defaults(trial="gpu")
+    gpu.add_argument("--quick", action="store_true", help="fewer sizes, half the time limits")
+    gpu.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a tiny rehearsal")
+    gpu.add_argument("--shards", nargs="+", default=[], metavar="DIR", help="to measure the loader with")
+    gpu.add_argument("--record", type=Path, default=RECORDS / "gpu.json", metavar="FILE")
     return parser

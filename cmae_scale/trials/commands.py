@@ -8,6 +8,7 @@ import io
 from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from cmae_scale.core.errors import ConfigError, DataError
@@ -148,6 +149,17 @@ def prove_kills(args: argparse.Namespace) -> None:
     )
 
 
+def measure_gpu(args: argparse.Namespace) -> None:
+    """Print and record part after part of what a GPU does; what the record has already stays."""
+    from cmae_scale.trials.gpu import measure_parts
+    from cmae_scale.trials.noise import Stage
+
+    with TemporaryDirectory() as scratch:
+        stage = Stage(args.device, is_quick=args.quick, scratch=scratch, shards=tuple(args.shards))
+        measure_parts(stage, record=args.record, tell=partial(print, flush=True))
+    print(f"record {args.record}")
+
+
 def read_views(args: argparse.Namespace) -> ViewsConfig:
     """The master crops of the paper's recipe at the side that was asked for."""
     return ViewsConfig(img_px=args.master_px, master_px=args.master_px, shift_px=0)
@@ -160,4 +172,5 @@ TRIALS = {
     "memory": measure_memory,
     "hybrid": measure_hybrid,
     "kill": prove_kills,
+    "gpu": measure_gpu,
 }

@@ -1,0 +1,165 @@
+"""How fast whole optimizer steps are on a GPU and what they hold, with random images and with a loader."""
+
+import gc
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from cmae_scale.core.batches import plan_batch
+from cmae_scale.core.config import Run
+from cmae_scale.core.settings import DataConfig
+from cmae_scale.data.bad_samples import BadSamples
+from cmae_scale.data.mix import plan_data
+from cmae_scale.data.shard_set import open_shards
+from cmae_scale.data.stream import BatchStream, MasterBatch, open_batches
+from cmae_scale.engine.hardware import read_peak_flops
+from cmae_scale.engine.start import Place, start_processes, stop_processes
+from cmae_scale.planning.forecast import describe_job
+from cmae_scale.sizing.memory import predict_peak
+from cmae_scale.sizing.zero import Device
+from cmae_scale.trials.noise import NoiseTraining, Size, Stage, make_noise, read_noise_run
+
+Figures = dict[str, Any]
+COMPILED = ("cmae.compile=blocks",)
+RECOMPUTED = ("cmae.model.remat=full",)
+SELECTIVE = ("cmae.model.remat=selective",)
+
+# from the most to the least wanted
+SIZES = (
+    Size("vitl", 64),
+    Size("vitl", 64, COMPILED),
+    Size("vitb", 128),
+    Size("vits", 128),
+    Size("vits", 128, COMPILED),
+    Size("vitb", 128, COMPILED),
+    Size("vitl", 128),
+    Size("vitl", 64, RECOMPUTED),
+    Size("vitl", 64, accumulation=4),
+    Size("vitl", 64, ("zero_optimization.stage=0",)),
+    Size("vits", 256),
+    Size("vitl", 64, SELECTIVE),
+    Size("vitl_zero3", 64),
+    Size("vitb", 256, COMPILED),
+)
+QUICK = 5  # of them with --quick
+
+
+def race_steps(stage: Stage) -> Iterator[tuple[str, Figures]]:
+    """Images per second, share of the peak, memory beside its prediction, and where the time goes."""
+    place = start_processes()
+    for size in SIZES[:QUICK] if stage.is_quick else SIZES:
+        if name_size(size) not in stage.known:
+            yield name_size(size), measure_steps(size, stage, place)
+    stop_processes()
+
+
+def name_size(size: Size) -> str:
+    """For instance "vitl, 64 x 4, remat=full"."""
+    changes = [change.rpartition(".")[2] for change in size.changes]
+    return ", ".join([size.run_file, f"{size.micro} x {size.accumulation}", *changes])
+
+
+def measure_steps(size: Size, stage: Stage, place: Place) -> Figures:
+    """The figures of one size; what fails is told in them."""
+    run = read_noise_run(size, stage)
+    torch.compiler.reset()
+    gc.collect()
+    is_cuda, before = not stage.is_rehearsal, 0
+    if is_cuda:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    try:
+        training = NoiseTraining(run, place=place)
+        noise = [make_noise(run, training.batch, step=step, pin=is_cuda) for step in range(2)]
+        for step in range(4):
+            training.take(step, noise[step % 2])
+        training.session.spans.read(4)
+        steps = 2 if stage.is_rehearsal else 10
+        step_s = time_steps(training, noise, steps=steps)
+        spans = training.session.spans.read(steps)
+    except (RuntimeError, torch.OutOfMemoryError) as error:
+        return {"failed": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
+    device: Device = "cuda" if is_cuda else "cpu"
+    predicted = predict_peak(describe_job(run, batch=training.batch, ranks=1, device=device))
+    peak = torch.cuda.max_memory_allocated() - before if is_cuda else 0
+    return {
+        **_rate(training, step_s, place),
+        "peak_gib": peak / 2**30,
+        "predicted_gib": predicted.total_bytes / 2**30,
+        "spans": {name: value for name, value in spans.items() if value},
+    }
+
+
+def time_steps(training: NoiseTraining, batches: Sequence[Sequence[MasterBatch]], *, steps: int) -> float:
+    """Seconds of a step in a row of `steps`, all of the device's work included."""
+    _wait()
+    begin_s = time.perf_counter()
+    for step in range(steps):
+        training.take(step, batches[step % len(batches)])
+    _wait()
+    return (time.perf_counter() - begin_s) / steps
+
+
+def race_loader(stage: Stage) -> Iterator[tuple[str, Figures]]:
+    """Images per second of the loader alone, and of ViT-S steps with it; nothing without --shards."""
+    if not stage.shards:
+        return
+    place = start_processes()
+    for workers in (2,) if stage.is_rehearsal else (4, 8, 14):
+        key = f"{workers} workers"
+        if key in stage.known:
+            continue
+        run = read_noise_run(Size("vits", 128), stage)
+        steps = 2 if stage.is_rehearsal else 20
+        with open_feed(run, stage, workers=workers, steps=steps + 2) as stream:
+            next(stream)
+            begin_s = time.perf_counter()
+            images = sum(len(next(stream).images) for _ in range(steps))
+            alone = images / (time.perf_counter() - begin_s)
+        training = NoiseTraining(run, place=place)
+        with open_feed(run, stage, workers=workers, steps=steps + 4) as stream:
+            for step in range(4):
+                training.take(step, [next(stream)])
+            _wait()
+            begin_s = time.perf_counter()
+            for step in range(steps):
+                training.take(step, [next(stream)])
+            _wait()
+            step_s = (time.perf_counter() - begin_s) / steps
+        yield key, {"loader_images_per_s": alone, **_rate(training, step_s, place)}
+    stop_processes()
+
+
+def open_feed(run: Run, stage: Stage, *, workers: int, steps: int) -> BatchStream:
+    """The loader of `run` on the stage's shards."""
+    data = DataConfig(shards=stage.shards, workers=workers)
+    shards, batch = open_shards(data.shards, data=data), plan_batch(run.deepspeed, ranks=1)
+    return open_batches(
+        shards,
+        plan_data(shards, data, global_batch=batch.total, seed=0),
+        views=run.cmae.views,
+        data=data,
+        rank=0,
+        ranks=1,
+        accumulation=batch.accumulation,
+        first_step=0,
+        end_step=steps,
+        pin=not stage.is_rehearsal,
+        bad=BadSamples(1.0),
+    )
+
+
+def _rate(training: NoiseTraining, step_s: float, place: Place) -> Figures:
+    rate, peak = training.batch.total / step_s, read_peak_flops(place.device)
+    figures: Figures = {"ms_per_step": 1e3 * step_s, "images_per_s": rate}
+    if peak is not None:
+        figures["mfu"] = training.method.image_flops * rate / peak
+    return {**figures, "attention": training.session.attention.name}
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()

@@ -1,0 +1,101 @@
+"""Training on random images, as the loop does it, for trials that need no shards."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from cmae_scale.core.batches import BatchSizes, plan_batch
+from cmae_scale.core.config import Run, read_run, resolve_run
+from cmae_scale.core.schedules import TargetMomentum
+from cmae_scale.data.stream import MasterBatch
+from cmae_scale.engine.pretraining import Pretraining, start_pretraining
+from cmae_scale.engine.safety.guard import Guard
+from cmae_scale.engine.start import Place
+from cmae_scale.engine.step import METRIC_NAMES
+
+_STEPS = 1000  # of the schedules: none of the trials comes so far
+# a model that takes no time, for a rehearsal
+_TINY = (
+    "cmae.model.encoder=null",
+    *(f"cmae.model.{name}" for name in ("embed_dim=24", "depth=2", "num_heads=2", "patch_size=8")),
+    *(f"cmae.model.pixel_decoder.{name}" for name in ("embed_dim=24", "depth=1", "num_heads=2")),
+    *(f"cmae.model.feature_decoder.{name}" for name in ("embed_dim=24", "depth=1", "num_heads=2")),
+    *(f"cmae.views.{name}" for name in ("img_px=32", "master_px=36", "shift_px=5")),
+    "cmae.heads.hidden_dim=16",
+    "cmae.heads.out_dim=16",
+)
+
+
+class Stage(NamedTuple):
+    """Where and how much trials of a GPU measure; `known` are figures that are there already."""
+
+    device: str  # "cuda", or "cpu" for a rehearsal with tiny models
+    is_quick: bool
+    scratch: str  # a folder for what runs write
+    shards: tuple[str, ...] = ()  # for the loader
+    known: frozenset[str] = frozenset()
+
+    @property
+    def is_rehearsal(self) -> bool:
+        """Whether figures mean nothing."""
+        return self.device == "cpu"
+
+
+class Size(NamedTuple):
+    """A shipped run file at a micro-batch, with changes."""
+
+    run_file: str
+    micro: int
+    changes: tuple[str, ...] = ()
+    accumulation: int = 1
+
+
+def read_noise_run(size: Size, stage: Stage) -> Run:
+    """The resolved run of one rank, with a time breakdown."""
+    micro = min(size.micro, 4) if stage.is_rehearsal else size.micro
+    sizes = (
+        f"train_batch_size={micro * size.accumulation}",
+        f"train_micro_batch_size_per_gpu={micro}",
+        "cmae.monitor.breakdown=true",
+        f"cmae.out={stage.scratch}/run",
+    )
+    tiny = _TINY if stage.is_rehearsal else ()
+    run = read_run(f"ds_configs/{size.run_file}.json", [*sizes, *tiny, *size.changes])
+    batch = plan_batch(run.deepspeed, ranks=1)
+    return resolve_run(run, batch=batch, total_steps=_STEPS, warmup_steps=1)
+
+
+def make_noise(run: Run, batch: BatchSizes, *, step: int, pin: bool) -> list[MasterBatch]:
+    """A rank's micro-batches of random images, from `step` alone."""
+    views, rng = run.cmae.views, torch.Generator().manual_seed(step)
+    crops = 2 if views.target_crop == "random" else 1
+    shape = (batch.micro, crops, 3, views.master_px, views.master_px)
+    parts = []
+    for micro in range(batch.accumulation):
+        images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=rng)
+        labels = torch.zeros(batch.micro, dtype=torch.int64)
+        parts.append(MasterBatch(images.pin_memory() if pin else images, labels, (), step, micro))
+    return parts
+
+
+class NoiseTraining:
+    """A run under way: `take(step, masters)` is a whole optimizer step as the loop takes it."""
+
+    def __init__(self, run: Run, *, place: Place) -> None:
+        self.batch = plan_batch(run.deepspeed, ranks=1)
+        self.session = start_pretraining(run, place=place, data_order="noise")
+        momentum = TargetMomentum(run.cmae.target.momentum, total_steps=_STEPS)
+        self.method = Pretraining(self.session, self.batch, momentum)
+        self.guard = Guard(self.session.engine, metric_names=METRIC_NAMES, device=place.device)
+
+    def take(self, step: int, masters: Sequence[MasterBatch]) -> torch.Tensor:
+        """Losses of the step, on the device."""
+        with self.session.use_attention():
+            self.guard.open()
+            losses = self.method.accumulate(masters, step=step)
+            with self.session.spans.span("step"):
+                self.guard.apply(step, losses, keys=())
+            with self.session.spans.span("ema"):
+                self.method.follow_(step=step)
+        return losses
