@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,12 +10,13 @@ from pathlib import Path
 if __package__ in (None, ""):  # started by path: this folder is first on sys.path, the repository should be
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from cmae_scale.core.cli import run_command
+from cmae_scale.core.cli import read_count, run_command
 from cmae_scale.core.errors import DataError
 
 EXAMPLES = """\
-  python -m cmae_scale.classify --model runs/finetune_vitb/model cat.jpg dog.png
-  python -m cmae_scale.classify --model runs/finetune_vitb/model --top 1 --json photos/*.jpg"""
+  python -m cmae_scale.classify --model runs/finetune_vitb cat.jpg dog.png
+  python -m cmae_scale.classify --model runs/finetune_vitb/model --top 1 --json photos
+  find . -name "*.jpg" -newer yesterday | python -m cmae_scale.classify --model runs/finetune_vitb -"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -23,36 +25,49 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def classify(argv: Sequence[str] | None) -> None:
-    """A line for each guess of each image, or one JSON object per image."""
+    """A line for each guess, or a JSON object, of each image; DataError at the end if some are none."""
+    args = read_arguments(argv)
+
+    from cmae_scale.tasks.classify import find_images, judge_file, open_classifier
+
+    classifier = open_classifier(args.model)
+    total = failed = 0
+    for path in find_images(args.images, listed=sys.stdin.buffer):
+        total += 1
+        shown = os.fsencode(path).decode("utf-8", "backslashreplace")
+        try:
+            guesses = judge_file(classifier, path, count=args.top)
+        except DataError as error:
+            failed += 1
+            print(f"error: {shown}: {error}", file=sys.stderr, flush=True)
+            if args.json:
+                print(json.dumps({"image": shown, "error": str(error)}))
+            continue
+        if args.json:
+            print(json.dumps({"image": shown, "guesses": dict(guesses)}))
+        else:
+            print("\n".join([shown, *(f"  {share:7.2%}  {name}" for name, share in guesses)]))
+    if failed or not total:
+        raise DataError(f"{failed} of {total} images could not be judged" if total else "no image was named")
+
+
+def read_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The model and the images."""
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0],
         epilog=f"examples:\n{EXAMPLES}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--model", required=True, metavar="DIR", help="RUN/model of a transfer run")
-    parser.add_argument("--top", type=int, default=5, metavar="K", help="guesses of each image (5)")
+    parser.add_argument("--model", required=True, metavar="DIR", help="a transfer run, or its folder model/")
+    parser.add_argument("--top", type=read_count, default=5, metavar="K", help="guesses of each image (5)")
     parser.add_argument("--json", action="store_true", help="one JSON object per image")
-    parser.add_argument("images", nargs="+", metavar="IMAGE")
-    args = parser.parse_args(argv)
-
-    from cmae_scale.tasks.classify import guess, open_classifier
-
-    classifier = open_classifier(args.model)
-    for path in map(Path, args.images):
-        try:
-            data = path.read_bytes()
-        except OSError as error:
-            raise DataError(f"{path} cannot be read: {error.strerror}") from None
-        try:
-            guesses = guess(classifier, data, count=args.top)
-        except DataError as error:
-            raise DataError(f"{path}: {error}") from None
-        if args.json:
-            print(json.dumps({"image": str(path), "guesses": dict(guesses)}))
-        else:
-            print(path)
-            for name, probability in guesses:
-                print(f"  {probability:7.2%}  {name}")
+    parser.add_argument(
+        "images",
+        nargs="+",
+        metavar="IMAGE",
+        help="a file, a folder with images at any depth, or - for a list on standard input, one a line",
+    )
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":

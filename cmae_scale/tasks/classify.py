@@ -1,17 +1,22 @@
 """An exported classifier, used on single images."""
 
+import os
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import timm
 import torch
 from torch import nn
 
 from cmae_scale.augment.plain import normalise
-from cmae_scale.core.errors import ConfigError
+from cmae_scale.core.errors import ConfigError, DataError
 from cmae_scale.core.transfer_settings import CropConfig
 from cmae_scale.data.decoding import CentreCrops, SamplePlace
+from cmae_scale.data.image_formats import IMAGE_ENDINGS
 from cmae_scale.data.masters import empty_crops
 from cmae_scale.models.read import read_classifier, read_description
+from cmae_scale.models.weights import CONFIG_FILE
 
 MAX_MPX = 100.0
 
@@ -27,8 +32,36 @@ class Classifier:
     std: tuple[float, ...]
 
 
+def find_images(places: Sequence[str], *, listed: Iterable[bytes]) -> Iterator[Path]:
+    """The images that `places` name; "-" stands for the lines of `listed`.
+
+    Of a folder all that are called like images, at any depth, in order; the folder itself if there are none.
+    """
+    for place in places:
+        lines = (os.fsdecode(line.rstrip(b"\r\n")) for line in listed)
+        for path in map(Path, (line for line in lines if line) if place == "-" else [place]):
+            if not path.is_dir():
+                yield path
+                continue
+            below = (each for each in path.rglob("*") if each.suffix.lower().lstrip(".") in IMAGE_ENDINGS)
+            images = sorted(each for each in below if not each.name.startswith(".") and each.is_file())
+            yield from images or [path]
+
+
+def judge_file(classifier: Classifier, path: Path, *, count: int) -> list[tuple[str, float]]:
+    """`guess` for an image file. DataError if it cannot be read or is none."""
+    try:
+        return guess(classifier, path.read_bytes(), count=count)
+    except IsADirectoryError:
+        raise DataError(f"the folder holds no image ({', '.join(sorted(IMAGE_ENDINGS))})") from None
+    except (OSError, ValueError) as error:  # ValueError: a name with a zero in it
+        raise DataError(f"it cannot be read: {getattr(error, 'strerror', None) or error}") from None
+
+
 def open_classifier(folder: str) -> Classifier:
-    """The model of a folder such as RUN/model. ConfigError when there is none with a head."""
+    """The model of a folder such as RUN/model, or of RUN. ConfigError when there is none with a head."""
+    exported = Path(folder) / "model"
+    folder = str(exported) if (exported / CONFIG_FILE).is_file() else folder
     return _open_hybrid(folder) or _open_timm(folder)
 
 
