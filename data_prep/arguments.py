@@ -2,6 +2,7 @@
 
 import argparse
 import codecs
+import math
 import os
 import re
 from collections.abc import Sequence
@@ -69,6 +70,7 @@ def read_command(argv: Sequence[str] | None, *, description: str) -> Command:
         dedup=args.dedup,
         verify_pixels=args.verify_pixels,
         val_fraction=args.val_fraction,
+        value_range=_read_range(args.value_range),
     )
     return Command(
         options=options,
@@ -155,6 +157,13 @@ def _add_what_is_written(parser: argparse.ArgumentParser) -> None:
         help="decode every image: one that is cut or broken is bad (slow)",
     )
     add(
+        "--value_range",
+        type=float,
+        nargs=2,
+        metavar=("LO", "HI"),
+        help="values of 16-bit and 32-bit grey that are black and white (default: the extremes of the set)",
+    )
+    add(
         "--resize_short",
         type=_positive,
         metavar="PX",
@@ -191,6 +200,15 @@ def _add_how_it_is_written(parser: argparse.ArgumentParser) -> None:
         help='ray: on the cluster of RAY_ADDRESS (needs "cmae-scale[ray]")',
     )
     add("--dry_run", action="store_true", help="list the images, say what would be written, write nothing")
+
+
+def _read_range(values: Sequence[float] | None) -> tuple[float, float] | None:
+    if values is None:
+        return None
+    low, high = values
+    if not (math.isfinite(low) and math.isfinite(high) and low < high):
+        raise ConfigError(f"--value_range {low:g} {high:g} must be two numbers, the smaller one first")
+    return low, high
 
 
 def _positive(text: str) -> int:

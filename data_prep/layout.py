@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
+from cmae_scale.data.index import RANGE_OPTION
 from data_prep.listing import Item, Listing
 from data_prep.shuffle import Shuffle
 
@@ -13,6 +14,7 @@ class Options:
     """Everything that decides what a finished shard contains, besides the images themselves.
 
     `resize_short` re-encodes images whose short side is longer (px) as JPEG of `quality`; None copies all.
+    `value_range` are the values of deep grey that become black and white, None for those that are found.
     `val_fraction` is that of the images that a set of their own holds, None if there is none.
     """
 
@@ -26,6 +28,7 @@ class Options:
     dedup: bool = False
     verify_pixels: bool = False
     val_fraction: float | None = None
+    value_range: tuple[float, float] | None = None
 
 
 class Part(NamedTuple):
@@ -119,4 +122,7 @@ class ShardPlan:
         options = asdict(self.options)
         if self.options.val_fraction is None:  # it was not always there
             del options["val_fraction"]
+        del options[RANGE_OPTION]
+        if self.options.value_range is not None:
+            options[RANGE_OPTION] = list(self.options.value_range)
         return {**options, "files": len(self.items), "listing_sha256": self.items.digest}

@@ -10,11 +10,20 @@ import numpy as np
 from jaxtyping import Int64
 
 from cmae_scale.core.errors import DataError
-from cmae_scale.data.index import ShardIndex, ShardInfo, write_index
+from cmae_scale.data.decode import GreyRange
+from cmae_scale.data.index import (
+    INDEX_NAME,
+    RANGE_OPTION,
+    ShardIndex,
+    ShardInfo,
+    parse_index,
+    read_value_range,
+    write_index,
+)
 from data_prep.layout import ShardPlan, ShardSlot, Skipped
 from data_prep.ledger import drop_records, read_record, read_skipped, write_skipped
 from data_prep.sources import Source
-from data_prep.tally import Tally
+from data_prep.tally import Tally, join_ranges
 from data_prep.unlisted import KIND
 
 LeftOut = Mapping[int, Skipped]
@@ -38,10 +47,20 @@ def write_data_set(
     )
     write_skipped(out, chain(_collect(slots, out=out, tally=tally), unlisted))
     total = sum(shard.samples for shard in shards)
-    index = ShardIndex(out, shards, source.classes, total, source.title, plan.describe())
+    options = plan.describe()
+    if (grey_range := join_ranges(tally.grey_range, _read_known_range(out))) and RANGE_OPTION not in options:
+        options[RANGE_OPTION] = list(grey_range)
+    index = ShardIndex(out, shards, source.classes, total, source.title, options)
     write_index(index)
     drop_records(index)
     return index, tally
+
+
+def _read_known_range(out: Path) -> GreyRange | None:
+    """What the index before says."""
+    if not (out / INDEX_NAME).exists():
+        return None
+    return read_value_range(parse_index(out).options, name=str(out / INDEX_NAME))
 
 
 def _collect(slots: Iterable[ShardSlot], *, out: Path, tally: Tally) -> Iterator[dict[str, Any]]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from cmae_scale.core.progress import format_seconds
-from cmae_scale.data.index import ShardIndex
+from cmae_scale.data.index import INDEX_NAME, ShardIndex, read_value_range
 from data_prep.arguments import Command
 from data_prep.layout import ShardPlan, ShardSlot
 from data_prep.ledger import WrittenShard
@@ -86,6 +86,10 @@ def summarise(index: ShardIndex, source: Source, *, made: Tally, whole: Tally, s
         f"{index.total:,} images, {len(index.classes)} classes, {len(index.shards)} shards, {size_mb:,.1f} MB"
     )
     print(f"{index.folder}: {count}, {_say_speed(made, seconds)}", flush=True)
+    if (grey := read_value_range(index.options, name=INDEX_NAME)) is not None:
+        print(
+            f"  deep grey: {grey[0]:g} is read as black, {grey[1]:g} as white (see --value_range)", flush=True
+        )
     for line in chain(whole.describe(), source.unlisted.describe()):
         print(f"  {line}", flush=True)
 

@@ -1,25 +1,39 @@
 """What was written, in figures."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from cmae_scale.data.decode import GreyRange
+
+DEEP, BANDS, PICTURES = "deep", "bands", "pictures"
+NOTES = {
+    DEEP: "of grey deeper than 8 bits",
+    BANDS: "with more bands than are used (the first three, or one of grey)",
+    PICTURES: "with several pictures (the first is used)",
+}
 KINDS = {"bad": "unreadable", "small": "too small", "duplicate": "duplicates"}
 
 
 @dataclass
 class Tally:
-    """Sums over shards. `short_sides` counts images by their short side, px."""
+    """Sums over shards. `short_sides` counts images by their short side, px, `noted` by kinds of NOTES.
+
+    `grey_range` are the extreme values of all grey of over 8 bits, None without any.
+    """
 
     images: int = 0
     image_bytes: int = 0
     formats: Counter[str] = field(default_factory=Counter)
     short_sides: Counter[int] = field(default_factory=Counter)
     skipped: Counter[str] = field(default_factory=Counter)
+    noted: Counter[str] = field(default_factory=Counter)
+    grey_range: GreyRange | None = None
 
-    def count_image(self, ending: str, *, size: int, short_side: int) -> None:
+    def count_image(self, ending: str, *, size: int, short_side: int, noted: Iterable[str] = ()) -> None:
         """Add an image of `size` bytes."""
+        self.noted.update(noted)
         self.images += 1
         self.image_bytes += size
         self.formats[ending] += 1
@@ -32,6 +46,8 @@ class Tally:
         self.formats += other.formats
         self.short_sides += other.short_sides
         self.skipped += other.skipped
+        self.noted += other.noted
+        self.grey_range = join_ranges(self.grey_range, other.grey_range)
 
     def describe(self) -> Iterator[str]:
         """Lines for a user: formats and sizes, and how many were skipped why."""
@@ -40,6 +56,8 @@ class Tally:
             low, middle, high = read_quantiles(self.short_sides)
             size_kb = self.image_bytes / self.images / 1e3
             yield f"{formats}; short side {low} to {high} px, median {middle}; {size_kb:,.1f} kB an image"
+        if self.noted:
+            yield ", ".join(f"{count:,} {NOTES[kind]}" for kind, count in self.noted.most_common())
         if total := self.skipped.total():
             kinds = ", ".join(f"{count:,} {KINDS[kind]}" for kind, count in self.skipped.most_common())
             yield f"skipped {total:,}: {kinds}; skipped.jsonl names each"
@@ -53,6 +71,8 @@ def pack_tally(tally: Tally) -> dict[str, Any]:
         "formats": tally.formats,
         "short_sides": sorted(tally.short_sides.items()),  # JSON has no numbers as keys
         "skipped": tally.skipped,
+        "noted": tally.noted,
+        "grey_range": tally.grey_range,
     }
 
 
@@ -64,7 +84,16 @@ def unpack_tally(packed: Mapping[str, Any]) -> Tally:
         Counter(packed["formats"]),
         Counter(dict(packed["short_sides"])),
         Counter(packed["skipped"]),
+        Counter(packed["noted"]),
+        None if packed["grey_range"] is None else (packed["grey_range"][0], packed["grey_range"][1]),
     )
+
+
+def join_ranges(one: GreyRange | None, other: GreyRange | None) -> GreyRange | None:
+    """The range that holds both."""
+    if one is None or other is None:
+        return one or other
+    return min(one[0], other[0]), max(one[1], other[1])
 
 
 def read_quantiles(counts: Mapping[int, int]) -> tuple[int, int, int]:

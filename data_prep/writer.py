@@ -2,37 +2,24 @@
 
 import functools
 import hashlib
-import io
 import tarfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
-
-from PIL import Image
+from typing import BinaryIO
 
 from cmae_scale.core.errors import DataError
 from cmae_scale.core.files import write_whole
-from cmae_scale.data.decode import decode_image, open_image
-from cmae_scale.data.image_formats import image_extension
 from cmae_scale.data.index import ShardInfo
 from cmae_scale.data.offsets import write_offsets
 from cmae_scale.data.tar_headers import sum_bytes
+from data_prep.encoding import Encoded, encode
 from data_prep.layout import Options, ShardTask, Skipped
 from data_prep.ledger import WrittenShard, record_shard
 from data_prep.listing import Item
-from data_prep.tally import Tally
+from data_prep.tally import Tally, join_ranges
 
-MAX_MPX = 178.0  # Pillow opens nothing larger (twice its MAX_IMAGE_PIXELS). Training has its own, lower limit
 DIGEST_BYTES = 16  # two different images in a billion share 128 bits with probability 1e-21
-
-
-class Encoded(NamedTuple):
-    """The bytes to store and the length of their image's shorter side, px."""
-
-    data: bytes
-    ending: str
-    short_side: int
 
 
 @dataclass(frozen=True)
@@ -70,7 +57,10 @@ class ShardWriter:
                     skipped.append(Skipped(position, item.name, "small", reason))
                     continue
                 tar.add_sample(f"{position:09d}", image, label=item.label)
-                tally.count_image(image.ending, size=len(image.data), short_side=image.short_side)
+                tally.count_image(
+                    image.ending, size=len(image.data), short_side=image.short_side, noted=image.noted
+                )
+                tally.grey_range = join_ranges(tally.grey_range, image.grey_range)
                 if self.options.dedup:
                     digest = hashlib.blake2b(original, digest_size=DIGEST_BYTES)
                     digests.append((position, digest.hexdigest()))
@@ -82,21 +72,6 @@ class ShardWriter:
         written = WrittenShard(info, tuple(skipped), tally, tuple(digests))
         record_shard(self.out, written)
         return written
-
-
-def encode(data: bytes, options: Options) -> Encoded:
-    """What to store: the original bytes wherever possible. Raises DataError if they are no image."""
-    image = open_image(data, max_mpx=MAX_MPX)
-    short = min(image.size)
-    if options.resize_short is None or short <= options.resize_short:
-        if options.verify_pixels or options.resize_short is not None:
-            decode_image(data, max_mpx=MAX_MPX)
-        return Encoded(data, image_extension(data) or "", short)
-    upright = decode_image(data, max_mpx=MAX_MPX)
-    width, height = (round(side * options.resize_short / short) for side in upright.size)
-    file = io.BytesIO()
-    upright.resize((width, height), Image.Resampling.BICUBIC).save(file, "JPEG", quality=options.quality)
-    return Encoded(file.getvalue(), "jpg", options.resize_short)
 
 
 def build_header(name: str, size: int) -> bytes:

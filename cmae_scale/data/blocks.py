@@ -8,18 +8,23 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int64
 
+from cmae_scale.data.decode import GreyRange
 from cmae_scale.data.mix import MixPlan
 from cmae_scale.data.plan import DataPlan, Place, block_order, run_pieces
 from cmae_scale.data.shard_set import Shard, ShardSet
 
 
 class StoredSample(NamedTuple):
-    """An image as it lies in its shard. `number` counts over the whole index, `key` is "shard/key"."""
+    """An image as it lies in its shard. `number` counts over the whole index, `key` is "shard/key".
+
+    `grey_range` is that of the set for grey of over 8 bits (see decode.scale_grey).
+    """
 
     number: int
     key: str
     image: bytes
     label: int | None
+    grey_range: GreyRange | None = None
 
 
 class Part(NamedTuple):
@@ -102,7 +107,7 @@ def read_run(part: Part, *, epoch: int, stream: int, first: int) -> Iterator[Sto
         shard = part.shards[piece.shard]
         samples = shard.read(piece.first, piece.samples)
         for number, raw in enumerate(samples, start=starts[piece.shard] + piece.first):
-            yield StoredSample(number, f"{shard.name}/{raw.key}", raw.image, raw.label)
+            yield StoredSample(number, f"{shard.name}/{raw.key}", raw.image, raw.label, shard.grey_range)
 
 
 class RawRow(NamedTuple):

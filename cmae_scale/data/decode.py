@@ -1,5 +1,7 @@
 """From an image's bytes to pixels: what may be opened, how it becomes RGB, where crops lie. No torch."""
 
+import functools
+import logging
 import math
 from collections.abc import Sequence
 from io import BytesIO
@@ -13,6 +15,7 @@ from PIL import Image, UnidentifiedImageError
 from cmae_scale.core.errors import DataError
 from cmae_scale.data.image_formats import describe_content, find_format
 
+LOG = logging.getLogger(__name__)
 DEEP_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")  # Pillow's, of grey that 8 bits cannot hold
 CROP_TRIES = 10  # Source: torchvision RandomResizedCrop.get_params
 CROP_DRAWS = 2 * CROP_TRIES + 2  # area and shape of every try, then the two coordinates
@@ -103,15 +106,25 @@ def finish_image(image: Image.Image, *, grey_range: GreyRange | None = None) -> 
 def scale_grey(image: Image.Image, *, grey_range: GreyRange | None) -> Image.Image:
     """Grey of 16 or 32 bits in 8: the range becomes 0..255, what lies outside is clipped.
 
-    Without a range, that of the image itself: scanners fill a small part of what their files could hold, so
-    that a shift by 8 bits would leave a dozen grey levels.
+    Without a range, that of the image itself (which is logged once): scanners fill a small part of what their
+    files could hold, so that a shift by 8 bits would leave a dozen grey levels.
     """
+    if grey_range is None:
+        _tell_own_range()
     values: NDArray[np.floating[Any]] = np.asarray(
         image, dtype=np.float64 if image.mode == "I" else np.float32
     )
     low, high = measure_grey(image) if grey_range is None else grey_range
     scaled = (values - low) * (255 / (high - low) if high > low else 0)
     return Image.fromarray(np.nan_to_num(scaled, nan=0).clip(0, 255).round().astype(np.uint8))
+
+
+@functools.cache
+def _tell_own_range() -> None:
+    LOG.warning(
+        "grey of over 8 bits, and no index.json that says its range: each image is scaled by its own "
+        "(check_shards --write_index notes the range of a set)"
+    )
 
 
 def measure_grey(image: Image.Image) -> GreyRange:

@@ -15,7 +15,7 @@ from cmae_scale.core.settings import ViewsConfig
 from cmae_scale.core.transfer_settings import CropConfig
 from cmae_scale.data.batch_memory import BatchMemory
 from cmae_scale.data.counter_rng import Purpose, draw_uniforms
-from cmae_scale.data.decode import CROP_DRAWS, decode_centre, random_crop_box
+from cmae_scale.data.decode import CROP_DRAWS, GreyRange, decode_centre, random_crop_box
 from cmae_scale.data.masters import decode_master, decode_pixels
 from cmae_scale.data.rand_augment import RandAugmentation
 
@@ -48,8 +48,13 @@ class Decoding(Protocol):
     def side(self) -> int:
         """Their side, px."""
 
-    def decode(self, data: bytes, place: SamplePlace, *, out: Pixels) -> None:
-        """Write the pictures, RGB, to `out`, whose channels lie last in memory."""
+    def decode(
+        self, data: bytes, place: SamplePlace, *, out: Pixels, grey_range: GreyRange | None = None
+    ) -> None:
+        """Write the pictures, RGB, to `out`, whose channels lie last in memory.
+
+        `grey_range` are the values of grey of over 8 bits that become black and white; None: its extremes.
+        """
 
 
 @dataclass(frozen=True)
@@ -69,7 +74,9 @@ class MasterCrops:
         """Side of a master, px."""
         return self.views.master_px
 
-    def decode(self, data: bytes, place: SamplePlace, *, out: Pixels) -> None:
+    def decode(
+        self, data: bytes, place: SamplePlace, *, out: Pixels, grey_range: GreyRange | None = None
+    ) -> None:
         """Random resized crops."""
         decode_master(
             data,
@@ -77,6 +84,7 @@ class MasterCrops:
             scale=self.views.crop_scale,
             ratio=self.views.crop_ratio,
             max_mpx=self.max_mpx,
+            grey_range=grey_range,
             draws=[place.draw(Purpose.CROP, count=CROP_DRAWS, crop=crop) for crop in range(self.crops)],
             out=out,
         )
@@ -99,9 +107,11 @@ class TrainingCrops:
         """Side of a crop, px."""
         return self.crop.img_px
 
-    def decode(self, data: bytes, place: SamplePlace, *, out: Pixels) -> None:
+    def decode(
+        self, data: bytes, place: SamplePlace, *, out: Pixels, grey_range: GreyRange | None = None
+    ) -> None:
         """One crop."""
-        pixels = decode_pixels(data, max_mpx=self.max_mpx)
+        pixels = decode_pixels(data, max_mpx=self.max_mpx, grey_range=grey_range)
         height, width, _ = pixels.shape
         draws = place.draw(Purpose.CROP, count=CROP_DRAWS)
         box = random_crop_box(width, height, scale=self.crop.scale, ratio=self.crop.ratio, draws=draws)
@@ -135,9 +145,13 @@ class CentreCrops:
         """Side of the centre, px."""
         return self.crop.img_px
 
-    def decode(self, data: bytes, place: SamplePlace, *, out: Pixels) -> None:
+    def decode(
+        self, data: bytes, place: SamplePlace, *, out: Pixels, grey_range: GreyRange | None = None
+    ) -> None:
         """One centre; nothing is random."""
-        centre = decode_centre(data, side=self.side, short=self.crop.short_px, max_mpx=self.max_mpx)
+        centre = decode_centre(
+            data, side=self.side, short=self.crop.short_px, max_mpx=self.max_mpx, grey_range=grey_range
+        )
         out.copy_(torch.from_numpy(centre.copy())[None])
 
 

@@ -1,6 +1,7 @@
 """What a folder of shards holds, as its index.json says: the contract of making shards and reading them."""
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from cmae_scale.core.strict_json import parse_json
 
 INDEX_FORMAT = 1
 INDEX_NAME = "index.json"
+RANGE_OPTION = "value_range"  # among the options: the values of deep grey that become black and white
 KEYS_OPTION = "keys"  # among the options of tars made elsewhere
 
 REMEDY = "delete it and run the same make_shards command again (it makes what is missing), or copy it again"
@@ -108,6 +110,16 @@ def parse_text(text: bytes, *, name: str) -> IndexFile:
 def reads_by_stem(options: Mapping[str, Any]) -> bool:
     """Whether a sample's key is what is before the last dot of a name, not the first (see tar)."""
     return options.get(KEYS_OPTION) == "stem"
+
+
+def read_value_range(options: Mapping[str, Any], *, name: str) -> tuple[float, float] | None:
+    """The values of grey of over 8 bits that become black and white; None if the index `name` says none."""
+    match options.get(RANGE_OPTION):
+        case None:
+            return None
+        case [int() | float() as low, int() | float() as high] if math.isfinite(high - low):
+            return float(low), float(high)
+    raise DataError(f"{name}: options.{RANGE_OPTION} is not two numbers: mend it, or make the shards again")
 
 
 def write_index(index: ShardIndex) -> None:

@@ -92,7 +92,7 @@ def _read_samples(shards: ShardSet, pieces: Sequence[Piece]) -> Iterator[StoredS
         shard = shards.shards[piece.shard]
         first = starts[piece.shard] + piece.first
         for number, raw in enumerate(shard.read(piece.first, piece.samples), start=first):
-            yield StoredSample(number, f"{shard.name}/{raw.key}", raw.image, raw.label)
+            yield StoredSample(number, f"{shard.name}/{raw.key}", raw.image, raw.label, shard.grey_range)
 
 
 def _as_batch(samples: list[StoredSample], step: int) -> RawBatch:
@@ -105,7 +105,8 @@ def _decode_exactly(
     sample: StoredSample, *, decoding: Decoding, bad: BadSamples, out: torch.Tensor
 ) -> DecodedRow:
     try:
-        decoding.decode(sample.image, SamplePlace(0, 0, sample.number), out=out)
+        place = SamplePlace(0, 0, sample.number)
+        decoding.decode(sample.image, place, out=out, grey_range=sample.grey_range)
     except DataError as error:
         bad.add(sample.key, str(error))
         out.zero_()

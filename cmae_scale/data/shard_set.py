@@ -8,7 +8,16 @@ from fnmatch import fnmatchcase
 from cmae_scale.core.errors import ConfigError, DataError
 from cmae_scale.core.settings import DataConfig
 from cmae_scale.data.classes import tell_apart
-from cmae_scale.data.index import INDEX_NAME, ShardInfo, check_size, missing_index, parse_text, reads_by_stem
+from cmae_scale.data.decode import GreyRange
+from cmae_scale.data.index import (
+    INDEX_NAME,
+    ShardInfo,
+    check_size,
+    missing_index,
+    parse_text,
+    read_value_range,
+    reads_by_stem,
+)
 from cmae_scale.data.offsets import offsets_name, read_offsets
 from cmae_scale.data.places import COMMAND, expand_braces, join_place, read_scheme, show_place, split_place
 from cmae_scale.data.storage import Storage, find_places, open_storage, read_text
@@ -19,7 +28,7 @@ from cmae_scale.data.tar import MAX_LABEL, RawSample, read_samples
 class Shard:
     """One tar. `name` is unique in its set and free of secrets, for messages and the keys of samples.
 
-    A label must be below `classes`. `by_stem`: see tar.
+    A label must be below `classes`. `by_stem`: see tar. `grey_range`: see decode.scale_grey.
     """
 
     folder: str
@@ -29,6 +38,7 @@ class Shard:
     has_labels: bool = True
     classes: int = MAX_LABEL + 1
     by_stem: bool = False
+    grey_range: GreyRange | None = None
 
     @property
     def place(self) -> str:
@@ -114,6 +124,7 @@ def open_shards(places: str | Sequence[str], *, data: DataConfig) -> ShardSet:
             has_labels=same_classes and bool(folder.classes),
             classes=len(folder.classes),
             by_stem=folder.by_stem,
+            grey_range=folder.grey_range,
         )
         for folder in folders
         for info in folder.shards
@@ -137,6 +148,7 @@ class _Folder:
     shards: tuple[ShardInfo, ...]
     classes: tuple[str, ...]
     by_stem: bool
+    grey_range: GreyRange | None
 
 
 def _read_entry(entry: str, *, data: DataConfig) -> Iterator[_Folder]:
@@ -166,7 +178,14 @@ def _read_folder(place: str, names: list[str], *, storage: Storage) -> _Folder:
             if not any(fnmatchcase(shard.name, name) for shard in shards):
                 raise DataError(f"{show_place(index_place)} lists no shard {name}: look at cmae.data.shards")
         shards = tuple(shard for shard in shards if any(fnmatchcase(shard.name, name) for name in names))
-    return _Folder(place, storage, shards, index.classes, reads_by_stem(index.options))
+    return _Folder(
+        place,
+        storage,
+        shards,
+        index.classes,
+        by_stem=reads_by_stem(index.options),
+        grey_range=read_value_range(index.options, name=show_place(index_place)),
+    )
 
 
 def _check_sizes(folders: Sequence[_Folder]) -> None:

@@ -143,7 +143,8 @@ def decode_row(
     """
     for attempt, sample in enumerate(row.block.candidates(row.place, distance=plan.stream_rows)):
         try:
-            decoding.decode(sample.image, SamplePlace(plan.seed, row.block.epoch, sample.number), out=out)
+            place = SamplePlace(plan.seed, row.block.epoch, sample.number)
+            decoding.decode(sample.image, place, out=out, grey_range=sample.grey_range)
         except DataError as error:
             if attempt == 0:  # a stand-in that is bad too is counted where it is due itself
                 bad.add(sample.key, str(error))
