@@ -12,6 +12,7 @@ if __package__ in (None, ""):  # started by path: this folder is first on sys.pa
 
 from cmae_scale.core.cli import read_count, run_command
 from cmae_scale.core.errors import DataError
+from cmae_scale.core.terminal import tell
 
 EXAMPLES = """\
   python -m cmae_scale.classify --model runs/finetune_vitb cat.jpg dog.png
@@ -39,14 +40,14 @@ def classify(argv: Sequence[str] | None) -> None:
             guesses = judge_file(classifier, path, count=args.top)
         except DataError as error:
             failed += 1
-            print(f"error: {shown}: {error}", file=sys.stderr, flush=True)
+            tell(f"error: {shown}: {error}", to=sys.stderr)
             if args.json:
-                print(json.dumps({"image": shown, "error": str(error)}))
+                tell(json.dumps({"image": shown, "error": str(error)}))
             continue
         if args.json:
-            print(json.dumps({"image": shown, "guesses": dict(guesses)}))
+            tell(json.dumps({"image": shown, "guesses": dict(guesses)}))
         else:
-            print("\n".join([shown, *(f"  {share:7.2%}  {name}" for name, share in guesses)]))
+            tell("\n".join([shown, *(f"  {share:7.2%}  {name}" for name, share in guesses)]))
     if failed or not total:
         raise DataError(f"{failed} of {total} images could not be judged" if total else "no image was named")
 

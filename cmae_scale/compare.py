@@ -10,6 +10,7 @@ if __package__ in (None, ""):  # started by path: this folder is first on sys.pa
 
 from cmae_scale.core.cli import run_command
 from cmae_scale.core.errors import ConfigError
+from cmae_scale.core.terminal import tell
 
 EXAMPLES = """\
   python -m cmae_scale.compare CMAE=runs/finetune_cmae MAE=runs/finetune_mae --out convergence.png"""
@@ -48,7 +49,7 @@ def compare(argv: Sequence[str] | None) -> None:
         at = [passes[name].get(other) for other in curves]
         cells = ("-" if when is None else f"epoch {when:g}" for when in at)
         rows.append((name, f"{epoch:g}", f"{final:.4f}", *cells))
-    print(f"{format_table(rows)}\n{args.out}")
+    tell(f"{format_table(rows)}\n{args.out}")
 
 
 def name_folders(runs: Sequence[str]) -> dict[str, Path]:

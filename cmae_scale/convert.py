@@ -11,6 +11,7 @@ if __package__ in (None, ""):  # started by path: this folder is first on sys.pa
 
 from cmae_scale.core.cli import run_command
 from cmae_scale.core.errors import ConfigError
+from cmae_scale.core.terminal import tell
 
 if TYPE_CHECKING:
     from cmae_scale.models.card import Library
@@ -69,7 +70,7 @@ def convert(argv: Sequence[str] | None) -> None:
     if args.channels == "rgb":
         file = file.to_rgb()
     elif file.is_bgr:
-        print("warning: these weights want BGR images normalised with RGB's mean and std", file=sys.stderr)
+        tell("warning: these weights want BGR images normalised with RGB's mean and std", to=sys.stderr)
     if args.part == "target":
         file = file.to_target()
     try:
@@ -77,12 +78,12 @@ def convert(argv: Sequence[str] | None) -> None:
         find_writer(args.to)(file, args.out)
     except PermissionError as error:
         raise ConfigError(f"{args.out} cannot be written ({error}): write to another place") from None
-    print(file.describe())
+    tell(file.describe())
     if args.to in LIBRARIES:
         write_its_card(file, args)
     if args.push_to_hub:
         push_folder(args.out, repository=args.push_to_hub)
-    print(f"{args.out}: {FORMATS[args.to]}")
+    tell(f"{args.out}: {FORMATS[args.to]}")
 
 
 def read_arguments(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -13,6 +13,7 @@ if __package__ in (None, ""):  # started by path: this folder is first on sys.pa
 
 from cmae_scale.core.cli import build_parser, read_count, read_overrides, run_command
 from cmae_scale.core.errors import ConfigError, DataError
+from cmae_scale.core.terminal import tell
 
 if TYPE_CHECKING:
     from cmae_scale.core.config import Run
@@ -57,7 +58,7 @@ def plan(argv: Sequence[str] | None) -> None:
         mfu=args.mfu or DEFAULT_MFU,
         price=args.price,
     )
-    print(json.dumps(to_json(found), indent=2) if args.json else write_page(found))
+    tell(json.dumps(to_json(found), indent=2) if args.json else write_page(found))
 
 
 def read_arguments(argv: Sequence[str] | None) -> argparse.Namespace:

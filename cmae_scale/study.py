@@ -18,6 +18,7 @@ from cmae_scale.core.cli import run_command
 from cmae_scale.core.errors import ConfigError
 from cmae_scale.core.shipped import find_run_file
 from cmae_scale.core.study_settings import StudyConfig, dump_study, read_study
+from cmae_scale.core.terminal import tell
 
 HERE = Path(__file__).resolve().parent
 EXAMPLES = """\
@@ -60,10 +61,10 @@ def study(argv: Sequence[str] | None) -> None:
     cells = plan_cells(plan, folder=file.parent, out=out, overrides=args.set)
     for number, cell in enumerate(cells, start=1):
         if cell.is_done or args.report:
-            print(f"[{number}/{len(cells)}] {cell.name}: {'finished' if cell.is_done else 'not finished'}")
+            tell(f"[{number}/{len(cells)}] {cell.name}: {'finished' if cell.is_done else 'not finished'}")
             continue
         line = [*shlex.split(args.launcher), str(HERE / f"{cell.command}.py"), *cell.arguments]
-        print(f"[{number}/{len(cells)}] {cell.name}: {shlex.join(line)}", flush=True)
+        tell(f"[{number}/{len(cells)}] {cell.name}: {shlex.join(line)}")
         status = subprocess.run(line, check=False).returncode  # noqa: S603 -- the user's own command
         if status in (75, 130):  # asked to leave, and saved
             raise SystemExit(status)
@@ -93,7 +94,7 @@ def compare(plan: StudyConfig, out: Path) -> None:
             results[f"{task}_overtakes_at_epoch"] = read_overtakes(curves)
     write_record(out / "study.json", config=dump_study(plan), results=results)
     write_text(out / "table.txt", table + "\n")
-    print(f"\n{table}\n\n{out}/study.json, table.txt, comparison.png, convergence_*.png")
+    tell(f"\n{table}\n\n{out}/study.json, table.txt, comparison.png, convergence_*.png")
 
 
 if __name__ == "__main__":

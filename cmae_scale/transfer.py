@@ -16,9 +16,10 @@ if __package__ in (None, ""):  # started by path: this folder is first on sys.pa
 from cmae_scale.core.batches import plan_batch
 from cmae_scale.core.cli import build_parser, read_overrides, run_command
 from cmae_scale.core.config import Run, dump_run, read_run, resolve_run
+from cmae_scale.core.credentials import write_settings
 from cmae_scale.core.durations import Clock, plan_timetable, read_steps
-from cmae_scale.core.files import write_text
 from cmae_scale.core.schedules import plan_transfer_lr
+from cmae_scale.core.terminal import tell
 from cmae_scale.core.world import wait_without_spinning
 from cmae_scale.engine.safety.signals import StopRequest
 
@@ -58,7 +59,7 @@ def transfer(argv: Sequence[str] | None) -> None:
             compute = read_precision(run.deepspeed).compute
             bench = open_bench(run.transfer, world=place.world, device=place.device, compute=compute)
             if place.world.is_first and bench.encoder.notices:
-                print("\n".join(bench.encoder.notices), flush=True)
+                tell("\n".join(bench.encoder.notices))
             if run.transfer.task.knn is not None:
                 look_for_neighbours(run, bench)
             else:
@@ -80,10 +81,10 @@ def look_for_neighbours(run: Run, bench: "Bench") -> None:
     is_first = judge.world.is_first
     write_verdict(run.out, verdict, classes=judge.labelled.classes, is_first=is_first)
     if is_first:
-        write_text(run.out / "config.json", dump_run(run))
+        write_settings(run.out / "config.json", dump_run(run))
         write_results(run.out / "results.json", {"encoder": bench.encoder.place, "task": "knn", **found})
-        print(tabulate({f"knn, k={cfg.task.knn.k}": found}, prefix="knn"))
-        print(f"\n{tabulate_classes(found['knn_per_class'])}\nrun folder {run.out}", flush=True)
+        tell(tabulate({f"knn, k={cfg.task.knn.k}": found}, prefix="knn"))
+        tell(f"\n{tabulate_classes(found['knn_per_class'])}\nrun folder {run.out}")
 
 
 def train(run: Run, bench: "Bench", *, place: "Place", stop_at: int | None = None) -> None:

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from cmae_scale.core.cli import run_command
 from cmae_scale.core.errors import DataError
+from cmae_scale.core.terminal import tell
 from cmae_scale.data.image_formats import describe_content, image_extension
 from cmae_scale.data.index import ShardIndex, ShardInfo, parse_index
 from cmae_scale.data.tar import read_samples
@@ -55,7 +56,7 @@ def check_folder(folder: Path) -> int:
     try:
         index = parse_index(folder)
     except DataError as error:
-        print(error, flush=True)
+        tell(error)
         return 1
     damages = 0
     with tqdm(index.shards, unit=" shards", desc=str(folder), disable=None, leave=False) as bar:
@@ -65,7 +66,7 @@ def check_folder(folder: Path) -> int:
             for damage in found:
                 bar.write(damage)
     state = f"{damages} of them damaged" if damages else "all well"
-    print(f"{folder}: {index.total:,} images in {len(index.shards)} shards, {state}", flush=True)
+    tell(f"{folder}: {index.total:,} images in {len(index.shards)} shards, {state}")
     return damages
 
 

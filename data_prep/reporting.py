@@ -9,6 +9,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from cmae_scale.core.progress import format_seconds
+from cmae_scale.core.terminal import make_safe, tell
 from cmae_scale.data.index import INDEX_NAME, ShardIndex, read_value_range
 from data_prep.arguments import Command
 from data_prep.layout import ShardPlan, ShardSlot
@@ -37,7 +38,7 @@ class Progress:
         if self.bar.disable and now_s - self._line_s > LINE_EVERY_S:
             self._line_s = now_s
             left = format_seconds((now_s - self._started_s) / self._done * (self._total - self._done))
-            print(f"{self._doing}: {self._done:,} of {self._total:,} images, {left} left", flush=True)
+            tell(f"{self._doing}: {self._done:,} of {self._total:,} images, {left} left")
 
 
 def show_progress(shards: Iterable[WrittenShard], *, total: int, out: Path) -> Iterator[WrittenShard]:
@@ -49,7 +50,7 @@ def show_progress(shards: Iterable[WrittenShard], *, total: int, out: Path) -> I
             for each in written.skipped:
                 bad += each.kind == "bad"
                 if each.kind == "bad" and bad <= MAX_BAD_LINES:
-                    progress.bar.write(f"skipped {each.name}: {each.reason}", file=sys.stderr)
+                    progress.bar.write(make_safe(f"skipped {each.name}: {each.reason}"), file=sys.stderr)
             progress.add(written.info.samples + len(written.skipped))
             yield written
 
@@ -57,26 +58,26 @@ def show_progress(shards: Iterable[WrittenShard], *, total: int, out: Path) -> I
 def say_source(source: Source, *, out: Path) -> None:
     """What the source has decided for its user, and classes that will be empty."""
     for note in source.notes:
-        print(f"{out}: {note}", flush=True)
+        tell(f"{out}: {note}")
     empty = [name for label, name in enumerate(source.classes) if not source.items.labels[label]]
     if empty and len(empty) == len(source.classes):
-        print(f"warning: {out}: no image has a label", file=sys.stderr, flush=True)
+        tell(f"warning: {out}: no image has a label", to=sys.stderr)
     elif len(source.classes) == 1:
         text = f"all images are of one class, {source.classes[0]}: is its folder the --root to name?"
-        print(f"warning: {out}: {text}", file=sys.stderr, flush=True)
+        tell(f"warning: {out}: {text}", to=sys.stderr)
     elif empty:
         names = ", ".join(empty[:MAX_CLASSES_NAMED]) + (", ..." if len(empty) > MAX_CLASSES_NAMED else "")
         count = f"{len(empty):,} of {len(source.classes):,} classes"
-        print(f"warning: {out}: {count} have no image: {names}", file=sys.stderr, flush=True)
+        tell(f"warning: {out}: {count} have no image: {names}", to=sys.stderr)
 
 
 def say_plan(source: Source, plan: ShardPlan, *, out: Path, missing: Sequence[ShardSlot]) -> None:
     """What a run would do."""
     count = f"{plan.num_samples:,} images, {len(source.classes)} classes, {len(plan)} shards"
     todo = f"{sum(slot.samples for slot in missing):,} images in {len(missing)} shards"
-    print(f"{out}: {count}; this run would write {todo}", flush=True)
+    tell(f"{out}: {count}; this run would write {todo}")
     for line in source.unlisted.describe():
-        print(f"  {line}", flush=True)
+        tell(f"  {line}")
 
 
 def summarise(index: ShardIndex, source: Source, *, made: Tally, whole: Tally, seconds: float) -> None:
@@ -85,13 +86,11 @@ def summarise(index: ShardIndex, source: Source, *, made: Tally, whole: Tally, s
     count = (
         f"{index.total:,} images, {len(index.classes)} classes, {len(index.shards)} shards, {size_mb:,.1f} MB"
     )
-    print(f"{index.folder}: {count}, {_say_speed(made, seconds)}", flush=True)
+    tell(f"{index.folder}: {count}, {_say_speed(made, seconds)}")
     if (grey := read_value_range(index.options, name=INDEX_NAME)) is not None:
-        print(
-            f"  deep grey: {grey[0]:g} is read as black, {grey[1]:g} as white (see --value_range)", flush=True
-        )
+        tell(f"  deep grey: {grey[0]:g} is read as black, {grey[1]:g} as white (see --value_range)")
     for line in chain(whole.describe(), source.unlisted.describe()):
-        print(f"  {line}", flush=True)
+        tell(f"  {line}")
 
 
 def summarise_part(
@@ -99,9 +98,7 @@ def summarise_part(
 ) -> None:
     """The closing line of a part that is not the last one."""
     part = f"part {command.part.number}/{command.part.of} done, {_say_speed(made, seconds)}"
-    print(
-        f"{out}: {part}; {there} of {len(plan)} shards are there, the last part writes the index", flush=True
-    )
+    tell(f"{out}: {part}; {there} of {len(plan)} shards are there, the last part writes the index")
 
 
 def _say_speed(made: Tally, seconds: float) -> str:

@@ -8,7 +8,9 @@ import sys
 from collections.abc import Callable, Sequence
 from decimal import Decimal
 
+from cmae_scale.core.credentials import mask
 from cmae_scale.core.errors import ConfigError, UserError
+from cmae_scale.core.terminal import tell
 from cmae_scale.core.world import read_world
 
 _COUNT = re.compile(r"(\d{1,3}(?:,\d{3})+|\d+(?:_\d+)*)(\.\d+)?([kMG]?)", re.IGNORECASE | re.ASCII)
@@ -61,18 +63,20 @@ def read_count(text: str) -> int:
 
 def run_command(command: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None = None) -> int:
     """Exit status of `command`: 0, 130 for Ctrl-C, or a user's mistake's, said in one sentence on stderr."""
+    given = sys.argv[1:] if argv is None else list(argv)
+    sys.argv[1:] = map(mask, sys.argv[1:])  # wandb, for one, writes down how its process was started
     try:
-        command(argv)
+        command(given)
     except UserError as error:
         world = read_world()
         if world.is_first or not error.is_everywhere:
             prefix = "error" if error.is_everywhere or world.size == 1 else f"error on rank {world.rank}"
-            print(f"{prefix}: {error}", file=sys.stderr, flush=True)
+            tell(f"{prefix}: {error}", to=sys.stderr)
         return error.exit_status
     except OSError as error:
         if error.errno not in _DISK_ERRORS:
             raise
-        print(f"error: {error}: make room and start the same command again", file=sys.stderr, flush=True)
+        tell(f"error: {error}: make room and start the same command again", to=sys.stderr)
         return UserError.exit_status
     except KeyboardInterrupt:
         return 130

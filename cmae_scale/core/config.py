@@ -11,6 +11,7 @@ from pydantic import BaseModel, ValidationError
 
 from cmae_scale.core.autos import check_autos, fill_autos, plan_optimizer
 from cmae_scale.core.batches import MICRO, STEPS, TOTAL, BatchSizes
+from cmae_scale.core.credentials import list_masked, mask_tree
 from cmae_scale.core.deepspeed_sections import check_deepspeed, drop_unserved, prefer_torch_adam_
 from cmae_scale.core.errors import ConfigError, nearest
 from cmae_scale.core.settings import CmaeConfig
@@ -80,6 +81,11 @@ def read_run(path: str | Path, overrides: Sequence[str] = (), *, kind: RunKind =
     tree = _parse(_read_bytes(path), path)
     for override in overrides:
         _apply_override(tree, override, kind=kind)
+    if masked := ", ".join(list_masked(tree)):
+        raise ConfigError(
+            f"{path}: {masked} held a secret, which no run writes down: give it again (--set PLACE=VALUE, or "
+            "${NAME} instead of the secret in an address of shards, to have it from the environment)"
+        )
     ours = tree.pop(kind, None)
     if not isinstance(ours, dict):
         raise ConfigError(f'{path}: the object "{kind}" is missing: {_explain_missing(tree, kind)}')
@@ -110,9 +116,9 @@ def resolve_run(run: Run, *, batch: BatchSizes, total_steps: int, warmup_steps: 
 
 
 def dump_run(run: Run) -> str:
-    """The run file's text, every default written out."""
+    """The run file's text, every default written out, secrets masked: `read_run` asks for those again."""
     ours = json.loads(run.settings.model_dump_json())
-    return json.dumps({**run.deepspeed, run.kind: ours}, indent=2) + "\n"
+    return json.dumps(mask_tree({**run.deepspeed, run.kind: ours}), indent=2) + "\n"
 
 
 def name_settings(text: str, kind: RunKind) -> str:

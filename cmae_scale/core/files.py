@@ -12,9 +12,14 @@ from typing import BinaryIO
 PART = ".part"  # ending of what is still being written
 
 
-def write_text(path: Path, text: str) -> None:
-    """Replace `path` by `text` at once: a reader sees the old content or the new, never a part."""
+def write_text(path: Path, text: str, *, is_private: bool = False) -> None:
+    """Replace `path` by `text` at once: a reader sees the old content or the new, never a part.
+
+    `is_private`: nobody but its owner may read it.
+    """
     with write_whole(path) as file:
+        if is_private:
+            os.fchmod(file.fileno(), 0o600)
         file.write(text.encode())
 
 

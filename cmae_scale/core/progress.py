@@ -5,6 +5,8 @@ import time
 from collections.abc import Mapping
 from typing import TextIO
 
+from cmae_scale.core.terminal import make_safe, tell
+
 
 class Progress:
     """Writes a line per report with step, given figures, and the time left at the present speed.
@@ -24,7 +26,7 @@ class Progress:
         """Say that `step` optimizer steps are done. On a terminal the line replaces the one before."""
         width = len(str(self.total_steps))
         text = "  ".join(f"{name} {value}" for name, value in figures.items())
-        line = f"step {step:>{width}}/{self.total_steps}  {text}  left {self._left(step)}"
+        line = make_safe(f"step {step:>{width}}/{self.total_steps}  {text}  left {self._left(step)}")
         if self.is_terminal:
             self.stream.write(f"\r\x1b[2K{line}")
             self._open_line = True
@@ -35,8 +37,7 @@ class Progress:
     def say(self, text: str) -> None:
         """A line of its own that stays."""
         self.close()
-        self.stream.write(f"{text}\n")
-        self.stream.flush()
+        tell(text, to=self.stream)
 
     def close(self) -> None:
         """End the live line."""

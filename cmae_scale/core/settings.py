@@ -216,7 +216,8 @@ class DataConfig(Section):
     shards: str | tuple[str, ...] = Field(
         min_length=1
     )  # folder(s) with index.json, made by data_prep/make_shards.py, or some of a folder's tars: paths or
-    # http(s)://, s3://, gs://, hf:// addresses, with *, ? and {000..099}
+    # http(s)://, s3://, gs://, hf:// addresses, with *, ? and {000..099};
+    # ${NAME} is the environment's, for a secret that the run file should not hold
     mix: tuple[PositiveFloat, ...] | None = (
         None  # share of every batch for each entry of shards; null = all samples equally often
     )

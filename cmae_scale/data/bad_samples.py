@@ -4,6 +4,7 @@ import logging
 import threading
 
 from cmae_scale.core.errors import DataError
+from cmae_scale.core.terminal import make_safe
 
 LOG = logging.getLogger(__name__)
 GRACE_SAMPLES = 10_000  # a share says nothing before this many: one bad image among the first 64 is no 1.5 %
@@ -32,7 +33,7 @@ class BadSamples:
                 self.reasons[key] = reason
                 self._new.append((key, reason))
         if is_new:
-            LOG.warning("bad sample %s: %s (%s)", key, reason, self.consequence)
+            LOG.warning(make_safe(f"bad sample {key}: {reason} ({self.consequence})"))
 
     def take_new(self) -> list[tuple[str, str]]:
         """Samples and reasons that were not taken before."""

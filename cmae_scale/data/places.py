@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import PurePosixPath
 from urllib.parse import urlsplit, urlunsplit
 
+from cmae_scale.core.credentials import MASK, mask
 from cmae_scale.core.errors import ConfigError
 
 COMMAND = "pipe"
@@ -88,8 +89,8 @@ def show_place(place: str) -> str:
     if place.startswith(f"{COMMAND}:"):
         command, _, name = place.partition("\0")
         program = command.removeprefix(f"{COMMAND}:").split(maxsplit=1)
-        return f"{COMMAND}:{program[0] if program else ''} ... {name}".rstrip()
+        return f"{COMMAND}:{program[0] if program else ''} {MASK} {name}".rstrip()
     if "://" not in place:
         return place
-    parts = urlsplit(place)
+    parts = urlsplit(mask(place))
     return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
+from cmae_scale.core.credentials import fill_in
 from cmae_scale.core.errors import ConfigError, DataError
 from cmae_scale.core.settings import DataConfig
 from cmae_scale.data.classes import tell_apart
@@ -152,7 +153,11 @@ class _Folder:
 
 
 def _read_entry(entry: str, *, data: DataConfig) -> Iterator[_Folder]:
-    """The folders of one entry. A pattern that ends in .tar names shards of a folder's index."""
+    """The folders of one entry, which may name variables of the environment.
+
+    A pattern that ends in .tar names shards of a folder's index.
+    """
+    entry = fill_in(entry)
     storage = open_storage(entry, data)
     chosen: dict[str, list[str]] = {}  # tars by folder; none named means all
     for place in expand_braces(entry):

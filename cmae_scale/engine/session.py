@@ -9,8 +9,8 @@ from torch import nn
 
 from cmae_scale.core.collectives import gather_objects
 from cmae_scale.core.config import Run, dump_run
+from cmae_scale.core.credentials import write_settings
 from cmae_scale.core.errors import ConfigError
-from cmae_scale.core.files import write_text
 from cmae_scale.engine.ema import Pair, TargetEma
 from cmae_scale.engine.memory_plan import check_memory_plan
 from cmae_scale.engine.start import Engine, Place, Precision, read_precision, start_engine
@@ -137,7 +137,7 @@ def _open_folder(run: Run, place: Place) -> None:
     if place.world.is_first:
         try:
             run.out.mkdir(parents=True, exist_ok=True)
-            write_text(run.out / "config.json", dump_run(run))
+            write_settings(run.out / "config.json", dump_run(run))
         except OSError as error:
             failed = str(error)
     if failed := gather_objects(failed)[0]:

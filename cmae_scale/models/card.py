@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cmae_scale.core.config import Run
+from cmae_scale.core.credentials import MASK, mask
 from cmae_scale.core.files import write_text
 from cmae_scale.core.settings import CmaeConfig
 
@@ -72,13 +73,13 @@ def describe_run(run: Run, *, metrics: Mapping[str, Any]) -> dict[str, str]:
         "encoder": _describe_encoder(cfg),
         "method": _describe_method(cfg),
         "images": f"RGB, {cfg.views.img_px} px, mean {list(cfg.views.mean)}, std {list(cfg.views.std)}",
-        "data": ", ".join("/".join(Path(place).parts[-2:]) for place in _places(cfg)),
+        "data": ", ".join(_shorten(place, parts=2) for place in _places(cfg)),
         "schedule": f"{cfg.schedule.duration} in batches of {batch}{seen}",
         "optimizer": f"{run.deepspeed['optimizer']['type']}, peak learning rate {run.peak_lr:.3g}",
         "masking": f"{cfg.mask.ratio:.0%} hidden in cells of {cfg.mask.cell} x {cfg.mask.cell} patches",
     }
     if cfg.model.init:
-        facts["started from"] = Path(cfg.model.init).name
+        facts["started from"] = _shorten(cfg.model.init, parts=1)
     losses = [f"{name} {metrics[name]:.4f}" for name in ("loss", "pixel", "contrast") if name in metrics]
     facts["training losses at the end"] = ", ".join(losses) or "not known"
     facts["evaluation"] = "none is recorded here"
@@ -102,6 +103,11 @@ def _describe_method(cfg: CmaeConfig) -> str:
     if not cfg.has_contrast:
         return "masked autoencoder, trained with cmae-scale"
     return f"{PAPER}: masked autoencoder with a {cfg.loss.contrast} loss, trained with cmae-scale"
+
+
+def _shorten(place: str, *, parts: int) -> str:
+    address = mask(place).replace(f"{MASK}@", "").partition("?")[0]
+    return "/".join(Path(address).parts[-parts:])
 
 
 def _places(cfg: CmaeConfig) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cmae_scale.core.files import write_text
+from cmae_scale.core.credentials import mask_tree, write_settings
 
 PACKAGES = (
     *("torch", "torchvision", "deepspeed", "webdataset"),
@@ -49,11 +49,11 @@ def write_record(path: Path, *, config: Mapping[str, Any], results: Mapping[str,
         "commit": read_commit(),
         "hardware": describe_hardware(),
         "versions": {name: found for name in PACKAGES if (found := _find_version(name))},
-        "config": dict(config),
+        "config": mask_tree(config),
         "results": dict(results),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, json.dumps(record, indent=2) + "\n")
+    write_settings(path, json.dumps(record, indent=2) + "\n")
 
 
 def read_commit() -> str:

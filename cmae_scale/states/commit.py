@@ -17,6 +17,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from cmae_scale.core.credentials import write_settings
 from cmae_scale.core.files import PART, digest_file, remove, sync, write_text
 from cmae_scale.core.strict_json import parse_json
 from cmae_scale.states.description import check_description
@@ -62,7 +63,7 @@ def describe_file(path: Path) -> FileEntry:
 def write_description(part: Path, description: dict[str, Any]) -> None:
     """What the state is, and the seal by which a change of a single bit of that is seen."""
     text = json.dumps(description, indent=1) + "\n"
-    write_text(part / DESCRIPTION, text)
+    write_settings(part / DESCRIPTION, text)
     write_text(part / SEAL, f"{hashlib.sha256(text.encode()).hexdigest()}  {DESCRIPTION}\n")
     sync(part)
 

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 from cmae_scale.core.config import Run
 from cmae_scale.core.errors import ConfigError
+from cmae_scale.core.terminal import tell
 from cmae_scale.core.world import read_world
 from cmae_scale.models.export import export_run
 from cmae_scale.models.formats.run_states import RunState, open_run
@@ -29,4 +30,4 @@ def export_newest(run: Run) -> None:
     export_run(written, state.read("online_encoder"), metrics=known[-1] if known else {})
     folder = run.out / "encoder"
     how = say_how_to_load(written.cmae.model, folder=folder)
-    print("\n".join([*state.notices, f"encoder {folder} ({how})"]))
+    tell("\n".join([*state.notices, f"encoder {folder} ({how})"]))

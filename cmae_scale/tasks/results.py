@@ -5,16 +5,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cmae_scale.core.files import write_text
+from cmae_scale.core.credentials import mask_tree, write_settings
+from cmae_scale.core.terminal import make_safe_name
 
 
 def write_results(path: Path, results: Mapping[str, Any]) -> None:
     """The file, whole or not at all."""
-    write_text(path, json.dumps(results, indent=2) + "\n")
+    write_settings(path, json.dumps(mask_tree(results), indent=2) + "\n")
 
 
 def format_table(rows: Sequence[Sequence[str]]) -> str:
     """Rows under a head (the first row), columns aligned: the first to the left, the others to the right."""
+    rows = [[make_safe_name(cell) for cell in row] for row in rows]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = [
         "  ".join(

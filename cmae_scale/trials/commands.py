@@ -6,13 +6,13 @@ Imports stand in the functions: a trial should not wait for the libraries of ano
 import argparse
 import io
 from contextlib import redirect_stdout
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from cmae_scale.core.errors import ConfigError, DataError
 from cmae_scale.core.settings import DataConfig, ViewsConfig
+from cmae_scale.core.terminal import tell
 
 if TYPE_CHECKING:
     from cmae_scale.sizing.zero import Device
@@ -30,10 +30,10 @@ def measure_loader(args: argparse.Namespace) -> None:
     views = read_views(args)
     course = Course(shards, args.folder, views, workers=args.workers, batch=args.batch, samples=args.samples)
     laps = race(course, rounds=args.rounds)
-    print(describe_race(laps))
+    tell(describe_race(laps))
     results: dict[str, dict[str, object]] = record_race(laps)
     memory = measure_footprint(data, views=views, batch=args.batch, epochs=args.epochs)
-    print(f"resident memory after each epoch, MiB: {' '.join(f'{mib:.0f}' for mib in memory)}")
+    tell(f"resident memory after each epoch, MiB: {' '.join(f'{mib:.0f}' for mib in memory)}")
     results[OURS]["resident_mib"] = memory
     config = {
         "samples": args.samples,
@@ -43,7 +43,7 @@ def measure_loader(args: argparse.Namespace) -> None:
         "images": shards.total,
     }
     write_record(args.record, config=config, results=results)
-    print(f"record {args.record}")
+    tell(f"record {args.record}")
 
 
 def prove_stream(args: argparse.Namespace) -> None:
@@ -57,18 +57,18 @@ def prove_stream(args: argparse.Namespace) -> None:
         raise ConfigError(f"--batch {args.batch} cannot be shared by 4 ranks: write a multiple of 4")
     shards = open_shards(data.shards, data=data)
     plan = plan_data(shards, data, global_batch=args.batch, seed=0)
-    print(
+    tell(
         f"{plan.total:,} samples, {plan.steps_per_epoch} steps of {plan.global_batch} an epoch, "
         f"{plan.streams} streams"
     )
     found = set()
     for world, epochs in digest_worlds(shards, plan, views=read_views(args), data=data, epochs=args.epochs):
         told = "  ".join(f"{digest} ({samples:,} samples)" for digest, samples in epochs)
-        print(f"{world}  {told}", flush=True)
+        tell(f"{world}  {told}")
         found.add(epochs)
     if len(found) > 1:
         raise DataError("the global batches differ between these worlds")
-    print(f"identical in all {len(WORLDS)} worlds")
+    tell(f"identical in all {len(WORLDS)} worlds")
 
 
 def measure_shards(args: argparse.Namespace) -> None:
@@ -87,10 +87,10 @@ def measure_shards(args: argparse.Namespace) -> None:
         raise ConfigError(f"--folder {args.folder} holds no class folders with files")
     mb = sum(path.stat().st_size for path in files) / 1e6 / len(files)
     laps = race_shards(files, make=make, scratch=args.scratch, rounds=args.rounds)
-    print(describe_shard_race(laps, images=len(files), mb_per_image=mb))
+    tell(describe_shard_race(laps, images=len(files), mb_per_image=mb))
     results = {name: summarise_laps(runs, per="image") for name, runs in laps.items()}
     write_record(args.record, config={"images": len(files), "mb_per_image": mb}, results=results)
-    print(f"record {args.record}")
+    tell(f"record {args.record}")
 
 
 def measure_memory(args: argparse.Namespace) -> None:
@@ -103,13 +103,13 @@ def measure_memory(args: argparse.Namespace) -> None:
     device: "Device" = "cuda" if torch.cuda.is_available() else "cpu"
     cases = [case for number, case in enumerate(CASES, start=1) if not args.only or number in args.only]
     results = {}
-    print(f"{'run':112} {'measured':>9} {'predicted':>9}   MiB")
+    tell(f"{'run':112} {'measured':>9} {'predicted':>9}   MiB")
     for found in compare_footprints(cases, device=device):
         measured, predicted = found.measured_bytes / 2**20, found.predicted.total_bytes / 2**20
-        print(f"{found.case.name:112} {measured:9.0f} {predicted:9.0f}  {found.deviation:+.1%}", flush=True)
+        tell(f"{found.case.name:112} {measured:9.0f} {predicted:9.0f}  {found.deviation:+.1%}")
         results[found.case.name] = found.record()
     write_record(args.record, config={"steps": STEPS, "device": device}, results=results)
-    print(f"record {args.record}")
+    tell(f"record {args.record}")
 
 
 def measure_hybrid(args: argparse.Namespace) -> None:
@@ -124,12 +124,12 @@ def measure_hybrid(args: argparse.Namespace) -> None:
     laps = race_encoders(cfg, batch=args.batch, rounds=args.rounds)
     lowest = {name: min(lap.wall_s for lap in runs) for name, runs in laps.items()}
     for name, wall_s in lowest.items():
-        print(f"{name:12} {1e3 * wall_s:8.1f} ms an image, forward and backward, lowest of {args.rounds}")
-    print(f"the same tokens from kept sites alone {lowest[WHOLE] / lowest[KEPT]:.2f} times as fast")
+        tell(f"{name:12} {1e3 * wall_s:8.1f} ms an image, forward and backward, lowest of {args.rounds}")
+    tell(f"the same tokens from kept sites alone {lowest[WHOLE] / lowest[KEPT]:.2f} times as fast")
     results = {name: summarise_laps(runs, per="image") for name, runs in laps.items()}
     config = {"model": cfg.model.encoder, "mask_ratio": cfg.mask.ratio, "batch": args.batch}
     write_record(args.record, config=config, results=results)
-    print(f"record {args.record}")
+    tell(f"record {args.record}")
 
 
 def prove_kills(args: argparse.Namespace) -> None:
@@ -140,10 +140,10 @@ def prove_kills(args: argparse.Namespace) -> None:
     arguments = ("--deepspeed_config", args.deepspeed_config, *overrides)
     args.out.mkdir(parents=True, exist_ok=True)
     job = Job("cmae_scale.pretrain", arguments, args.ranks, args.out / "kill")
-    outcomes = prove_survival(job, kills=args.kills, seed=args.seed, tell=partial(print, flush=True))
+    outcomes = prove_survival(job, kills=args.kills, seed=args.seed, tell=tell)
     saving = sum(outcome.was_saving for outcome in outcomes)
     whole = sum(outcome.kill.victim is None for outcome in outcomes)
-    print(
+    tell(
         f"{len(outcomes)} kills (-9): {whole} of the whole run, {len(outcomes) - whole} of one rank, "
         f"{saving} during a save; every run ended with the metrics and weights of the one never killed"
     )
@@ -156,8 +156,8 @@ def measure_gpu(args: argparse.Namespace) -> None:
 
     with TemporaryDirectory() as scratch:
         stage = Stage(args.device, is_quick=args.quick, scratch=scratch, shards=tuple(args.shards))
-        measure_parts(stage, record=args.record, tell=partial(print, flush=True))
-    print(f"record {args.record}")
+        measure_parts(stage, record=args.record, tell=tell)
+    tell(f"record {args.record}")
 
 
 def read_views(args: argparse.Namespace) -> ViewsConfig:

@@ -410,7 +410,7 @@ def test_a_torn_file_of_the_cache_is_not_used(tmp_path: Path) -> None:
 def test_commands_run_only_when_allowed_and_without_a_shell(make_folder, tmp_path: Path) -> None:
     folder = make_folder("a", (7, 13))
     place = f"pipe:cat {folder}/{{name}}"
-    with pytest.raises(ConfigError, match=r"pipe:cat \.\.\. would run a command.*allow_commands"):
+    with pytest.raises(ConfigError, match=r"pipe:cat \*+ would run a command.*allow_commands"):
         open_set(place)
     allowed = open_set(place, allow_commands=True)
     expected = read_batches(open_set(folder), settings(folder))

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from cmae_scale.core.config import Run, name_settings
+from cmae_scale.core.credentials import mask
 from cmae_scale.core.errors import UserError
 from cmae_scale.core.files import write_text
 from cmae_scale.engine.safety.folder import hold_folder, open_folder
@@ -92,7 +93,7 @@ class ExitNote:
         states = sorted(path.name for path in (self._out / "checkpoints").glob("step_*") if not path.suffix)
         note = {
             "status": status,
-            "cause": cause,
+            "cause": mask(cause),
             "step": self._place.pulse.read().step if done is None else done,
             "state": states[-1] if states else None,
             "next": _advise(status),

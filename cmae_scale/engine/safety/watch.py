@@ -21,7 +21,9 @@ from types import TracebackType
 from typing import NamedTuple
 
 from cmae_scale.core.collectives import gather_objects
+from cmae_scale.core.credentials import mask
 from cmae_scale.core.settings import FaultsConfig
+from cmae_scale.core.terminal import tell
 from cmae_scale.core.world import World
 from cmae_scale.engine.safety.peers import Line, Message, Roster, call_desk, find_addresses, open_desk
 from cmae_scale.engine.safety.pulse import Pulse
@@ -107,7 +109,7 @@ class Watch:
         """Tell rank 0 that this rank ends by an error; `is_shared` when others may end by the same one."""
         self._is_ending = True
         if self._line is not None:
-            self._line.send({"failed": text, "shared": is_shared})
+            self._line.send({"failed": mask(text), "shared": is_shared})
 
     def await_verdict(self) -> None:
         """After an error of the connections between ranks: if a rank is lost, the process ends in here."""
@@ -127,10 +129,10 @@ class Watch:
         addresses, port, token = gather_objects(told)[0]
         self._line = call_desk(["127.0.0.1"] if self._world.is_first else addresses, port=port)
         if self._line is None:
-            print(
+            tell(
                 f"warning: rank {self._world.rank} cannot reach rank 0 at {addresses}, port {port}, "
                 "so nobody will tell when it dies",
-                file=sys.stderr,
+                to=sys.stderr,
             )
             return
         self._line.send({"rank": self._world.rank, "token": token, "host": socket.gethostname()})
@@ -217,7 +219,7 @@ class Watch:
             if self._asked_s is None:
                 self._request, self._asked_s = self._request or number.name, now_s
             elif now_s - self._asked_s > PATIENCE_S:
-                print(f"asked to leave again ({number.name}): leaving at once", file=sys.stderr, flush=True)
+                tell(f"asked to leave again ({number.name}): leaving at once", to=sys.stderr)
                 os._exit(128 + number)
 
     def _pass_on(self) -> None:
@@ -241,7 +243,7 @@ class Watch:
     def _judge(self, now_s: float) -> None:
         if self._world.is_first:
             for warning in self._roster.find_silent(now_s=now_s):
-                print(warning, file=sys.stderr, flush=True)
+                tell(warning, to=sys.stderr)
             if lost := self._roster.find_lost(now_s=now_s):
                 self._end_all(Verdict(lost))
             # ranks go in step, so what holds up any of them holds up this one
@@ -276,7 +278,7 @@ class Watch:
         if (
             self._world.local_rank == 0 or self._world.rank == 1
         ):  # one voice per machine, and one beside rank 0
-            print(f"error: rank {self._world.rank} ends: {verdict.text}", file=sys.stderr, flush=True)
+            tell(f"error: rank {self._world.rank} ends: {verdict.text}", to=sys.stderr)
         _try(lambda: self._leave_word(verdict))
         os._exit(FAILED)
 

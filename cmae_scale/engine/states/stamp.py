@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from cmae_scale.core.config import Run, RunKind, dump_run
+from cmae_scale.core.credentials import mask_tree
 from cmae_scale.core.errors import ConfigError
 from cmae_scale.states.description import STATE_FORMAT
 
@@ -42,7 +43,7 @@ class Stamp:
                 f"{path} has format {written.get('format')}, this version writes {self.format}: finish "
                 "the run with the version that began it, or start anew with --out"
             )
-        mine = json.loads(json.dumps(asdict(self)))
+        written, mine = mask_tree(written), json.loads(json.dumps(asdict(self)))
         broken = list(_differences(written["kind"], _as_written(mine["kind"], written["kind"])))
         if broken and not changes_allowed:
             raise ConfigError(
@@ -65,9 +66,9 @@ class Stamp:
 
 
 def build_stamp(run: Run, *, kind: dict[str, Any], ranks: int, precision: str) -> Stamp:
-    """The stamp of states that `run`, resolved, writes on `ranks` processes."""
+    """The stamp of states that `run`, resolved, writes on `ranks` processes; without its secrets."""
     return Stamp(
-        kind=kind,
+        kind=mask_tree(kind),
         ranks=ranks,
         zero_stage=run.deepspeed.get("zero_optimization", {}).get("stage", 0),
         precision=precision,

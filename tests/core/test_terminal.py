@@ -1,0 +1,67 @@
+"""Nothing of a file's reaches a terminal as a command to it."""
+
+import io
+import sys
+import unicodedata
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cmae_scale.core.cli import run_command
+from cmae_scale.core.errors import DataError
+from cmae_scale.core.progress import Progress
+from cmae_scale.core.terminal import make_safe, make_safe_name, tell
+
+
+@given(st.text())
+def test_no_control_character_comes_through_and_all_others_do(text: str) -> None:
+    safe = make_safe(text)
+    assert not [each for each in safe if unicodedata.category(each) in ("Cc", "Cs") and each not in "\n\t"]
+    assert make_safe(safe) == safe
+    name = make_safe_name(text, longest=20)
+    assert len(name) <= 20
+    assert len(name.splitlines()) <= 1
+
+
+@pytest.mark.parametrize("text", ["\x1b[31mred", "a\rb", "\x9b2J", "bell\a", "\u202egnp.exe", "\ud800", "\0"])
+def test_control_characters_are_spelt_out(text: str) -> None:
+    assert make_safe(text).isprintable()
+    assert make_safe(text) != text
+
+
+@pytest.mark.parametrize("text", ["Straße", "猫 und Katze", "قطة", "naïve\n\tline"])
+def test_other_scripts_are_left_alone(text: str) -> None:
+    assert make_safe(text) == text
+
+
+def test_a_terminal_of_few_characters_gets_the_others_spelt_out() -> None:
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    tell("猫", to=stream)
+    stream.seek(0)
+    assert stream.read() == "\\u732b\n"
+
+
+def test_arguments_that_libraries_record_are_masked_and_read_as_they_were(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(
+        sys, "argv", ["pretrain.py", "--set", "cmae.data.shards=https://u:TOKEN@h/a?sig=TOKEN"]
+    )
+    read: list[str] = []
+    assert run_command(lambda argv: read.extend(argv or ())) == 0
+    assert read[1] == "cmae.data.shards=https://u:TOKEN@h/a?sig=TOKEN"
+    assert sys.argv == ["pretrain.py", "--set", "cmae.data.shards=https://*****@h/a?sig=*****"]
+
+
+def test_errors_and_progress_go_the_same_way(capsys: pytest.CaptureFixture[str]) -> None:
+    def fail(argv: object) -> None:
+        raise DataError("https://user:TOKEN@host/\x1b[2Ja?sig=TOKEN is missing")
+
+    assert run_command(fail, []) == 2
+    progress = Progress(3, stream=sys.stdout)
+    progress.report(1, {"class\x1b]0;x": "https://h/?a=TOKEN"})
+    progress.say("\x1b[1mTOKEN@ https://TOKEN@h")
+    told = capsys.readouterr()
+    assert "\x1b" not in told.out + told.err
+    assert (told.out + told.err).count("TOKEN") == 1  # of no address
