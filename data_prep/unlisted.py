@@ -13,7 +13,18 @@ ENDING = re.compile(r"\.[a-z][a-z0-9]{0,7}")  # others are parts of names: numbe
 REASONS_TOLD = 6  # skipped.jsonl has them all
 HIDDEN = "hidden"
 FROM_SYSTEM = "left by an operating system"
-SYSTEM_NAMES = frozenset(("__macosx", ".ds_store", "thumbs.db", "desktop.ini"))
+SYSTEM_NAMES = frozenset(
+    (
+        "__macosx",
+        ".ds_store",
+        "thumbs.db",
+        "ehthumbs.db",
+        "desktop.ini",
+        "@eadir",
+        "$recycle.bin",
+        "lost+found",
+    )
+)
 
 
 class Unlisted:

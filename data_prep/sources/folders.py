@@ -111,7 +111,7 @@ class _Tree(NamedTuple):
 
 def _find_trees(root: Path, request: SourceRequest) -> dict[str, _Tree]:
     """The tree of each split that a folder holds, under its own name; "" for one that is a set by itself."""
-    folders, _ = _Tree(root, Unlisted(), request.merge_splits).look_into()
+    folders = _list_folders(root)
     splits = [] if request.merge_splits else find_splits(folders)
     if not splits:
         return {"": _Tree(root, Unlisted(), request.merge_splits)}
@@ -124,12 +124,16 @@ def _find_trees(root: Path, request: SourceRequest) -> dict[str, _Tree]:
     return trees if len(trees) > 1 else {"": trees[splits[0]]}
 
 
+def _list_folders(root: Path) -> list[str]:
+    with os.scandir(root) as entries:
+        return sorted(entry.name for entry in entries if entry.is_dir() and is_clutter(entry.name) is None)
+
+
 def _find_classes(tree: _Tree, request: SourceRequest) -> dict[str, str]:
     """The folder of each class, by its name as text. Without labels any text will do."""
     encoding = "latin-1" if request.no_labels else request.encoding
     classes: dict[str, str] = {}
-    folders, _ = _Tree(tree.root, Unlisted(), merge_splits=True).look_into()
-    for folder in folders:
+    for folder in _list_folders(tree.root):
         name = decode_name(folder, place=f"class folder of {show_path(tree.root)}", encoding=encoding)
         if name in classes:
             raise ConfigError(f"two folders of {show_path(tree.root)} are the class '{name}': rename one")

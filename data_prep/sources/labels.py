@@ -37,15 +37,10 @@ def number_labels(values: Iterable[object], *, place: str) -> Labels:
     if words < present and words <= BLANKS_OF_PANDAS:
         classes, order = _order_numbers({number for number in numbers.values() if number is not None})
         return Labels(classes, {value: order.get(numbers.get(value)) for value in distinct})
-    spelt = {value: spell_label(value, place=place) for value in present}
+    spelt = {value: decode_name(str(value).strip(), place=place) for value in present}
     classes = tuple(sorted(set(spelt.values())))
     by_name = {name: number for number, name in enumerate(classes)}
     return Labels(classes, {value: by_name.get(spelt.get(value, "")) for value in distinct})
-
-
-def spell_label(value: object, *, place: str) -> str:
-    """A label as the name of a class."""
-    return decode_name(value.strip() if isinstance(value, str) else str(value), place=place)
 
 
 def decode_name(name: str, *, place: str, encoding: str | None = None) -> str:
