@@ -29,7 +29,7 @@ class _Counters(_Part):
     skipped_steps: Count
     lr: list[float]
     scheduler: dict[str, Any] | None
-    scaler: dict[str, int | float]
+    scaler: dict[str, int | float | None]  # of bf16, which needs none, nothing is known
     grad_scaler: dict[str, Any] | None
 
 
