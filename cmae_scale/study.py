@@ -85,15 +85,18 @@ def compare(plan: StudyConfig, out: Path) -> None:
     scores = read_scores(plan, out)
     results: dict[str, object] = {"top1": scores}
     table = tabulate_scores(scores)
-    write_comparison(out / "comparison.png", scores=scores)
+    drawn = {}
     for task in plan.tasks:
         runs = {name: out / f"{task}_{name}" for name in list_encoders(plan)}
         curves = {name: read_curve(run) for name, run in runs.items() if (run / "metrics.jsonl").is_file()}
         if curves:
-            write_convergence(out / f"convergence_{task}.png", curves=curves, title=f"{task}: top-1 by epoch")
+            drawn[task] = curves
             results[f"{task}_overtakes_at_epoch"] = read_overtakes(curves)
     write_record(out / "study.json", config=dump_study(plan), results=results)
     write_text(out / "table.txt", table + "\n")
+    write_comparison(out / "comparison.png", scores=scores)
+    for task, curves in drawn.items():
+        write_convergence(out / f"convergence_{task}.png", curves=curves, title=f"{task}: top-1 by epoch")
     tell(f"\n{table}\n\n{out}/study.json, table.txt, comparison.png, convergence_*.png")
 
 

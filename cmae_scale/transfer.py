@@ -68,7 +68,7 @@ def transfer(argv: Sequence[str] | None) -> None:
 
 def look_for_neighbours(run: Run, bench: "Bench") -> None:
     """Judge the encoder as it is: its features vote."""
-    from cmae_scale.tasks.examination import write_verdict
+    from cmae_scale.tasks.examination import draw_confusion, write_predictions
     from cmae_scale.tasks.features import encode_with
     from cmae_scale.tasks.results import tabulate, tabulate_classes, write_results
 
@@ -79,10 +79,11 @@ def look_for_neighbours(run: Run, bench: "Bench") -> None:
     verdict = judge.judge_knn(encode, cfg=cfg.task.knn, fraction=cfg.data.train_fraction)
     found = verdict.scores.as_metrics("knn", judge.labelled.classes)
     is_first = judge.world.is_first
-    write_verdict(run.out, verdict, classes=judge.labelled.classes, is_first=is_first)
+    write_predictions(run.out, verdict, classes=judge.labelled.classes, is_first=is_first)
     if is_first:
         write_settings(run.out / "config.json", dump_run(run))
         write_results(run.out / "results.json", {"encoder": bench.encoder.place, "task": "knn", **found})
+        draw_confusion(run.out, verdict, classes=judge.labelled.classes)
         tell(tabulate({f"knn, k={cfg.task.knn.k}": found}, prefix="knn"))
         tell(f"\n{tabulate_classes(found['knn_per_class'])}\nrun folder {run.out}")
 

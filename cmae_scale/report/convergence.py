@@ -6,6 +6,7 @@ from pathlib import Path
 from matplotlib.ticker import PercentFormatter
 
 from cmae_scale.core.errors import DataError
+from cmae_scale.core.terminal import make_safe_name
 from cmae_scale.report.canvas import (
     BLUE,
     FAINT,
@@ -15,8 +16,8 @@ from cmae_scale.report.canvas import (
     RED,
     TEAL,
     VIOLET,
-    build_figure,
-    write_figure,
+    draw_figure,
+    show_name,
 )
 
 Curve = Sequence[tuple[float, float]]  # epoch, accuracy
@@ -35,18 +36,17 @@ def write_convergence(
     """A PNG with a line per encoder. Source: the paper's figure 4b."""
     if not any(curves.values()):
         raise DataError(f"no accuracies to draw {path} from: the runs have not been validated yet")
-    figure = build_figure(width_in=6.5, height_in=4.2)
-    axes = figure.add_subplot()
-    for (name, curve), color in zip(curves.items(), _COLORS * len(curves), strict=False):
-        epochs, accuracies = [point[0] for point in curve], [point[1] for point in curve]
-        label = f"{name}, {accuracies[-1]:.1%} at the end" if accuracies else name
-        axes.plot(epochs, accuracies, color=color, linewidth=1.8, marker="o", markersize=3.5, label=label)
-    _finish(axes, title=title)
-    axes.set_xlabel("epochs of fine-tuning", size=8.5, color=FAINT)
-    axes.set_ylabel(axis, size=8.5, color=FAINT)
-    axes.legend(frameon=False, fontsize=8, labelcolor=INK)
-    figure.tight_layout()
-    write_figure(figure, Path(path))
+    with draw_figure(Path(path), width_in=6.5, height_in=4.2) as figure:
+        axes = figure.add_subplot()
+        for (name, curve), color in zip(curves.items(), _COLORS * len(curves), strict=False):
+            epochs, accuracies = [point[0] for point in curve], [point[1] for point in curve]
+            label = f"{show_name(name)}, {accuracies[-1]:.1%} at the end" if accuracies else show_name(name)
+            axes.plot(epochs, accuracies, color=color, linewidth=1.8, marker="o", markersize=3.5, label=label)
+        _finish(axes, title=title)
+        axes.set_xlabel("epochs of fine-tuning", size=8.5, color=FAINT)
+        axes.set_ylabel(axis, size=8.5, color=FAINT)
+        axes.legend(frameon=False, fontsize=8, labelcolor=INK)
+        figure.tight_layout()
 
 
 def write_comparison(
@@ -56,27 +56,28 @@ def write_comparison(
     tasks = list(dict.fromkeys(task for found in scores.values() for task in found))
     if not tasks:
         raise DataError(f"no scores to draw {path} from: no cell of the study is finished")
-    figure = build_figure(width_in=max(5.0, 1.2 + 1.9 * len(tasks)), height_in=4.0)
-    axes = figure.add_subplot()
-    width = 0.8 / len(scores)
-    for place, ((name, found), color) in enumerate(zip(scores.items(), _COLORS * len(scores), strict=False)):
-        lefts = [number + (place - (len(scores) - 1) / 2) * width for number in range(len(tasks))]
-        heights = [found.get(task, 0.0) for task in tasks]
-        bars = axes.bar(lefts, heights, width * 0.92, color=color, label=name)
-        axes.bar_label(bars, [f"{height:.1%}" for height in heights], size=7.5, color=INK, padding=2)
-    _finish(axes, title=title)
-    axes.set_xticks(range(len(tasks)), tasks, color=INK)
-    axes.set_ylabel("top-1", size=8.5, color=FAINT)
-    axes.legend(frameon=False, fontsize=8, labelcolor=INK)
-    figure.tight_layout()
-    write_figure(figure, Path(path))
+    with draw_figure(Path(path), width_in=max(5.0, 1.2 + 1.9 * len(tasks)), height_in=4.0) as figure:
+        axes = figure.add_subplot()
+        width = 0.8 / len(scores)
+        for place, ((name, found), color) in enumerate(
+            zip(scores.items(), _COLORS * len(scores), strict=False)
+        ):
+            lefts = [number + (place - (len(scores) - 1) / 2) * width for number in range(len(tasks))]
+            heights = [found.get(task, 0.0) for task in tasks]
+            bars = axes.bar(lefts, heights, width * 0.92, color=color, label=show_name(name))
+            axes.bar_label(bars, [f"{height:.1%}" for height in heights], size=7.5, color=INK, padding=2)
+        _finish(axes, title=title)
+        axes.set_xticks(range(len(tasks)), [show_name(task) for task in tasks], color=INK)
+        axes.set_ylabel("top-1", size=8.5, color=FAINT)
+        axes.legend(frameon=False, fontsize=8, labelcolor=INK)
+        figure.tight_layout()
 
 
 def _finish(axes: object, *, title: str) -> None:
     from matplotlib.axes import Axes
 
     assert isinstance(axes, Axes)
-    axes.set_title(title, loc="left", size=11, weight="bold", color=INK)
+    axes.set_title(make_safe_name(title), loc="left", size=11, weight="bold", color=INK)
     axes.grid(axis="y", color="#e5e7eb", linewidth=0.7)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)

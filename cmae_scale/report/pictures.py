@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from cmae_scale.report.canvas import FAINT, INK, build_figure, write_figure
+from cmae_scale.report.canvas import FAINT, INK, draw_figure
 
 _GRAY = 0.55  # of the hidden patches: unlike black and white, rare as a flat patch of a photograph
 
@@ -40,22 +40,21 @@ def write_reconstructions(
     rows, width = len(images), len(columns) * (_TILE + _GAP) - _GAP + 2 * _MARGIN
     foot = _FOOT if note else _MARGIN
     height = rows * (_TILE + _GAP) - _GAP + _HEAD + foot
-    figure = build_figure(width_in=width, height_in=height)
-    figure.text(_MARGIN / width, 1 - 0.36 / height, title, size=15, weight="bold", color=INK, va="center")
-    if note:
-        figure.text(_MARGIN / width, 0.5 * foot / height, note, size=9, color=FAINT, va="center")
-    for column, (name, meaning, pictures) in enumerate(columns):
-        left = _MARGIN + column * (_TILE + _GAP)
-        middle = (left + _TILE / 2) / width
-        figure.text(middle, 1 - 0.83 / height, name, size=11, weight="bold", color=INK, ha="center")
-        figure.text(middle, 1 - 1.08 / height, meaning, size=8, color=FAINT, ha="center")
-        for row, picture in enumerate(pictures.detach().float().clamp(0, 1).cpu()):
-            bottom = height - _HEAD - row * (_TILE + _GAP) - _TILE
-            place = (left / width, bottom / height, _TILE / width, _TILE / height)
-            axes = figure.add_axes(place)
-            axes.set_axis_off()
-            axes.imshow(picture.permute(1, 2, 0).numpy(), interpolation="nearest")
-    write_figure(figure, Path(path))
+    with draw_figure(Path(path), width_in=width, height_in=height) as figure:
+        figure.text(_MARGIN / width, 1 - 0.36 / height, title, size=15, weight="bold", color=INK, va="center")
+        if note:
+            figure.text(_MARGIN / width, 0.5 * foot / height, note, size=9, color=FAINT, va="center")
+        for column, (name, meaning, pictures) in enumerate(columns):
+            left = _MARGIN + column * (_TILE + _GAP)
+            middle = (left + _TILE / 2) / width
+            figure.text(middle, 1 - 0.83 / height, name, size=11, weight="bold", color=INK, ha="center")
+            figure.text(middle, 1 - 1.08 / height, meaning, size=8, color=FAINT, ha="center")
+            for row, picture in enumerate(pictures.detach().float().clamp(0, 1).cpu()):
+                bottom = height - _HEAD - row * (_TILE + _GAP) - _TILE
+                place = (left / width, bottom / height, _TILE / width, _TILE / height)
+                axes = figure.add_axes(place)
+                axes.set_axis_off()
+                axes.imshow(picture.permute(1, 2, 0).numpy(), interpolation="nearest")
 
 
 def hide_patches(

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from matplotlib.ticker import StrMethodFormatter
+from matplotlib.ticker import NullFormatter, StrMethodFormatter
 
 from cmae_scale.core.errors import DataError
 from cmae_scale.core.strict_json import parse_json
+from cmae_scale.core.terminal import make_safe_name
 from cmae_scale.report.canvas import (
     BLUE,
     FAINT,
@@ -19,8 +20,7 @@ from cmae_scale.report.canvas import (
     RED,
     TEAL,
     VIOLET,
-    build_figure,
-    write_figure,
+    draw_figure,
 )
 
 Metrics = Mapping[str, float | int | None]
@@ -99,14 +99,15 @@ def write_curves(
     panels = [panel for panel in _PANELS if _is_shown(panel.metric, metrics)]
     across = min(3, len(panels))
     down = math.ceil(len(panels) / across)
-    figure = build_figure(width_in=max(6.5, 4.4 * across), height_in=3.1 * down + 0.7)
-    inch = 1 / figure.get_figheight()
-    figure.text(0.012, 1 - 0.28 * inch, title, va="center", size=15, weight="bold", color=INK)
-    for place, panel in enumerate(panels, start=1):
-        axes = figure.add_subplot(down, across, place)
-        _draw(axes, panel, metrics, chance=chance if panel.metric == "contrast" else None)
-    figure.tight_layout(rect=(0, 0, 1, 1 - 0.5 * inch), h_pad=1.6, w_pad=1.6)
-    write_figure(figure, Path(path))
+    with draw_figure(Path(path), width_in=max(6.5, 4.4 * across), height_in=3.1 * down + 0.7) as figure:
+        inch = 1 / figure.get_figheight()
+        figure.text(
+            0.012, 1 - 0.28 * inch, make_safe_name(title), va="center", size=15, weight="bold", color=INK
+        )
+        for place, panel in enumerate(panels, start=1):
+            axes = figure.add_subplot(down, across, place)
+            _draw(axes, panel, metrics, chance=chance if panel.metric == "contrast" else None)
+        figure.tight_layout(rect=(0, 0, 1, 1 - 0.5 * inch), h_pad=1.6, w_pad=1.6)
 
 
 def running_mean(values: Sequence[float], *, width: int) -> list[float]:
@@ -167,6 +168,8 @@ def _draw(axes: Any, panel: Panel, metrics: Sequence[Metrics], *, chance: float 
         axes.set_ylim(0, 1.15 * max(values) or 1)
     if panel.metric == "grad_norm" and min(values) > 0 and max(values) > 30 * min(values):
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _step_label(metrics: Sequence[Metrics]) -> str:

@@ -42,15 +42,12 @@ class Examination:
         is_best = self.best is None or outcome.found["val_top1"] > self.best["val_top1"]
         if is_best:
             self.best = self.last
-            write_verdict(
-                self.out,
-                outcome.verdict,
-                classes=self.judge.labelled.classes,
-                is_first=self.judge.world.is_first,
-            )
+            classes, is_first = self.judge.labelled.classes, self.judge.world.is_first
+            write_predictions(self.out, outcome.verdict, classes=classes, is_first=is_first)
         if self.judge.world.is_first:
             if is_best:
                 self.task.export(state, self.out / "model", head=outcome.head)
+                draw_confusion(self.out, outcome.verdict, classes=self.judge.labelled.classes)
             if done == self.total_steps:
                 self.task.export(state, self.out / "last", head=outcome.head)
         return outcome.found
@@ -69,8 +66,13 @@ class Examination:
             self.best = max(found, key=lambda line: float(line["val_top1"]))  # the first of equals
 
 
-def write_verdict(out: Path, verdict: Verdict, *, classes: tuple[str, ...], is_first: bool) -> None:
-    """RUN/predictions.csv, in the order of the shards, and RUN/confusion.png. All ranks call it together."""
+def draw_confusion(out: Path, verdict: Verdict, *, classes: tuple[str, ...]) -> None:
+    """RUN/confusion.png; a picture comes after what it shows is on disk."""
+    write_confusion(out / "confusion.png", confusion=verdict.scores.confusion, names=classes)
+
+
+def write_predictions(out: Path, verdict: Verdict, *, classes: tuple[str, ...], is_first: bool) -> None:
+    """RUN/predictions.csv, in the order of the shards. All ranks call it together."""
     share, guess = verdict.probabilities.max(dim=1)
     own = list(
         zip(
@@ -92,4 +94,3 @@ def write_verdict(out: Path, verdict: Verdict, *, classes: tuple[str, ...], is_f
             name = classes[label] if label >= 0 else ""
             writer.writerow((key, name, classes[predicted], f"{probability:.4f}"))
     write_text(out / "predictions.csv", text.getvalue())
-    write_confusion(out / "confusion.png", confusion=verdict.scores.confusion, names=classes)
