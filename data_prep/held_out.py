@@ -17,7 +17,7 @@ from data_prep.listing import Item, Listing
 from data_prep.locks import hold_merge
 from data_prep.reporting import Progress
 from data_prep.sources import Source
-from data_prep.sources.splits import find_role
+from data_prep.sources.splits import read_split
 from data_prep.unlisted import Unlisted
 
 AT_ONCE = 4096  # items that the threads get to read together
@@ -32,9 +32,11 @@ def hold_out(splits: dict[str, Source], fraction: float, *, command: Command) ->
     each class would have to move images whenever one is added.) Costs a reading of all images; what comes
     out is kept in --out, for other parts and later runs.
     """
-    if any(find_role(split) == "val" for split in splits):
+    roles = {split: read_split(split) for split in splits}
+    if any(each is not None and each.role == "val" for each in roles.values()):
         raise ConfigError(f"the source has splits already ({', '.join(splits)}): leave out --val_fraction")
-    name = next((split for split in splits if len(splits) == 1 or find_role(split) == "train"), None)
+    trains = [split for split, each in roles.items() if each is not None and each.role == "train"]
+    name = next(iter(trains if len(splits) > 1 else splits), None)
     if name is None:
         raise ConfigError(f"--val_fraction finds no train among the splits {', '.join(splits)}")
     source = splits[name]

@@ -4,6 +4,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from cmae_scale.core.errors import ConfigError
 
@@ -16,17 +17,43 @@ ROLES = {
 MERGE = "--merge_splits takes them as one set"
 
 
+class SplitName(NamedTuple):
+    """A name with one word in it that says a split: that word, which split, and its other words."""
+
+    word: str
+    role: str
+    rest: str
+
+
+def read_split(name: str) -> SplitName | None:
+    """The split that a name says; None if none of its words does, or several."""
+    words = re.findall("[a-z]+", name.lower())
+    said = [word for word in words if word in ROLES]
+    if len(set(said)) != 1:
+        return None
+    return SplitName(said[0], ROLES[said[0]], "-".join(word for word in words if word not in ROLES))
+
+
 def find_role(name: str) -> str | None:
-    """train, val, test or unlabeled, if a name says one of them in any of its usual forms; else None."""
-    return ROLES.get(name.lower())
+    """train, val, test or unlabeled, if a name says that and nothing else, as Train or val2017; else None."""
+    split = read_split(name)
+    return None if split is None or split.rest else split.role
 
 
 def find_splits(names: Iterable[str]) -> list[str]:
-    """Those of some names that are splits of one data set: of two roles at least, or all names."""
+    """Those of some names that are splits of one data set.
+
+    They say two splits at least, in names that are otherwise alike (train, val; seg_train, seg_test; but not
+    train_station, test_tube), or all of them say nothing but splits.
+    """
     names = list(names)
-    splits = [name for name in names if find_role(name)]
-    is_sure = len(splits) == len(names) or len({find_role(name) for name in splits}) > 1
-    return splits if is_sure else []
+    if all(name.lower() in ROLES for name in names):
+        return names
+    roles: dict[str, set[str]] = defaultdict(set)
+    read = [(name, split) for name in names if (split := read_split(name)) is not None]
+    for _, split in read:
+        roles[split.rest].add(split.role)
+    return [name for name, split in read if len(roles[split.rest]) > 1]
 
 
 def group_files(paths: Sequence[Path]) -> dict[str, list[Path]]:
@@ -36,7 +63,7 @@ def group_files(paths: Sequence[Path]) -> dict[str, list[Path]]:
     """
     groups: dict[str, list[Path]] = defaultdict(list)
     for path in paths:
-        groups[_read_role(path.stem)].append(path)
+        groups[_read_word(path)].append(path)
     if len(groups) == 1:
         return {"": list(paths)}
     if "" in groups:
@@ -44,12 +71,11 @@ def group_files(paths: Sequence[Path]) -> dict[str, list[Path]]:
         first = next(path for split, files in groups.items() if split for path in files)
         raise ConfigError(
             f"{first.parent} holds files of splits ({splits}) beside {groups[''][0].name}: name those of one "
-            f"set, as in --root '{first.parent}/{_read_role(first.stem)}*{first.suffix}', or {MERGE}"
+            f"set, as in --root '{first.parent}/{_read_word(first)}*{first.suffix}', or {MERGE}"
         )
     return dict(groups)
 
 
-def _read_role(stem: str) -> str:
-    """The word of a file's name that says its split; "" if none does, or several."""
-    words = {word.lower() for word in re.split(r"[^A-Za-z]+", stem) if find_role(word)}
-    return words.pop() if len(words) == 1 else ""
+def _read_word(path: Path) -> str:
+    split = read_split(path.stem)
+    return "" if split is None else split.word

@@ -50,6 +50,9 @@ def count(out: Path) -> dict[str, int]:
         ("training", "testing"),
         ("TRAIN", "valid", "test"),
         ("train", "dev"),
+        ("train2017", "val2017"),
+        ("seg_train", "seg_test"),
+        ("train_images", "test_images"),
     ],
 )
 @pytest.mark.parametrize("beside", [(), ("annotations/1.png",), ("labels.csv", "images/2.png")])
@@ -129,6 +132,9 @@ def test_names_of_splits_are_known_in_any_case() -> None:
     ]
     assert find_splits(["train", "bus"]) == []
     assert find_splits(["train", "bus", "val"]) == ["train", "val"]
+    assert find_splits(["train_station", "test_tube", "bus"]) == [], "classes"
+    assert find_splits(["test1", "test2"]) == [], "classes"
+    assert find_splits(["bullet_train", "train2014", "bus", "val2017"]) == ["train2014", "val2017"]
 
 
 @pytest.mark.parametrize("folders", [False, True])
