@@ -20,8 +20,10 @@ from cmae_scale.core.cli import build_parser, read_overrides, run_command
 from cmae_scale.core.config import Run, read_run, resolve_run
 from cmae_scale.core.durations import Clock, plan_timetable
 from cmae_scale.core.schedules import plan_schedules
-from cmae_scale.core.world import wait_without_spinning
+from cmae_scale.core.world import read_world, wait_without_spinning
 from cmae_scale.engine.safety.signals import StopRequest
+from cmae_scale.planning.advice import find_run_faults
+from cmae_scale.planning.refusals import check_run
 
 if TYPE_CHECKING:
     from cmae_scale.data.shard_set import ShardSet
@@ -59,6 +61,7 @@ def pretrain(argv: Sequence[str] | None) -> None:
 
             export_newest(run)
             return
+        check_run(run, ranks=read_world().size)
         from cmae_scale.engine.safety.attend import attend
 
         with attend(run, stop) as place:
@@ -97,6 +100,8 @@ def train(run: Run, place: "Place", *, stop_at: int | None = None) -> None:
         health=method.health,
     )
     journal.say(describe(session, images=shards.total, times=times))
+    for fault in find_run_faults(run, batch=batch, ranks=ranks, times=times):
+        journal.say(f"warning: {fault}")
     steps = range(session.first_step, min(times.total_steps, stop_at or times.total_steps))
     knn = open_knn_monitor(
         run.cmae,

@@ -20,8 +20,10 @@ from cmae_scale.core.credentials import write_settings
 from cmae_scale.core.durations import Clock, plan_timetable, read_steps
 from cmae_scale.core.schedules import plan_transfer_lr
 from cmae_scale.core.terminal import tell
-from cmae_scale.core.world import wait_without_spinning
+from cmae_scale.core.world import read_world, wait_without_spinning
 from cmae_scale.engine.safety.signals import StopRequest
+from cmae_scale.planning.advice import find_run_faults
+from cmae_scale.planning.refusals import check_run
 
 if TYPE_CHECKING:
     from cmae_scale.data.stream import MasterBatch
@@ -51,6 +53,7 @@ def transfer(argv: Sequence[str] | None) -> None:
     wait_without_spinning()
     with StopRequest() as stop:
         run = read_run(args.deepspeed_config, read_overrides(args, kind="transfer"), kind="transfer")
+        check_run(run, ranks=read_world().size)
         from cmae_scale.engine.safety.attend import attend
         from cmae_scale.engine.start import read_precision
         from cmae_scale.tasks.build import open_bench
@@ -125,6 +128,8 @@ def train(run: Run, bench: "Bench", *, place: "Place", stop_at: int | None = Non
             session, images=plan.total, held_out=judge.labelled.val.total, steps=times.total_steps
         )
     )
+    for fault in find_run_faults(run, batch=batch, ranks=place.world.size, times=times):
+        journal.say(f"warning: {fault}")
     steps = range(session.first_step, min(times.total_steps, stop_at or times.total_steps))
     bad = BadSamples(cfg.data.max_bad_fraction)
 

@@ -257,6 +257,19 @@ def test_a_finished_run_started_again_stays_finished(
 
 
 @pytest.mark.dist
+def test_what_plan_would_warn_of_is_in_the_log(
+    arguments: Callable[..., list[str]],
+    pretrain: Callable[..., list[int]],
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    assert pretrain(arguments("cmae.schedule.duration=2st", "cmae.schedule.warmup=5st")) == [0]
+    told = (
+        "warning: cmae.schedule.warmup 5st is 5 steps, the run has 2: the peak learning rate is never reached"
+    )
+    assert told in capfd.readouterr().out
+
+
+@pytest.mark.dist
 @pytest.mark.parametrize(
     ("overrides", "told"),
     [

@@ -70,8 +70,7 @@ def test_every_shipped_run_fits_an_a100_as_it_is(
     plan = read_plan(capsys, config.name, *images, "--gpu", "A100", "--gpus", gpus)
     assert plan["own"]["fits"]
     assert plan["recommended"]["largest_micro_batch"] >= plan["batch"]["micro"]
-    few_keys = [warning for warning in plan["warnings"] if "negatives" in warning]
-    assert plan["warnings"] == (few_keys if config.stem == "quickstart" else [])
+    assert plan["warnings"] == []
 
 
 def test_the_amounts_are_arithmetic(capsys: pytest.CaptureFixture[str]) -> None:

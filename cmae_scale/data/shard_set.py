@@ -97,9 +97,10 @@ class ShardSet:
         return ", ".join(dict.fromkeys(show_place(shard.folder) for shard in self.shards))
 
 
-def open_shards(places: str | Sequence[str], *, data: DataConfig) -> ShardSet:
+def open_shards(places: str | Sequence[str], *, data: DataConfig, measure: bool = True) -> ShardSet:
     """The shards of the setting cmae.data.shards (or val_shards), each there and of the right size.
 
+    Without `measure` only their indexes are read, and none is asked for its size.
     Raises DataError when an index or a shard is missing, or when folders that are to be one data set have
     other classes; ConfigError for places that cannot be read at all.
     """
@@ -132,7 +133,8 @@ def open_shards(places: str | Sequence[str], *, data: DataConfig) -> ShardSet:
     ]
     if len({shard.place for shard in shards}) < len(shards):
         raise ConfigError(f"cmae.data.shards names a shard twice: {', '.join(map(show_place, entries))}")
-    _check_sizes(folders)
+    if measure:
+        _check_sizes(folders)
     return ShardSet(
         tuple(shards),
         classes=folders[0].classes if same_classes else None,

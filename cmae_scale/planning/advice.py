@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from cmae_scale.core.batches import BatchSizes
 from cmae_scale.core.config import Run
 from cmae_scale.core.durations import Timetable
 from cmae_scale.planning.layouts import Layout
@@ -10,6 +11,7 @@ from cmae_scale.sizing.parameters import count_parameters
 from cmae_scale.sizing.zero import Job
 
 FEW_KEYS = 1024  # Source: MoCo v3 (arXiv:2104.02057) table 1 starts here; the paper's own batch is 4096
+FEW_STEPS = 10  # an epoch should have; a data set that is too small for larger batches is left alone
 FEW_NORMED = 32  # images that a BatchNorm's statistics should come from at least
 LEAST_SEEN = 0.1  # share of patches. Source: MAE figure 5: accuracy falls beyond nine tenths hidden
 BUCKET = 50_000_000  # numbers in a buffer for gradients: 100 to 200 MB, as long as a message has to be
@@ -21,26 +23,36 @@ LR_RANGE = (
 
 def find_faults(run: Run, *, job: Job, times: Timetable, layouts: list[Layout], own: Layout) -> list[str]:
     """All warnings; `run` is resolved, `own` is its own choice among `layouts`."""
-    return [
-        *_schedule_faults(run, times=times),
-        *_batch_faults(run, job=job),
-        *_memory_faults(job, layouts=layouts, own=own),
-    ]
+    faults = find_run_faults(run, batch=job.batch, ranks=job.zero.ranks, times=times)
+    return [*faults, *_memory_faults(job, layouts=layouts, own=own)]
+
+
+def find_run_faults(run: Run, *, batch: BatchSizes, ranks: int, times: Timetable) -> list[str]:
+    """The warnings that hold on whatever machine; `run` is resolved."""
+    faults = list(_schedule_faults(run, times=times))
+    if run.kind == "cmae":
+        images = times.steps_per_epoch * batch.total
+        faults += _method_faults(run, steps=times.total_steps)
+        faults += _batch_faults(run, batch=batch, ranks=ranks, images=images)
+    return faults
 
 
 def _schedule_faults(run: Run, *, times: Timetable) -> Iterator[str]:
-    cfg, steps = run.cmae, times.total_steps
+    cfg, steps = run.settings, times.total_steps
     if times.warmup_steps >= steps:
         yield (
-            f"cmae.schedule.warmup {cfg.schedule.warmup} is {times.warmup_steps} steps, the run has {steps}: "
-            f"the peak learning rate is never reached; write a shorter one, such as 10%"
+            f"{run.kind}.schedule.warmup {cfg.schedule.warmup} is {times.warmup_steps} steps, the run has "
+            f"{steps}: the peak learning rate is never reached; write a shorter one, such as 10%"
         )
     if times.save_every_steps > steps:
         yield (
-            f"cmae.checkpoint.every {cfg.checkpoint.every} is {times.save_every_steps} steps, the run has "
-            f"{steps}: only its end is saved; write for instance 5%"
+            f"{run.kind}.checkpoint.every {cfg.checkpoint.every} is {times.save_every_steps} steps, the run "
+            f"has {steps}: only its end is saved; write for instance 5%"
         )
-    momentum = cfg.target.momentum
+
+
+def _method_faults(run: Run, *, steps: int) -> Iterator[str]:
+    cfg, momentum = run.cmae, run.cmae.target.momentum
     if cfg.has_contrast and steps * (1 - momentum) < 1:
         memory = "forever" if momentum == 1 else f"for 1 / (1 - {momentum}) = {1 / (1 - momentum):.0f} steps"
         yield (
@@ -55,9 +67,9 @@ def _schedule_faults(run: Run, *, times: Timetable) -> Iterator[str]:
         )
 
 
-def _batch_faults(run: Run, *, job: Job) -> Iterator[str]:
-    cfg, batch, ranks = run.cmae, job.batch, job.zero.ranks
-    if cfg.has_contrast and cfg.loss.contrast == "infonce" and batch.total < FEW_KEYS:
+def _batch_faults(run: Run, *, batch: BatchSizes, ranks: int, images: int) -> Iterator[str]:
+    cfg, can_be_larger = run.cmae, images >= FEW_KEYS * FEW_STEPS
+    if cfg.has_contrast and cfg.loss.contrast == "infonce" and batch.total < FEW_KEYS and can_be_larger:
         yield (
             f"train_batch_size {batch.total} gives InfoNCE {batch.total - 1} negatives (paper: 4095): raise "
             "it (accumulation counts fully), or write cmae.loss.contrast=byol, which needs none"

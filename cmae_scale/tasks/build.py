@@ -13,6 +13,7 @@ from cmae_scale.core.transfer_settings import TransferConfig
 from cmae_scale.core.world import World
 from cmae_scale.data.bad_samples import BadSamples
 from cmae_scale.data.decoding import TrainingCrops
+from cmae_scale.data.labelled import open_labelled
 from cmae_scale.data.mix import MixPlan, plan_data
 from cmae_scale.data.ordered import count_samples
 from cmae_scale.data.rand_augment import build_rand_augment
@@ -21,7 +22,7 @@ from cmae_scale.models.networks import draw_weights
 from cmae_scale.models.pretrained import PretrainedEncoder, open_encoder
 from cmae_scale.tasks.features import Lens, build_lens
 from cmae_scale.tasks.finetune import Finetuning, build_finetuning
-from cmae_scale.tasks.judge import Judge, open_labelled
+from cmae_scale.tasks.judge import Judge
 from cmae_scale.tasks.linear import LinearProbing, build_probing
 
 

@@ -1,6 +1,5 @@
-"""Labelled shards to learn from and to be judged by, and a network's exact scores on them."""
+"""A network's exact scores on labelled shards."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,40 +12,14 @@ from cmae_scale.core.settings import DataConfig, KnnConfig
 from cmae_scale.core.transfer_settings import CropConfig
 from cmae_scale.core.world import World
 from cmae_scale.data.bad_samples import BadSamples
-from cmae_scale.data.classes import tell_apart
 from cmae_scale.data.decoding import CentreCrops
+from cmae_scale.data.labelled import Labelled
 from cmae_scale.data.ordered import count_samples, open_ordered
 from cmae_scale.data.prefetch import copy_ahead
-from cmae_scale.data.shard_set import ShardSet, open_shards
+from cmae_scale.data.shard_set import ShardSet
 from cmae_scale.tasks.features import Features, Predict, extract_features
 from cmae_scale.tasks.knn import build_bank, vote
 from cmae_scale.tasks.scores import Scores, score
-
-
-@dataclass(frozen=True)
-class Labelled:
-    """Training and validation shards with the same classes."""
-
-    train: ShardSet
-    val: ShardSet
-    classes: tuple[str, ...]
-
-
-def open_labelled(train: str | Sequence[str], val: str | Sequence[str], *, data: DataConfig) -> Labelled:
-    """Both sets. Raises DataError where classes are missing or differ."""
-    shards, val_shards = open_shards(train, data=data), open_shards(val, data=data)
-    if not shards.classes:
-        raise DataError(
-            f"{shards.describe()} has no classes: make its shards with --source imagefolder from a folder of "
-            "class folders"
-        )
-    if shards.classes != val_shards.classes:
-        raise DataError(
-            f"{val_shards.describe()} has other classes than {shards.describe()} "
-            f"({tell_apart(val_shards.classes or (), shards.classes)}): make it again with --classes and the "
-            "folder of the training shards"
-        )
-    return Labelled(shards, val_shards, shards.classes)
 
 
 @dataclass(frozen=True)

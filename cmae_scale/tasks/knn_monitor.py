@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from cmae_scale.core.durations import Clock, read_steps
-from cmae_scale.core.errors import ConfigError
 from cmae_scale.core.settings import CmaeConfig, KnnMonitorConfig
 from cmae_scale.core.transfer_settings import CropConfig
 from cmae_scale.core.world import World
+from cmae_scale.data.labelled import open_labelled, place_monitored
 from cmae_scale.models.pretrained import online_encoder
 from cmae_scale.tasks.features import build_lens, encode_with
-from cmae_scale.tasks.judge import Judge, open_labelled
+from cmae_scale.tasks.judge import Judge
 
 Weights = Callable[[], Mapping[str, Tensor]]
 
@@ -63,12 +63,10 @@ def open_knn_monitor(
     knn = cfg.monitor.knn
     if knn is None:
         return None
-    val = knn.val_shards or cfg.data.val_shards
-    if val is None:
-        raise ConfigError("cmae.monitor.knn needs held-out images: write its val_shards, or data.val_shards")
+    train, val = place_monitored(cfg)
     views = cfg.views
     crop = CropConfig(img_px=views.img_px, centre=views.img_px / views.master_px)
     every = read_steps(knn.every, clock=clock, place="cmae.monitor.knn.every")
-    labelled = open_labelled(knn.shards or cfg.data.shards, val, data=cfg.data)
+    labelled = open_labelled(train, val, data=cfg.data)
     judge = Judge(labelled, cfg.data, crop, knn.batch, world, device)
     return KnnMonitor(knn, cfg, judge, gather, compute, max(1, every), clock.total_steps)
