@@ -66,7 +66,12 @@ class Journal:
         self.progress: Progress | None = None
         if session.place.world.is_first:
             self.progress = Progress(times.total_steps, first_step=session.first_step)
-        self.monitors = Monitors(session.run.deepspeed, is_first=session.place.world.is_first, say=self.say)
+        self.monitors = Monitors(
+            session.run.deepspeed,
+            is_first=session.place.world.is_first,
+            say=self.say,
+            kept=session.extra,
+        )
         self._opened_s = time.monotonic()
         self.go_to(session.first_step)
 

@@ -8,6 +8,7 @@ metrics.jsonl has it all.
 
 import os
 import queue
+import secrets
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -30,7 +31,11 @@ def without_monitors(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 class Monitors:
-    """What the run file's DeepSpeed sections turn on. `say` tells people of trouble, once per kind."""
+    """What the run file's DeepSpeed sections turn on. `say` tells people of trouble, once per kind.
+
+    `kept` goes into the run's states and comes back from them: wandb's name of the run, so that a run that
+    goes on is the same one there, and one that starts anew is another.
+    """
 
     def __init__(
         self,
@@ -38,9 +43,13 @@ class Monitors:
         *,
         is_first: bool,
         say: Callable[[str], None],
+        kept: dict[str, Any] | None = None,
         build: Callable[[Any], Any] = MonitorMaster,
     ) -> None:
         on = [name for name in SECTIONS if settings.get(name, {}).get("enabled", False)] if is_first else []
+        if "wandb" in on and kept is not None:
+            os.environ.setdefault("WANDB_RUN_ID", kept.setdefault("wandb_id", secrets.token_hex(4)))
+            os.environ.setdefault("WANDB_RESUME", "allow")
         self._outlets = [_Outlet(name, settings[name], say=say, build=build) for name in on]
 
     def write(self, events: Sequence[Event]) -> None:

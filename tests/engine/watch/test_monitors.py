@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import threading
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -92,13 +93,58 @@ def test_the_engine_gets_no_monitors() -> None:
     assert without_monitors({**TWO, "train_batch_size": 8}) == {"train_batch_size": 8}
 
 
+@pytest.fixture
+def wandb_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(api=types.SimpleNamespace(api_key="x")))
+    for name in ("WANDB_RUN_ID", "WANDB_RESUME", "WANDB_INIT_TIMEOUT"):
+        monkeypatch.setenv(name, "")  # so that it is as before when the test ends
+        monkeypatch.delenv(name)
+
+
+def open_wandb(kept: dict[str, Any]) -> tuple[str | None, str | None]:
+    """What wandb finds in the environment when it is opened."""
+    found: list[str | None] = []
+
+    def build(config: Any) -> Sink:
+        found.extend(os.environ.get(name) for name in ("WANDB_RUN_ID", "WANDB_RESUME"))
+        return Sink(lambda: None)
+
+    opened = Monitors(
+        {"wandb": {"enabled": True, "project": "none"}}, is_first=True, say=print, kept=kept, build=build
+    )
+    opened.close()
+    return found[0], found[1]
+
+
+def test_a_run_that_goes_on_is_the_same_one_for_wandb(
+    wandb_environment: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept: dict[str, Any] = {}
+    run_id, resume = open_wandb(kept)
+    assert resume == "allow"
+    assert kept == {"wandb_id": run_id}
+    monkeypatch.delenv("WANDB_RUN_ID")
+    assert open_wandb(json.loads(json.dumps(kept)))[0] == run_id  # as a state brings it back
+    monkeypatch.delenv("WANDB_RUN_ID")
+    assert open_wandb({})[0] != run_id  # begun anew
+    monkeypatch.setenv("WANDB_RUN_ID", "chosen")
+    assert open_wandb({})[0] == "chosen"
+
+
+def test_states_keep_nothing_for_monitors_that_are_off() -> None:
+    kept: dict[str, Any] = {}
+    Monitors(CSV, is_first=True, say=print, kept=kept, build=lambda config: Sink(lambda: None)).close()
+    assert kept == {}
+
+
 SCRIPT = """
 import json, sys, time
 from cmae_scale.engine.start import start_processes
 from cmae_scale.engine.watch.monitors import Monitors
 start_processes()
 said = []
-opened = Monitors({"wandb": {"enabled": True, "project": "none"}}, is_first=True, say=said.append)
+opened = Monitors({"wandb": {"enabled": True, "project": "none"}}, is_first=True, say=said.append,
+                  kept={"wandb_id": "a1b2c3d4"})
 opened.write([("loss", 1.0, 0)])
 print("WRITTEN", len(said), flush=True)
 while not said:
@@ -132,4 +178,4 @@ def test_wandb_without_a_network_is_logged_offline(repository: Path, tmp_path: P
     said = json.loads(result.removeprefix("RESULT "))
     assert said[0].startswith("warning: wandb cannot be reached (")
     assert "this run is logged offline" in said[0]
-    assert list(tmp_path.glob("wandb/offline-run-*"))
+    assert list(tmp_path.glob("wandb/offline-run-*-a1b2c3d4"))
