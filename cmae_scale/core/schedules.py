@@ -14,6 +14,7 @@ class WarmupCosine:
     """Linear warm-up from `warmup_start` times the peak, then half a cosine down to `min_lr`, per step.
 
     Source: official CMAE config (warm-up from 1e-4 of the peak over 40 epochs, cosine to 0 over the rest).
+    Differs: the peak comes at step `warmup_steps`, as MAE's; mmengine has it one step earlier.
     """
 
     peak: float

@@ -372,6 +372,8 @@ class CmaeConfig(NetworkConfig):
     checkpoint: CheckpointConfig = CheckpointConfig()
     monitor: MonitorConfig = MonitorConfig()
     faults: FaultsConfig = FaultsConfig()
+    decay_tokens: bool = False  # weight decay for class and mask tokens too, as MAE (timm's add_weight_decay,
+    # which spares one-dimensional parameters only). Source: false as in the official config
     compile: Literal["none", "blocks"] = "none"  # torch.compile for every transformer block; ZeRO 0 to 2
     out: str | None = None  # run folder; null = runs/<name of the run file>
     seed: int = Field(60, ge=0)  # Source: official config

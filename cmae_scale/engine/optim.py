@@ -7,21 +7,26 @@ from torch import nn
 from cmae_scale.core.errors import ConfigError
 from cmae_scale.core.schedules import WarmupCosine
 
-_NO_DECAY_LEAVES = frozenset({"bias", "cls_token", "mask_token", "pos_embed"})
+_NO_DECAY_LEAVES = frozenset({"bias", "pos_embed"})
+_TOKENS = frozenset({"cls_token", "mask_token"})
 
 
-def weight_decay_groups(model: nn.Module, *, weight_decay: float) -> list[dict[str, Any]]:
+def weight_decay_groups(
+    model: nn.Module, *, weight_decay: float, decay_tokens: bool = False
+) -> list[dict[str, Any]]:
     """Two groups of the trainable parameters: with `weight_decay` and without.
 
-    Without are biases, LayerNorm, class and mask tokens and positions. The heads' BatchNorm gain decays.
-    Source: official CMAE config (names containing ln, bias, pos_embed, mask_token, cls_token): of CMAE-B
-    120 916 992 parameters decay and 201 216 do not. Differs from MAE, where all one-dimensional ones do not.
+    Without are biases, LayerNorm, positions and, unless `decay_tokens`, class and mask tokens. The heads'
+    BatchNorm gain decays. Source: official CMAE config (names containing ln, bias, pos_embed, mask_token,
+    cls_token): of CMAE-B 120 916 992 parameters decay and 201 216 do not. With `decay_tokens` a model without
+    heads is split as MAE's: there exactly what has one dimension does not decay.
     """
+    spared = _NO_DECAY_LEAVES if decay_tokens else _NO_DECAY_LEAVES | _TOKENS
     exempt = {
         id(parameter)
         for module in model.modules()
         for name, parameter in module.named_parameters(recurse=False)
-        if isinstance(module, nn.LayerNorm) or name in _NO_DECAY_LEAVES
+        if isinstance(module, nn.LayerNorm) or name in spared
     }
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [

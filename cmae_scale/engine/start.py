@@ -97,7 +97,7 @@ def start_engine(model: nn.Module, run: Run, *, groups: list[dict[str, Any]] | N
     if groups is None:
         settings = adapt_settings(run.cmae.model.remat, settings=run.deepspeed)
         decay = settings.get("optimizer", {}).get("params", {}).get("weight_decay", 0.0)
-        groups = weight_decay_groups(model, weight_decay=decay)
+        groups = weight_decay_groups(model, weight_decay=decay, decay_tokens=run.cmae.decay_tokens)
         if run.cmae.compile == "blocks":
             compile_blocks_(model, remat=run.cmae.model.remat, settings=settings)
         model.set_remat_(choose_block_runner(run.cmae.model.remat, settings=settings))  # type: ignore[operator]

@@ -30,6 +30,17 @@ def test_weight_decay_splits_the_official_model_as_the_official_code(repository:
     assert sum(p.numel() for p in without["params"]) == 201_216
 
 
+def test_weight_decay_splits_the_baseline_as_mae(repository: Path) -> None:
+    """Source: timm's add_weight_decay, which MAE's main_pretrain.py calls."""
+    with torch.device("meta"):
+        cfg = read_run(repository / "ds_configs" / "mae_vitb.json").cmae
+        model = build_cmae(cfg)
+    with_decay, without = weight_decay_groups(model, weight_decay=0.05, decay_tokens=cfg.decay_tokens)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert {id(p) for p in with_decay["params"]} == {id(p) for p in trained if p.ndim > 1}
+    assert {id(p) for p in without["params"]} == {id(p) for p in trained if p.ndim <= 1}
+
+
 def test_no_frozen_parameter_reaches_the_optimizer(tiny_run: Callable[..., Any]) -> None:
     model = build_cmae(tiny_run().cmae)
     grouped = {id(p) for group in weight_decay_groups(model, weight_decay=0.1) for p in group["params"]}
