@@ -10,9 +10,9 @@ import numpy as np
 from jaxtyping import Bool
 
 from cmae_scale.core.errors import ConfigError, DataError
-from cmae_scale.core.files import write_whole
+from cmae_scale.core.files import PART, remove, write_whole
 from data_prep.arguments import Command
-from data_prep.ledger import drop_scratch, open_reader
+from data_prep.ledger import SCRATCH, open_reader
 from data_prep.listing import Item, Listing
 from data_prep.locks import hold_merge
 from data_prep.reporting import Progress
@@ -20,6 +20,7 @@ from data_prep.sources import Source
 from data_prep.sources.splits import read_split
 from data_prep.unlisted import Unlisted
 
+NAME = ".held_out"
 AT_ONCE = 4096  # items that the threads get to read together
 PERSON = b"held out"  # keeps these digests apart from others of the same bytes
 
@@ -60,11 +61,12 @@ def hold_out(splits: dict[str, Source], fraction: float, *, command: Command) ->
 def _choose(source: Source, fraction: float, *, command: Command) -> Bool[np.ndarray, " items"]:
     """Whether each item is held out. A part that comes while another looks waits for what that one finds."""
     out, count = command.out, len(source.items)
-    path = out / f".held_out-{fraction:g}-{source.items.digest[:16]}"
+    path = out / f"{NAME}-{fraction:g}-{source.items.digest[:16]}"
     out.mkdir(parents=True, exist_ok=True)
     with hold_merge(out):
         if not path.exists():
-            drop_scratch(out)
+            for left in (*out.glob(f"{SCRATCH}*"), *out.glob(f"{NAME}*{PART}")):  # by a run that was killed
+                remove(left)
             with open_reader(source, source.items, out=out, part=command.part) as read:
                 found = _find_held_out(source.items, read, fraction=fraction, command=command)
                 bits = np.packbits(np.fromiter(found, dtype=bool, count=count))

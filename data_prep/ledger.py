@@ -67,7 +67,8 @@ def open_ledger(out: Path, options: dict[str, Any], *, part: Part) -> Iterator[N
             shard = SHARD_PART.fullmatch(left.name)
             if part.of == 1 or (shard is not None and part.owns(int(shard[1]))):
                 remove(left)
-        drop_scratch(out, part=part)
+        for left in out.glob(f"{_scratch_prefix(part)}*"):
+            remove(left)
         yield
 
 
@@ -86,12 +87,6 @@ def open_reader(source: Source, items: Iterable[Item], *, out: Path, part: Part)
         return
     with open_scratch(out, part=part) as scratch:
         yield source.stage(scratch, iter(items))
-
-
-def drop_scratch(out: Path, *, part: Part | None = None) -> None:
-    """Remove what killed runs left: that of one part, or of all."""
-    for left in out.glob(f"{SCRATCH}*" if part is None else f"{_scratch_prefix(part)}*"):
-        remove(left)
 
 
 def record_shard(out: Path, written: WrittenShard) -> None:

@@ -149,8 +149,13 @@ def _read_schema(path: Path) -> Any:
 def _choose_columns(schema: Any, request: SourceRequest, path: Path) -> Columns:
     candidates = [field.name for field in schema if _holds_images(field.type)]
     image = request.image_column or (candidates[0] if len(candidates) == 1 else None)
+    if not candidates:
+        raise ConfigError(
+            f"{path} has no column of encoded images (it has {', '.join(schema.names)}): paths of images are "
+            "read from a CSV file, with --source csv"
+        )
     if image is None or image not in candidates:
-        known = ", ".join(candidates) or f"none of {', '.join(schema.names)}"
+        known = ", ".join(candidates)
         raise ConfigError(f"{path}: write --image_column NAME (columns that hold encoded images: {known})")
     label = choose_label_column(schema.names, request, place=str(path))
     metadata = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))

@@ -162,6 +162,45 @@ def test_columns_that_cannot_be_guessed_are_asked_for(tmp_path: Path) -> None:
         list_huggingface(tmp_path / "a.parquet", image="left", label="none")
 
 
+def test_a_column_of_paths_is_no_column_of_images(tmp_path: Path) -> None:
+    parquet.write_table(pyarrow.table({"image": ["a.jpg"], "label": [1]}), tmp_path / "a.parquet")
+    with pytest.raises(
+        ConfigError, match=r"no column of encoded images \(it has image, label\): .* --source csv"
+    ):
+        list_huggingface(tmp_path / "a.parquet")
+
+
+@pytest.mark.parametrize(
+    ("values", "classes", "labels"),
+    [
+        ([10.0, 2.0, -1.0, None], tuple(map(str, range(11))), [10, 2, None, None]),
+        (["10", "2", "-1", "cat"], ("10", "2", "cat"), [0, 1, None, 2]),
+        ([10**9, -1, 3, 3], ("3", "1000000000"), [1, None, 0, 0]),
+        ([2**63, 1, 1, None], ("1", str(2**63)), [1, 0, 0, None]),
+    ],
+)
+def test_columns_follow_the_one_rule_for_labels(
+    tmp_path: Path, values: list[object], classes: tuple[str, ...], labels: list[int | None]
+) -> None:
+    kind = pyarrow.uint64() if 2**63 in values else None
+    column = pyarrow.array(values, type=kind)
+    table = pyarrow.table({"image": [picture(n) for n in range(4)], "Target": column})
+    parquet.write_table(table, tmp_path / "a.parquet")
+    source = list_huggingface(tmp_path / "a.parquet")[""]
+    assert source.classes == classes
+    assert [item.label for item in source.items] == labels
+    assert f"labels: column 'Target', {len(classes)} classes" in source.notes
+
+
+def test_a_number_that_the_schema_has_no_name_for_is_told(tmp_path: Path) -> None:
+    table = build_table(0, 4)
+    wrong = table.set_column(1, "label", pyarrow.array([0, 1, 7, -1]))
+    parquet.write_table(wrong.replace_schema_metadata(table.schema.metadata), tmp_path / "a.parquet")
+    with pytest.raises(ConfigError, match="holds 7 where its schema names 3 classes: --no_labels takes"):
+        list_huggingface(tmp_path / "a.parquet")
+    assert make(tmp_path / "a.parquet", tmp_path / "out", "--no_labels") == 0
+
+
 def test_damaged_and_hostile_folders_are_told(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="holds neither a data set written by save_to_disk nor"):
         list_huggingface(tmp_path)

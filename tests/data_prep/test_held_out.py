@@ -93,6 +93,17 @@ def test_the_same_bytes_however_it_is_run_and_again(
     assert capsys.readouterr().out.count("all there already") == 2
 
 
+def test_what_a_killed_run_left_is_removed(tmp_path: Path) -> None:
+    root = fill(tmp_path / "in", range(60))
+    assert make(root, tmp_path / "whole") == 0
+    (tmp_path / "out" / ".scratch-1-of-1-x").mkdir(parents=True)
+    (tmp_path / "out" / ".scratch-1-of-1-x" / "images").touch()
+    (tmp_path / "out" / ".held_out-0.2-x.1234.part").touch()
+    assert make(root, tmp_path / "out") == 0
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert not (tmp_path / "out" / ".scratch-1-of-1-x").exists()
+
+
 def test_parts_read_all_images_once_between_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = fill(tmp_path / "in", range(60))
     assert make(root, tmp_path / "whole") == 0
