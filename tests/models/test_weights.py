@@ -45,7 +45,7 @@ def test_timm_loads_an_export_to_the_same_features(
     torch.testing.assert_close(loaded.forward_features(images), tokens)
     torch.testing.assert_close(loaded(images), tokens[:, 1:].mean(dim=1))
     prepared = timm.data.resolve_data_config(model=loaded)
-    assert prepared["input_size"] == (3, img_px, img_px)
+    assert tuple(prepared["input_size"]) == (3, img_px, img_px)
     assert tuple(prepared["mean"]) == views.mean
     assert tuple(prepared["std"]) == views.std
 

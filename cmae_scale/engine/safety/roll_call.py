@@ -1,7 +1,8 @@
 """All ranks go on or none: once per step they tell each other who has no data and who was asked to leave."""
 
 from collections.abc import Callable
-from typing import Any, Generic, NamedTuple, TypeVar
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -24,7 +25,8 @@ class PeerFailedError(UserError):
     """Another rank could not go on. It says itself why."""
 
 
-class Answer(NamedTuple, Generic[T]):
+@dataclass(frozen=True)
+class Answer(Generic[T]):
     """`result` of the work; `request` names the signal that some rank was asked to leave by."""
 
     result: T

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from cmae_scale.core.errors import DataError
-from cmae_scale.engine.safety.roll_call import PeerFailedError, RollCall
+from cmae_scale.engine.safety.roll_call import Answer, PeerFailedError, RollCall
 from cmae_scale.engine.safety.signals import InterruptedRunError, StopRequest
 
 
@@ -17,7 +17,7 @@ def test_alone_it_is_the_work_itself() -> None:
     def fail() -> None:
         raise DataError("cut")
 
-    assert RollCall(StopRequest()).answer(lambda: 3) == (3, None)
+    assert RollCall(StopRequest()).answer(lambda: 3) == Answer(3, None)
     with pytest.raises(DataError, match="cut"):
         RollCall(StopRequest()).answer(fail)
 
@@ -40,7 +40,7 @@ def test_when_one_rank_fails_all_end_at_the_same_step(
 
         for step in range(10):
             try:
-                assert roll_call.answer(lambda step=step: read(step)) == (step, None)
+                assert roll_call.answer(lambda step=step: read(step)) == Answer(step, None)
             except (kind, PeerFailedError) as error:
                 return step, type(error).__name__, str(error)
         raise AssertionError("nothing failed")
@@ -79,7 +79,7 @@ def test_a_request_ends_a_wait_for_data() -> None:
         stop.hold()
         timer = threading.Timer(0.2, lambda: stop.tell("SIGTERM"))
         timer.start()
-        assert RollCall(stop).answer(lambda: threading.Event().wait()) == (None, "SIGTERM")
+        assert RollCall(stop).answer(lambda: threading.Event().wait()) == Answer(None, "SIGTERM")
 
 
 def test_before_there_is_anything_to_save_a_signal_ends_the_process_at_once() -> None:
