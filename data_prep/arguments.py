@@ -47,6 +47,7 @@ class Command:
     processes: int
     skip_bad: bool
     dry_run: bool
+    append: bool
     classes: Path | None
 
 
@@ -57,6 +58,8 @@ def read_command(argv: Sequence[str] | None, *, description: str) -> Command:
         raise ConfigError("--quality needs --resize_short: images are never re-encoded otherwise")
     if args.dry_run and args.val_fraction is not None:
         raise ConfigError("--val_fraction has to read all images, which --dry_run does not: leave out one")
+    if args.append and args.part != Part(1, 1):
+        raise ConfigError("--append has to see all images: leave out --part")
     if args.no_labels and (args.classes or args.label_column):
         raise ConfigError("--no_labels leaves out what --classes and --label_column ask for")
     options = Options(
@@ -88,6 +91,7 @@ def read_command(argv: Sequence[str] | None, *, description: str) -> Command:
         processes=args.processes,
         skip_bad=args.skip_bad,
         dry_run=args.dry_run,
+        append=args.append,
         classes=Path(args.classes) if args.classes else None,
     )
 
@@ -146,6 +150,11 @@ def _add_what_is_written(parser: argparse.ArgumentParser) -> None:
         type=_fraction,
         metavar="F",
         help="write DIR/train and DIR/val, with this part of the images, chosen by their content",
+    )
+    add(
+        "--append",
+        action="store_true",
+        help="add to the shards in DIR, which stay as they are, the images that they do not hold yet",
     )
     add("--limit", type=_positive, metavar="N", help="keep the first N of the shuffled images")
     add("--min_side_px", type=_positive, metavar="PX", help="leave out images whose shorter side is below PX")

@@ -132,16 +132,22 @@ def read_finished(out: Path, plan: ShardPlan) -> dict[str, ShardInfo]:
     return {name: info for name, info in finished.items() if not info.bytes or sizes.get(name) == info.bytes}
 
 
-def read_skipped(out: Path) -> dict[str, list[Skipped]]:
-    """What a finished folder says that its shards lack, by shard. Files that were never listed have none."""
-    skipped: dict[str, list[Skipped]] = defaultdict(list)
+def read_lines(out: Path) -> Iterator[dict[str, Any]]:
+    """What a finished folder says that it lacks, line by line."""
     path = out / SKIPPED_NAME
     if path.exists():
         with _told_where(path, remedy="copy it again"), path.open("rb") as file:
             for line in file:
-                fields = parse_json(line)
-                if (shard := fields.pop("shard")) is not None:
-                    skipped[shard].append(_check_skipped(Skipped(**fields)))
+                yield dict(parse_json(line))
+
+
+def read_skipped(out: Path) -> dict[str, list[Skipped]]:
+    """What a finished folder says that its shards lack, by shard. Files that were never listed have none."""
+    skipped: dict[str, list[Skipped]] = defaultdict(list)
+    with _told_where(out / SKIPPED_NAME, remedy="copy it again"):
+        for fields in read_lines(out):
+            if (shard := fields.pop("shard")) is not None:
+                skipped[shard].append(_check_skipped(Skipped(**fields)))
     return skipped
 
 

@@ -1,5 +1,6 @@
 """Tar shards with an index, from images: the original bytes, shuffled once. Run again, it continues."""
 
+import functools
 import sys
 import time
 from collections.abc import Container, Mapping, Sequence
@@ -13,6 +14,7 @@ if __package__ in (
 
 from cmae_scale.core.cli import run_command
 from cmae_scale.core.errors import DataError
+from data_prep.append import append_shards
 from data_prep.arguments import Command, read_command
 from data_prep.executors import run_tasks
 from data_prep.held_out import hold_out
@@ -32,7 +34,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     command = read_command(argv, description=__doc__ or "")
     try:
         for split, source in list_splits(command).items():
-            make_shards(source, command.out / split, command=command)
+            if command.append:
+                make = functools.partial(make_shards, command=command)
+                append_shards(source, command.out / split, command=command, make=make)
+            else:
+                make_shards(source, command.out / split, command=command)
     except OSError as error:  # a full disk, a folder that may not be read, ...
         raise DataError(
             f"{error.filename or command.out}: {error.strerror} (mend it, then the same command goes on)"
@@ -68,8 +74,9 @@ def make_shards(source: Source, out: Path, *, command: Command) -> None:
         seconds = time.monotonic() - started_s
         with hold_merge(out):
             finished = read_finished(out, plan)
-            if len(finished) < len(plan):
-                summarise_part(plan, made, command=command, out=out, there=len(finished), seconds=seconds)
+            if lacking := len(find_missing(plan, finished, part=Part(1, 1))):
+                there = len(plan) - lacking
+                summarise_part(plan, made, command=command, out=out, there=there, seconds=seconds)
                 return
             if plan.options.dedup:
                 left_out = plan_left_out(plan, out)

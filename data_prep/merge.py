@@ -21,7 +21,7 @@ from cmae_scale.data.index import (
     write_index,
 )
 from data_prep.layout import ShardPlan, ShardSlot, Skipped
-from data_prep.ledger import drop_records, read_record, read_skipped, write_skipped
+from data_prep.ledger import drop_records, read_lines, read_record, read_skipped, write_skipped
 from data_prep.sources import Source
 from data_prep.tally import Tally, join_ranges
 from data_prep.unlisted import KIND
@@ -37,7 +37,9 @@ def write_data_set(
     Also the tally of the shards that were made since there was an index.
     """
     slots = [plan.slot(number) for number in range(len(plan))]
-    shards = tuple(finished[slot.name] for slot in slots if finished[slot.name].samples)
+    planned = {slot.name for slot in slots}
+    others = [info for name, info in finished.items() if name not in planned]  # added by --append or by hand
+    shards = tuple(info for info in [*(finished[slot.name] for slot in slots), *others] if info.samples)
     if not shards:
         raise DataError(f"none of the {len(source.items)} files of {source.title} can be used as an image")
     tally = Tally()
@@ -45,12 +47,14 @@ def write_data_set(
         {"shard": None, "position": None, "name": name, "kind": KIND, "reason": reason}
         for name, reason in source.unlisted
     )
-    write_skipped(out, chain(_collect(slots, out=out, tally=tally), unlisted))
+    added = [line for line in read_lines(out) if line["shard"] in {info.name for info in others}]
+    write_skipped(out, chain(_collect(slots, out=out, tally=tally), added, unlisted))
     total = sum(shard.samples for shard in shards)
     options = plan.describe()
     if (grey_range := join_ranges(tally.grey_range, _read_known_range(out))) and RANGE_OPTION not in options:
         options[RANGE_OPTION] = list(grey_range)
-    index = ShardIndex(out, shards, source.classes, total, source.title, options)
+    classes = parse_index(out).classes if others else source.classes
+    index = ShardIndex(out, shards, classes, total, source.title, options)
     write_index(index)
     drop_records(index)
     return index, tally

@@ -34,6 +34,13 @@ def take_classes(source: Source, folder: Path) -> Source:
     return _relabel(source, classes, numbers)
 
 
+def add_classes(source: Source, classes: tuple[str, ...]) -> Source:
+    """The source with `classes` first, matched by name, and those of its own that are new behind them."""
+    names = (*classes, *(name for name in source.classes if name not in set(classes)))
+    by_name = {name: label for label, name in enumerate(names)}
+    return _relabel(source, names, {label: by_name[name] for label, name in enumerate(source.classes)})
+
+
 def _relabel(source: Source, classes: tuple[str, ...], numbers: Mapping[int, int]) -> Source:
     items = Listing(
         item._replace(label=None if item.label is None else numbers.get(item.label)) for item in source.items

@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from cmae_scale.core.progress import format_seconds
 from cmae_scale.core.terminal import make_safe, tell
+from cmae_scale.data.decode import GreyRange
 from cmae_scale.data.index import INDEX_NAME, ShardIndex, read_value_range
 from data_prep.arguments import Command
 from data_prep.layout import ShardPlan, ShardSlot
@@ -91,6 +92,17 @@ def summarise(index: ShardIndex, source: Source, *, made: Tally, whole: Tally, s
         tell(f"  deep grey: {grey[0]:g} is read as black, {grey[1]:g} as white (see --value_range)")
     for line in chain(whole.describe(), source.unlisted.describe()):
         tell(f"  {line}")
+
+
+def say_appended(index: ShardIndex, *, new: int, there: int) -> None:
+    """What --append has done."""
+    total = f"{index.total:,} images in {len(index.shards)} shards"
+    tell(f"{index.folder}: {new:,} images are new, {there:,} were there already; now {total}")
+
+
+def say_cut(index: ShardIndex, *, old: GreyRange, new: GreyRange) -> None:
+    """That deep grey of appended images is not all within the range that their set had."""
+    tell(f"{index.folder}: new grey of {new[0]:g} to {new[1]:g} is cut to {old[0]:g} to {old[1]:g}")
 
 
 def summarise_part(
