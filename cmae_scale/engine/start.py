@@ -1,18 +1,20 @@
 """Starting: the process group, this rank's device, and the DeepSpeed engine of a run."""
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import deepspeed
 import torch
 from deepspeed.runtime.config import DeepSpeedConfig
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 from pydantic import ValidationError
 from torch import nn
 
 from cmae_scale.core.config import Run
 from cmae_scale.core.errors import ConfigError
-from cmae_scale.core.precision import read_formats
+from cmae_scale.core.precision import FormatName, read_formats
 from cmae_scale.core.world import World, read_world
 from cmae_scale.engine.compiled import compile_blocks_
 from cmae_scale.engine.cores import settle_threads
@@ -23,6 +25,12 @@ from cmae_scale.engine.remat import adapt_settings, choose_block_runner
 from cmae_scale.engine.safety.pulse import Pulse
 from cmae_scale.engine.safety.signals import StopRequest
 from cmae_scale.engine.watch.monitors import without_monitors
+
+DTYPES: Mapping[FormatName, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
 
 Engine = Any  # deepspeed.DeepSpeedEngine, which ships no types
 
@@ -82,9 +90,8 @@ def stop_processes() -> None:
 
 def read_precision(settings: dict[str, Any]) -> Precision:
     """The number formats that a ds_config asks for."""
-    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     formats = read_formats(settings)
-    return Precision(dtypes[formats.compute], dtypes[formats.parameters])
+    return Precision(DTYPES[formats.compute], DTYPES[formats.parameters])
 
 
 def start_engine(model: nn.Module, run: Run, *, groups: list[dict[str, Any]] | None = None) -> Engine:
@@ -119,6 +126,7 @@ def start_engine(model: nn.Module, run: Run, *, groups: list[dict[str, Any]] | N
     except (TypeError, ValueError, AttributeError, AssertionError, ValidationError) as error:
         raise ConfigError(f"{run.path}: DeepSpeed refuses these settings: {_first_line(error)}") from error
     _forget_rehearsal(engine)
+    _scale_loss_by_step(engine)
     _split_frozen(engine)
     _tell_skipped_steps(engine)
     return engine
@@ -133,6 +141,22 @@ def _forget_rehearsal(engine: Engine) -> None:
     inner = getattr(engine.optimizer, "optimizer", None)
     if inner is not None:
         inner.state.clear()
+
+
+def _scale_loss_by_step(engine: Engine) -> None:
+    """Have ZeRO lower the loss scale of fp16 autocast when a step overflows, as its fp16 engine does.
+
+    It is torch's GradScaler otherwise, which ZeRO asks only after it has dropped the steps that overflow: the
+    scale never falls, so all later ones overflow too, and the norm by which it clips is multiplied by it.
+    """
+    optimizer = engine.optimizer
+    if getattr(optimizer, "torch_autocast_gradscaler", None) is not None:
+        optimizer.torch_autocast_gradscaler = None
+        # Source: the defaults of DeepSpeed's fp16 section, runtime/precision_config.py
+        optimizer.loss_scaler = DynamicLossScaler(
+            init_scale=2**16, scale_window=1000, min_scale=1, delayed_shift=2, consecutive_hysteresis=False
+        )
+        optimizer.dynamic_loss_scale = True
 
 
 def _tell_skipped_steps(engine: Engine) -> None:

@@ -77,7 +77,7 @@ class Guard:
         self._scales_loss = bool(
             engine.fp16_enabled()
             or engine.torch_autocast_z0_gradscaler
-            or getattr(engine.optimizer, "torch_autocast_gradscaler", None)
+            or getattr(engine.optimizer, "dynamic_loss_scale", False)  # fp16 autocast under ZeRO
         )
         self._insist_on_checks()
         self._watch_backward()
