@@ -23,6 +23,7 @@ EXAMPLES = """\
   python -m cmae_scale.plan --deepspeed_config ds_configs/vitl.json --images 1.28M --gpu H200 --gpus 8
   python -m cmae_scale.plan --deepspeed_config ds_configs/vith.json --images 1281167 --gpu A100-40GB \\
       --gpus 32 --set zero_optimization.stage=3 cmae.model.remat=full --mfu 0.3 --price 2.5
+  python -m cmae_scale.plan --deepspeed_config ds_configs/vitb.json --gpu A10G --memory_gib 22 --tflops 70
   python -m cmae_scale.plan --deepspeed_config ds_configs/quickstart.json --gpu cpu --json"""
 DEFAULT_GPU = "H100"
 
@@ -44,7 +45,7 @@ def plan(argv: Sequence[str] | None) -> None:
     from cmae_scale.planning.page import write_page
 
     run = read_run(args.deepspeed_config, read_overrides(args))
-    machine = choose_machine(args.gpu, count=args.gpus)
+    machine = choose_machine(args)
     batch = plan_batch(run.deepspeed, ranks=machine.ranks)
     images, steps_per_epoch = count_images(run, batch=batch.total, given=args.images)
     times = plan_timetable(run.cmae, steps_per_epoch=steps_per_epoch, batch_samples=batch.total)
@@ -66,6 +67,8 @@ def read_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = build_parser(__doc__.splitlines()[0], examples=EXAMPLES)
     parser.add_argument("--gpus", type=int, metavar="N", help="ranks (default: the GPUs here, else 1)")
     parser.add_argument("--gpu", metavar="NAME", help=f'or "cpu" (default: the one here, else {DEFAULT_GPU})')
+    parser.add_argument("--memory_gib", type=float, help="of one GPU (default: as listed for its name)")
+    parser.add_argument("--tflops", type=float, help="of one GPU: dense matrix products in two bytes")
     parser.add_argument(
         "--images",
         type=read_count,
@@ -76,27 +79,33 @@ def read_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--price", type=float, help="of one GPU-hour, in any currency")
     parser.add_argument("--json", action="store_true", help="all numbers, with their units, as JSON")
     args = parser.parse_args(argv)
-    for name in ("gpus", "mfu", "price"):
+    for name in ("gpus", "memory_gib", "tflops", "mfu", "price"):
         value = getattr(args, name)
         if value is not None and (value <= 0 or (name == "mfu" and value > 1)):
             raise ConfigError(f"--{name} {value}: write a number above 0{' and at most 1' * (name == 'mfu')}")
     return args
 
 
-def choose_machine(name: str | None, *, count: int | None) -> "Machine":
-    """The devices that were named, or those of this machine, or one of the default."""
-    from cmae_scale.core.hardware import find_gpu, find_local_gpus
+def choose_machine(args: argparse.Namespace) -> "Machine":
+    """The devices that were named or described, or those of this machine, or one of the default."""
+    from cmae_scale.core.hardware import Gpu, find_gpu, find_local_gpus, name_cpus_half
     from cmae_scale.planning.forecast import Machine, name_machine
 
+    name, ranks = args.gpu, args.gpus or 1
     if name is not None and name.lower() == "cpu":
-        memory_gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-        return Machine("cpu", "cpu", count or 1, memory_gib / (count or 1), flops=None)
-    if name is not None:
-        return name_machine(find_gpu(name), ranks=count or 1)
-    local = find_local_gpus()
-    if local is not None:
-        return name_machine(local.gpu, ranks=count or local.number)
-    return name_machine(find_gpu(DEFAULT_GPU), ranks=count or 1)
+        memory_gib = args.memory_gib or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+        machine = Machine("cpu", "cpu", ranks, memory_gib / ranks, None, name_cpus_half())
+    elif args.memory_gib and args.tflops:
+        machine = name_machine(Gpu(name or "GPU", None, args.memory_gib), ranks=ranks)
+    elif name is None and (local := find_local_gpus()) is not None:
+        machine = name_machine(local.gpu, ranks=args.gpus or local.number)
+    else:
+        machine = name_machine(find_gpu(name or DEFAULT_GPU), ranks=ranks)
+    if args.tflops:
+        machine = machine._replace(flops=args.tflops * 1e12)
+    if args.memory_gib and machine.device == "cuda":
+        machine = machine._replace(memory_gib=args.memory_gib)
+    return machine
 
 
 def count_images(run: "Run", *, batch: int, given: int | None) -> tuple[int, int]:

@@ -76,7 +76,6 @@ def train(run: Run, place: "Place", *, stop_at: int | None = None) -> None:
     from cmae_scale.data.stream import open_batches
     from cmae_scale.engine.loop import take_steps
     from cmae_scale.engine.pretraining import Pretraining, describe, start_pretraining, watch_health
-    from cmae_scale.engine.start import read_precision
     from cmae_scale.engine.watch.journal import Journal
     from cmae_scale.tasks.knn_monitor import open_knn_monitor
 
@@ -108,7 +107,8 @@ def train(run: Run, place: "Place", *, stop_at: int | None = None) -> None:
         gather=method.gather_encoder,
         world=place.world,
         device=place.device,
-        compute=read_precision(run.deepspeed).compute,
+        compute=session.compute,
+        attention=session.attention["online_encoder"],
         clock=Clock(plan.steps_per_epoch, batch.total, times.total_steps),
     )
     bad = BadSamples(data.max_bad_fraction)

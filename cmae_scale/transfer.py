@@ -27,6 +27,7 @@ from cmae_scale.planning.refusals import check_run
 
 if TYPE_CHECKING:
     from cmae_scale.data.stream import MasterBatch
+    from cmae_scale.engine.arithmetic import Settled
     from cmae_scale.engine.start import Place
     from cmae_scale.tasks.build import Bench
 
@@ -54,19 +55,29 @@ def transfer(argv: Sequence[str] | None) -> None:
     with StopRequest() as stop:
         run = read_run(args.deepspeed_config, read_overrides(args, kind="transfer"), kind="transfer")
         check_run(run, ranks=read_world().size)
+        from cmae_scale.engine.arithmetic import settle_arithmetic
+        from cmae_scale.engine.precision import Product
         from cmae_scale.engine.safety.attend import attend
         from cmae_scale.engine.start import read_precision
         from cmae_scale.tasks.build import open_bench
 
         with attend(run, stop) as place:
-            compute = read_precision(run.deepspeed).compute
-            bench = open_bench(run.transfer, world=place.world, device=place.device, compute=compute)
-            if place.world.is_first and bench.encoder.notices:
-                tell("\n".join(bench.encoder.notices))
+            bench = open_bench(run.transfer, world=place.world, device=place.device)
+            settled = settle_arithmetic(
+                run,
+                device=place.device,
+                product=Product(run.transfer.monitor.batch, *reversed(bench.widest)),
+                attention=run.transfer.encoder.attention,
+                shapes={"encoder": bench.attention_shape},
+            )
+            compute = read_precision(settled.run.deepspeed).compute
+            bench = bench.compute_in(compute, settled.attention["encoder"])
+            if place.world.is_first:
+                tell("\n".join([*settled.notices, *bench.encoder.notices]))
             if run.transfer.task.knn is not None:
-                look_for_neighbours(run, bench)
+                look_for_neighbours(settled.run, bench)
             else:
-                train(run, bench, place=place, stop_at=args.stop_at)
+                train(settled, bench, place=place, stop_at=args.stop_at)
 
 
 def look_for_neighbours(run: Run, bench: "Bench") -> None:
@@ -91,7 +102,7 @@ def look_for_neighbours(run: Run, bench: "Bench") -> None:
         tell(f"\n{tabulate_classes(found['knn_per_class'])}\nrun folder {run.out}")
 
 
-def train(run: Run, bench: "Bench", *, place: "Place", stop_at: int | None = None) -> None:
+def train(settled: "Settled", bench: "Bench", *, place: "Place", stop_at: int | None = None) -> None:
     """The run on this rank: to its end, with an exported model, or to `stop_at`, with a saved state."""
     from cmae_scale.data.bad_samples import BadSamples
     from cmae_scale.engine.loop import take_steps
@@ -101,21 +112,19 @@ def train(run: Run, bench: "Bench", *, place: "Place", stop_at: int | None = Non
     from cmae_scale.report import read_metrics, write_curves
     from cmae_scale.tasks.build import build_task, open_training, plan_training
     from cmae_scale.tasks.examination import Examination
-    from cmae_scale.tasks.features import hold_attention_
     from cmae_scale.tasks.results import tabulate, write_results
 
-    cfg = run.transfer
+    run, cfg = settled.run, settled.run.transfer
     batch = plan_batch(run.deepspeed, ranks=place.world.size)
     plan = plan_training(bench, batch=batch)
     times = plan_timetable(cfg, steps_per_epoch=plan.steps_per_epoch, batch_samples=batch.total)
     run = resolve_run(run, batch=batch, total_steps=times.total_steps, warmup_steps=times.warmup_steps)
     lr = plan_transfer_lr(cfg.schedule, peak_lr=run.peak_lr, times=times)
     task = build_task(bench, batch=batch)
-    attention = hold_attention_(task.model, bench.lens)
     ema = cfg.task.finetune.ema if cfg.task.finetune else 0.0
 
     method = start_transfer(
-        run, place=place, task=task, batch=batch, attention=attention, data_order=plan.describe(), ema=ema
+        settled._replace(run=run), place=place, task=task, batch=batch, data_order=plan.describe(), ema=ema
     )
     session = method.session
     journal = Journal(session, times=times, metric_names=task.metric_names, image_flops=task.image_flops)

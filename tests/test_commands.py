@@ -24,7 +24,13 @@ SMALL = [
     "cmae.model.feature_decoder.embed_dim=24",
     "cmae.monitor.log_every=2",
     "cmae.monitor.pictures=2",
+    # named, because runs are compared to the bit
+    "torch_autocast.enabled=false",
+    "cmae.model.attention=flash",
 ]
+
+
+MACHINE = ["torch_autocast.enabled=auto", "torch_autocast.dtype=auto"]
 
 
 def start(
@@ -80,13 +86,16 @@ def test_the_launcher_trains_on_two_ranks_and_leaves_everything(
     command = [LAUNCHER, "--num_gpus", "2", "cmae_scale/pretrain.py"]
     overrides = ["zero_optimization.stage=2", "cmae.schedule.duration=6st", "csv_monitor.enabled=true"]
     overrides += [f"csv_monitor.output_path={tmp_path}/csv", "csv_monitor.job_name=digits"]
+    overrides += [*MACHINE, "cmae.model.attention=explicit"]
     done = start([*command, *arguments(*overrides)], folder=repository, environment={"DS_ACCELERATOR": "cpu"})
     assert done.returncode == 0, done.stdout + done.stderr
     run = tmp_path / "run"
     lines = read_lines(run)
     assert [line["step"] for line in lines] == [2, 4, 6]
     assert all(line["bad_samples"] == 0 and line["grad_norm"] > 0 for line in lines)
+    assert done.stdout.count("precision: ") == 1
     assert "attention explicit" in done.stdout
+    assert '"auto"' not in (run / "config.json").read_text().replace('"resume": "auto"', "")
     for name in ("encoder/model.safetensors", "encoder/config.json", "pictures/curves.png"):
         assert (run / name).stat().st_size > 0, name
     assert (run / "pictures" / "reconstructions.png").read_bytes().startswith(b"\x89PNG")
@@ -209,7 +218,7 @@ def test_a_signal_to_one_rank_saves_on_all_and_the_same_command_goes_on(
 def test_the_written_config_gives_the_same_run(
     arguments: Callable[..., list[str]], pretrain: Callable[..., list[int]], tmp_path: Path
 ) -> None:
-    assert pretrain(arguments("cmae.schedule.duration=2st", out="first")) == [0]
+    assert pretrain(arguments("cmae.schedule.duration=2st", *MACHINE, out="first")) == [0]
     again = ["--deepspeed_config", str(tmp_path / "first" / "config.json"), "--out", str(tmp_path / "second")]
     assert pretrain(again) == [0]
     assert losses_of(tmp_path / "second") == losses_of(tmp_path / "first")

@@ -1,12 +1,14 @@
 """Every shipped run file reads, resolves and builds; what its table says of it is true."""
 
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 
 from cmae_scale.core.batches import plan_batch
 from cmae_scale.core.config import read_run, resolve_run
+from cmae_scale.core.precision import FormatName, is_left_to_machine, write_autocast
 from cmae_scale.core.study_settings import read_study
 from cmae_scale.core.transfer_settings import TransferConfig
 from cmae_scale.models import build_cmae
@@ -39,6 +41,12 @@ def test_it_resolves_on_one_and_on_many_gpus(config: Path, ranks: int) -> None:
     resolved = resolve_run(run, batch=batch, total_steps=1000, warmup_steps=100)
     assert batch.micro * batch.accumulation * ranks == batch.total
     assert resolved.peak_lr == pytest.approx(run.cmae.schedule.base_lr * batch.total / 256)
+
+
+@pytest.mark.parametrize("path", [*CONFIGS, *TRANSFERS], ids=lambda path: path.stem)
+def test_every_shipped_file_leaves_its_precision_to_the_machine(path: Path) -> None:
+    kind = "transfer" if path in TRANSFERS else "cmae"
+    assert is_left_to_machine(read_run(path, kind=kind).deepspeed)
 
 
 def test_its_model_builds(config: Path) -> None:
@@ -75,7 +83,9 @@ def test_deepspeed_accepts_its_part(config: Path) -> None:
 
     run = read_run(config)
     batch = plan_batch(run.deepspeed, ranks=1)
-    DeepSpeedConfig(resolve_run(run, batch=batch, total_steps=10, warmup_steps=1).deepspeed)
+    resolved = resolve_run(run, batch=batch, total_steps=10, warmup_steps=1).deepspeed
+    for compute in get_args(FormatName):
+        DeepSpeedConfig(write_autocast(resolved, compute))
 
 
 def test_the_table_names_every_run_file() -> None:
@@ -97,7 +107,8 @@ def test_a_transfer_file_resolves_and_deepspeed_accepts_its_part(path: Path, ran
     resolved = resolve_run(run, batch=batch, total_steps=1000, warmup_steps=100)
     assert resolved.peak_lr == pytest.approx(run.transfer.schedule.base_lr * batch.total / 256)
     if ranks == 1:
-        DeepSpeedConfig({name: value for name, value in resolved.deepspeed.items() if name != "optimizer"})
+        settled = write_autocast(resolved.deepspeed, "bfloat16")
+        DeepSpeedConfig({name: value for name, value in settled.items() if name != "optimizer"})
 
 
 def test_the_fine_tuning_files_have_the_official_values() -> None:

@@ -23,6 +23,9 @@ SMALL = [
     "cmae.model.feature_decoder.embed_dim=24",
     "cmae.monitor.log_every=2",
     "cmae.monitor.pictures=2",
+    # named, because runs are compared to the bit
+    "torch_autocast.enabled=false",
+    "cmae.model.attention=flash",
 ]
 STEPS = 8
 

@@ -12,7 +12,7 @@ import pytest
 from cmae_scale.core.batches import plan_batch
 from cmae_scale.core.config import read_run
 from cmae_scale.plan import main
-from cmae_scale.planning.forecast import describe_job
+from cmae_scale.planning.forecast import assume_precision, describe_job
 from cmae_scale.sizing.memory import plan_moments, predict_peak
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -190,7 +190,7 @@ def test_the_table_of_run_files_says_what_is_predicted() -> None:
         *_, between, fullest = [cell.strip() for cell in row.strip("|").split("|")]
         held, peaks = [], []
         for ranks in (1, 32):
-            run = read_run(config)
+            run = assume_precision(read_run(config), "bfloat16")
             batch = plan_batch(run.deepspeed, ranks=ranks)
             job = describe_job(run, batch=batch, ranks=ranks, device="cuda")
             idle = plan_moments(job)[0]

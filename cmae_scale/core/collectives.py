@@ -1,11 +1,14 @@
 """What ranks tell each other. Every function is the identity when there is only one process."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 def world_size() -> int:
@@ -74,6 +77,15 @@ def gather_objects(value: Any) -> list[Any]:
     values: list[Any] = [None] * size
     dist.all_gather_object(values, value)
     return values
+
+
+def decide_first(decide: Callable[[], T]) -> T:
+    """What `decide` gives on the first rank, on all ranks: for what is measured, and must not differ."""
+    if world_size() == 1:
+        return decide()
+    decided = [decide() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(decided, src=0)
+    return cast(T, decided[0])
 
 
 def barrier() -> None:

@@ -14,6 +14,7 @@ from cmae_scale.core.batches import MICRO, STEPS, TOTAL, BatchSizes
 from cmae_scale.core.credentials import list_masked, mask_tree
 from cmae_scale.core.deepspeed_sections import check_deepspeed, drop_unserved, prefer_torch_adam_
 from cmae_scale.core.errors import ConfigError, nearest
+from cmae_scale.core.precision import leave_to_machine_
 from cmae_scale.core.settings import CmaeConfig
 from cmae_scale.core.shipped import SHIPPED, find_run_file
 from cmae_scale.core.strict_json import Json, parse_json
@@ -75,7 +76,8 @@ def read_run(path: str | Path, overrides: Sequence[str] = (), *, kind: RunKind =
     `path` may be the bare name of a shipped file (core/shipped); `kind` is the object that the file must have
     beside DeepSpeed's keys.
     Raises ConfigError with the place and the remedy: missing file, broken JSON, duplicate or unknown keys,
-    values outside of their range. "auto" values stay until `resolve_run`.
+    values outside of their range. "auto" values stay until `resolve_run`; a precision that is not named is
+    left to the machine.
     """
     path = find_run_file(path)
     tree = _parse(_read_bytes(path), path)
@@ -91,13 +93,17 @@ def read_run(path: str | Path, overrides: Sequence[str] = (), *, kind: RunKind =
         raise ConfigError(f'{path}: the object "{kind}" is missing: {_explain_missing(tree, kind)}')
     check_deepspeed(tree, place=str(path), kind=kind, ours=_places(_KINDS[kind]))
     tree = drop_unserved(tree, place=str(path), kind=kind)
+    leave_to_machine_(tree)
     settings = _read_settings(ours, path, kind=kind)
     check_autos(tree, settings, place=str(path))
     return Run(path=path, settings=settings, deepspeed=tree)
 
 
 def resolve_run(run: Run, *, batch: BatchSizes, total_steps: int, warmup_steps: int) -> Run:
-    """The same run with every "auto" replaced by its number; running the result's JSON gives the same run."""
+    """The same run with every "auto" replaced by its number; running the result's JSON gives the same run.
+
+    A precision that is left to the machine stays so: only the machine can say, see engine/precision.py.
+    """
     if "optimizer" not in run.deepspeed:
         raise ConfigError(f'{run.path}: "optimizer" is missing: write {{"type": "AdamW", "params": {{...}}}}')
     tree = json.loads(json.dumps(run.deepspeed))

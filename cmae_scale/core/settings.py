@@ -22,7 +22,7 @@ EncoderName = Literal[
     "convvit_base",
     "convvit_large",
 ]
-Attention = Literal["auto", "flash", "efficient", "cudnn", "math"]
+Attention = Literal["auto", "explicit", "flash", "efficient", "cudnn", "math"]
 Remat = Literal["none", "selective", "full"]
 Pool = Literal["mean", "cls"]  # of an image's tokens: the patches' mean, or the class token
 
@@ -82,7 +82,8 @@ class ModelConfig(Section):
     pixel_decoder: PixelDecoderConfig = PixelDecoderConfig()
     feature_decoder: FeatureDecoderConfig = FeatureDecoderConfig()
     init: str | None = None  # start from these weights: a run, file or folder that cmae_scale.convert reads
-    attention: Attention = "auto"  # which scaled-dot-product kernel; a named one that cannot run is an error
+    attention: Attention = "auto"  # explicit products or a fused kernel; auto: as a short trial of each part
+    # says; a named one that cannot run is an error
     remat: Remat = (
         "none"  # recompute in backward: selective keeps the matrix products, full only block inputs
     )

@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,24 +12,26 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from cmae_scale.core.batches import BatchSizes
+from cmae_scale.core.batches import MICRO, BatchSizes
 from cmae_scale.core.config import Run
 from cmae_scale.core.durations import Timetable
 from cmae_scale.core.schedules import TargetMomentum
-from cmae_scale.core.settings import CmaeConfig
+from cmae_scale.core.settings import DecoderConfig
 from cmae_scale.data.stream import MasterBatch
+from cmae_scale.engine.arithmetic import settle_arithmetic
 from cmae_scale.engine.inputs import StepImages, draw_step
 from cmae_scale.engine.partition import build_model
+from cmae_scale.engine.precision import Product
 from cmae_scale.engine.session import Session, count_trainable, name_precision, start_session
 from cmae_scale.engine.start import Place, read_precision
 from cmae_scale.engine.states.stamp import DataOrder, build_stamp
 from cmae_scale.engine.step import METRIC_NAMES, accumulate_gradients
 from cmae_scale.engine.watch.health import Health
 from cmae_scale.engine.weights import gather_weights
-from cmae_scale.layers.attention import AttentionChoice, choose_attention, set_attention_
+from cmae_scale.layers.attention import AttentionShape, describe_attention, set_attention_
 from cmae_scale.models.export import export_run
-from cmae_scale.sizing.flops import count_flops
-from cmae_scale.sizing.sizes import read_size
+from cmae_scale.sizing.flops import count_flops, count_kept
+from cmae_scale.sizing.sizes import count_prefix, read_size
 
 
 @dataclass(frozen=True)
@@ -87,10 +90,16 @@ class Pretraining:
 
 def start_pretraining(run: Run, *, place: Place, data_order: DataOrder) -> Session:
     """The session of a pre-training run; `data_order` tells the samples that a state belongs to."""
-    precision = read_precision(run.deepspeed)
-    attention = choose_run_attention(run.cmae, device=place.device, dtype=precision.compute)
-    model, notices = build_model(run, device=place.device)
-    set_attention_(model, attention)
+    run, attention, record, notices = settle_arithmetic(
+        run,
+        device=place.device,
+        product=find_product(run),
+        attention=run.cmae.model.attention,
+        shapes=list_attention(run),
+    )
+    model, origin = build_model(run, device=place.device)
+    for part, choice in attention.items():
+        set_attention_(model.get_submodule(part), choice)
     session = start_session(
         run,
         place=place,
@@ -101,9 +110,10 @@ def start_pretraining(run: Run, *, place: Place, data_order: DataOrder) -> Sessi
             run,
             kind=describe_kind(run, data_order=data_order),
             ranks=place.world.size,
-            precision=name_precision(precision),
+            precision=name_precision(read_precision(run.deepspeed)),
+            attention=record,
         ),
-        notices=notices,
+        notices=[*notices, *origin],
     )
     if model.target_encoder is not None and model.target_projector is not None:
         session.spans.watch_(model.target_encoder, model.target_projector, name="target")
@@ -145,17 +155,37 @@ def describe_kind(run: Run, *, data_order: DataOrder) -> dict[str, Any]:
     }
 
 
-def choose_run_attention(cfg: CmaeConfig, *, device: torch.device, dtype: torch.dtype) -> AttentionChoice:
-    """The kernel for the encoder's heads on a whole image, the run's largest attention."""
-    size = read_size(cfg.model)
-    tokens = (cfg.views.img_px // cfg.model.patch_size) ** 2 + 1
-    return choose_attention(
-        cfg.model.attention,
-        device=device,
-        dtype=dtype,
-        head_dim=size.embed_dim // size.num_heads,
-        tokens=tokens,
-    )
+def find_product(run: Run) -> Product:
+    """The first linear layer of the encoder's MLP on a micro-batch."""
+    model, [shape, *_] = run.cmae.model, list_attention(run).values()
+    width = read_size(model).embed_dim
+    return Product(shape.images * shape.tokens, width, int(width * model.mlp_ratio))
+
+
+def list_attention(run: Run) -> dict[str, AttentionShape]:
+    """What attention works on in each part of the model, by the part's name in it."""
+    cfg, images = run.cmae, run.deepspeed[MICRO]
+    size, prefix = read_size(cfg.model), count_prefix(cfg.model)
+    grid = cfg.views.img_px // cfg.model.patch_size
+    kept = partial(count_kept, grid, cell=cfg.mask.cell)
+
+    def shape(decoder: DecoderConfig) -> AttentionShape:
+        return AttentionShape(
+            decoder.num_heads, decoder.embed_dim // decoder.num_heads, grid**2 + prefix, images
+        )
+
+    heads, head_dim = size.num_heads, size.embed_dim // size.num_heads
+    shapes = {
+        "online_encoder": AttentionShape(heads, head_dim, kept(ratio=cfg.mask.ratio) + prefix, images),
+        "pixel_decoder": shape(cfg.model.pixel_decoder),
+    }
+    if cfg.has_contrast:
+        seen = kept(ratio=cfg.target.mask_ratio) + prefix
+        shapes["target_encoder"] = AttentionShape(heads, head_dim, seen, images, is_trained=False)
+        feature = cfg.model.feature_decoder
+        if feature.depth and not feature.shared:
+            shapes["feature_decoder"] = shape(feature)
+    return shapes
 
 
 def describe(session: Session, *, images: int, times: Timetable) -> str:
@@ -173,7 +203,8 @@ def describe(session: Session, *, images: int, times: Timetable) -> str:
         f"{method} {name}: {count_trainable(model) / 1e6:.1f} M trainable parameters",
         f"{images:,} images, {times.total_steps} steps of {batch_samples}, {times.steps_per_epoch} an epoch",
         f"{session.place.world.size} x {device.type} ({hardware}), ZeRO {session.stamp.zero_stage}, "
-        f"{session.stamp.precision}, attention {session.attention.name}, remat {cfg.model.remat}",
+        f"{session.stamp.precision}, remat {cfg.model.remat}",
+        f"attention {describe_attention(session.attention)}",
         f"run folder {session.run.out}"
         + (f", resumed at step {session.first_step}" if session.first_step else ""),
     ]

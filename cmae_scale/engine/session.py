@@ -5,19 +5,21 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 
 from cmae_scale.core.collectives import gather_objects
 from cmae_scale.core.config import Run, dump_run
 from cmae_scale.core.credentials import write_settings
 from cmae_scale.core.errors import ConfigError
+from cmae_scale.engine.arithmetic import Choices
 from cmae_scale.engine.ema import Pair, TargetEma
 from cmae_scale.engine.memory_plan import check_memory_plan
 from cmae_scale.engine.start import Engine, Place, Precision, read_precision, start_engine
 from cmae_scale.engine.states.checkpoint import Keeping, load_newest, save_state
 from cmae_scale.engine.states.stamp import Stamp
 from cmae_scale.engine.watch.spans import Spans
-from cmae_scale.layers.attention import AttentionChoice, use_attention
+from cmae_scale.layers.attention import use_attention
 
 
 @dataclass
@@ -28,16 +30,21 @@ class Session:
     place: Place
     engine: Engine
     ema: TargetEma
-    attention: AttentionChoice
+    attention: Choices
     stamp: Stamp
     first_step: int
     spans: Spans  # where the time goes, if the run file asks
     notices: list[str] = field(default_factory=list)  # what the user should know
     extra: dict[str, Any] = field(default_factory=dict)  # JSON that belongs to the state, by who keeps it
 
+    @property
+    def compute(self) -> torch.dtype:
+        """The number format of matrix products."""
+        return read_precision(self.run.deepspeed).compute
+
     def use_attention(self) -> AbstractContextManager[None]:
         """Hold forward and backward passes to the attention kernel of the run file."""
-        return use_attention(self.attention)
+        return use_attention(next(iter(self.attention.values())))  # a named one is that of every part
 
     def save(self, step: int, *, keep_every_steps: int | None = None) -> str | None:
         """Commit the state after `step` steps. None, or what went wrong: older states are untouched then."""
@@ -78,7 +85,7 @@ def start_session(
     place: Place,
     model: nn.Module,
     pairs: Sequence[Pair],
-    attention: AttentionChoice,
+    attention: Choices,
     stamp: Stamp,
     groups: list[dict[str, Any]] | None = None,
     notices: Sequence[str] = (),

@@ -10,16 +10,16 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from cmae_scale.core.batches import BatchSizes
-from cmae_scale.core.config import Run
 from cmae_scale.core.errors import ConfigError
 from cmae_scale.data.prefetch import copy_ahead
 from cmae_scale.data.stream import MasterBatch
+from cmae_scale.engine.arithmetic import Settled
 from cmae_scale.engine.ema import Pair
 from cmae_scale.engine.session import Session, count_trainable, name_precision, start_session
 from cmae_scale.engine.start import Place, read_precision
 from cmae_scale.engine.states.stamp import DataOrder, build_stamp
 from cmae_scale.engine.weights import gather_weights
-from cmae_scale.layers.attention import AttentionChoice
+from cmae_scale.layers.attention import describe_attention
 
 
 class Task(Protocol):
@@ -102,20 +102,19 @@ class Transfer:
 
 
 def start_transfer(
-    run: Run,
+    settled: Settled,
     *,
     place: Place,
     task: Task,
     batch: BatchSizes,
-    attention: AttentionChoice,
     data_order: DataOrder,
     ema: float = 0.0,
 ) -> Transfer:
-    """The training of `task` at the newest state in the run folder, or at step 0."""
+    """The training of `task` at the newest state in the run folder, or at step 0. The run is resolved."""
+    run = settled.run
     stage = run.deepspeed.get("zero_optimization", {}).get("stage", 0)
     if ema and stage == 3:
         raise ConfigError("transfer.task.finetune.ema needs whole weights: write zero_optimization.stage=2")
-    precision = read_precision(run.deepspeed)
     decay = run.deepspeed["optimizer"]["params"].get("weight_decay", 0.0)
     pairs: list[Pair] = []
     if ema:
@@ -129,7 +128,7 @@ def start_transfer(
         place=place,
         model=task.model,
         pairs=pairs,
-        attention=attention,
+        attention=settled.attention,
         stamp=build_stamp(
             run,
             kind={
@@ -139,7 +138,8 @@ def start_transfer(
                 **settings,
             },
             ranks=place.world.size,
-            precision=name_precision(precision),
+            precision=name_precision(read_precision(run.deepspeed)),
+            attention=settled.record,
         ),
         groups=task.groups(weight_decay=decay),
     )
@@ -154,7 +154,7 @@ def describe_transfer(session: Session, *, images: int, held_out: int, steps: in
         f"{cfg.task.name} of {cfg.encoder.place}: {count_trainable(model) / 1e6:.2f} M trainable parameters",
         f"{images:,} images, {held_out:,} held out, {steps} steps of {total}",
         f"{session.place.world.size} x {session.place.device.type}, ZeRO {session.stamp.zero_stage}, "
-        f"{session.stamp.precision}, attention {session.attention.name}",
+        f"{session.stamp.precision}, attention {describe_attention(session.attention)}",
         f"run folder {session.run.out}"
         + (f", resumed at step {session.first_step}" if session.first_step else ""),
     ]

@@ -1,17 +1,21 @@
 """Which attention kernel runs: torch's own pick, one named in the run file, or plain matrix products."""
 
 import warnings
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float
 from timm.models.vision_transformer import Attention as TimmAttention
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from cmae_scale.core.errors import ConfigError
 from cmae_scale.core.settings import Attention
+from cmae_scale.layers.timing import CLEARLY, time_in_turns
 
 KERNELS = {
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -20,6 +24,12 @@ KERNELS = {
     "math": SDPBackend.MATH,
 }
 EXPLICIT = "explicit"  # matmul, softmax, matmul as written in timm
+
+# Scores of all heads in a trial, for each thread: half a MB in fp32, about what a core's own cache holds.
+# Fewer would spare explicit products the way to memory that they have in a run.
+TRIED_SCORES = 1 << 17
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class AttentionChoice(NamedTuple):
@@ -34,33 +44,101 @@ class AttentionChoice(NamedTuple):
         return self.name != EXPLICIT
 
 
-def choose_attention(
-    setting: Attention, *, device: torch.device, dtype: torch.dtype, head_dim: int, tokens: int
-) -> AttentionChoice:
-    """The kernel for this shape, tried out forwards and backwards; `dtype` is that of the matrix products.
+TORCHS_PICK = AttentionChoice("fused", is_forced=False)  # whatever kernel that is
 
-    "auto" takes explicit products for low precision on the CPU, because they are 2.6 to 4.4 times as fast
-    there as torch's fused kernel (measured at ViT shapes in bf16), else whatever torch picks. Raises
-    ConfigError for a named kernel that cannot run, naming those that can.
+
+class AttentionShape(NamedTuple):
+    """What attention works on in one part of a model."""
+
+    heads: int
+    head_dim: int
+    tokens: int
+    images: int = 1  # of a micro-batch
+    is_trained: bool = True  # else there is no backward pass
+
+
+class Arithmetic(NamedTuple):
+    """Where matrix products are computed, in which format, and whether autocast makes it so."""
+
+    device: torch.device
+    dtype: torch.dtype
+    is_autocast: bool = False
+
+
+def choose_attention(
+    setting: Attention, shape: AttentionShape, arithmetic: Arithmetic, *, section: str = "cmae.model"
+) -> AttentionChoice:
+    """What attention of `shape` runs as.
+
+    "auto" is torch's fused kernel; on a CPU explicit products where they are clearly faster in a trial of
+    some milliseconds, forwards and, if trained, backwards. A GPU keeps the fused one, which stores no scores.
+    Raises ConfigError for a named kernel that cannot run there, naming those that can; `section` of the run
+    file has the setting.
     """
-    query = torch.zeros(1, 2, tokens, head_dim, device=device, dtype=dtype, requires_grad=True)
+    if setting == EXPLICIT:
+        return AttentionChoice(EXPLICIT, is_forced=False)
+    query = _pack(shape._replace(images=1), arithmetic)[0]
     if setting == "auto":
-        if device.type == "cpu" and dtype in (torch.bfloat16, torch.float16):
+        if arithmetic.device.type == "cpu" and _is_explicit_faster(shape, arithmetic):
             return AttentionChoice(EXPLICIT, is_forced=False)
         # torch has no public way to ask; this is what scaled_dot_product_attention itself calls
         picked = SDPBackend(torch._fused_sdp_choice(query, query, query))
-        names = {kernel: name for name, kernel in KERNELS.items()}
+        names = {kernel: known for known, kernel in KERNELS.items()}
         return AttentionChoice(names.get(picked, picked.name.lower()), is_forced=False)
     if not _can_run(setting, query):
-        able = ", ".join(f'"{name}"' for name in KERNELS if _can_run(name, query))
+        able = ", ".join(f'"{known}"' for known in [*KERNELS, EXPLICIT] if _can_run(known, query))
         raise ConfigError(
-            f'cmae.model.attention "{setting}" cannot run heads of {head_dim} in '
-            f'{str(dtype).removeprefix("torch.")} on {device.type}: write "auto", or one of {able}'
+            f'{section}.attention "{setting}" cannot run {shape.tokens} tokens in heads of {shape.head_dim} '
+            f"in {str(arithmetic.dtype).removeprefix('torch.')} on {arithmetic.device.type}: "
+            f'write "auto", or one of {able}'
         )
     return AttentionChoice(setting, is_forced=True)
 
 
-def _can_run(name: str, query: torch.Tensor) -> bool:
+def _is_explicit_faster(shape: AttentionShape, arithmetic: Arithmetic) -> bool:
+    scores = TRIED_SCORES * torch.get_num_threads()
+    images = max(1, min(shape.images, scores // (shape.heads * shape.tokens**2)))
+    tried = shape._replace(images=images)
+    ways: list[Attend] = [F.scaled_dot_product_attention, attend_explicitly]
+    fused_s, explicit_s = time_in_turns([partial(_pass, way, tried, arithmetic) for way in ways])
+    return fused_s > CLEARLY * explicit_s
+
+
+def attend_explicitly(
+    query: Float[Tensor, "batch heads tokens dim"],
+    key: Float[Tensor, "batch heads tokens dim"],
+    value: Float[Tensor, "batch heads tokens dim"],
+) -> Float[Tensor, "batch heads tokens dim"]:
+    """What timm's Attention does where it is not fused, for trials."""
+    scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)
+    attended: Tensor = scores.softmax(dim=-1) @ value
+    return attended
+
+
+def _pack(shape: AttentionShape, arithmetic: Arithmetic) -> Tensor:
+    """Query, key and value [3, images, heads, tokens, head_dim] as they lie in a model's memory."""
+    size = (shape.images, shape.tokens, 3, shape.heads, shape.head_dim)
+    packed = torch.full(
+        size, 0.5, device=arithmetic.device, dtype=arithmetic.dtype, requires_grad=shape.is_trained
+    )
+    return packed.permute(2, 0, 3, 1, 4)
+
+
+def _pass(attend: Attend, shape: AttentionShape, arithmetic: Arithmetic) -> None:
+    """Attention forwards and, if trained, backwards, between the layouts of the linear layers around it."""
+    device, dtype, is_autocast = arithmetic
+    with torch.set_grad_enabled(shape.is_trained):
+        inputs = _pack(shape, arithmetic)
+        with torch.autocast(device.type, dtype=dtype if is_autocast else None, enabled=is_autocast):
+            output = attend(*inputs.unbind(0)).transpose(1, 2).flatten(2)
+    if shape.is_trained:
+        torch.autograd.grad(output, inputs, torch.ones_like(output))
+
+
+def _can_run(name: str, query: Tensor) -> bool:
+    if name == EXPLICIT:
+        return True
+    query = query.detach().requires_grad_()
     with warnings.catch_warnings(), sdpa_kernel(KERNELS[name]), torch.enable_grad():
         warnings.simplefilter("ignore")  # torch warns with the reason before it raises
         try:
@@ -81,3 +159,11 @@ def set_attention_(model: nn.Module, choice: AttentionChoice) -> None:
     for module in model.modules():
         if isinstance(module, TimmAttention):
             module.fused_attn = choice.is_fused
+
+
+def describe_attention(choices: Mapping[str, AttentionChoice]) -> str:
+    """One name, or which part has which."""
+    names = {part: choice.name for part, choice in choices.items()}
+    if len(set(names.values())) == 1:
+        return next(iter(names.values()))
+    return ", ".join(f"{name} in {part.replace('_', ' ')}" for part, name in names.items())

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from cmae_scale.core.batches import BatchSizes
 from cmae_scale.core.config import Run
 from cmae_scale.core.durations import Timetable
+from cmae_scale.core.precision import FormatName
 from cmae_scale.planning.layouts import Layout
 from cmae_scale.sizing.flops import count_kept
 from cmae_scale.sizing.parameters import count_parameters
@@ -21,9 +22,18 @@ LR_RANGE = (
 )  # of AdamW's peak on these models. Source: MAE 2.4e-3, MoCo v3 2.4e-3, quickstart 1e-3
 
 
-def find_faults(run: Run, *, job: Job, times: Timetable, layouts: list[Layout], own: Layout) -> list[str]:
+def find_faults(
+    run: Run,
+    *,
+    job: Job,
+    times: Timetable,
+    layouts: list[Layout],
+    own: Layout,
+    machine_format: FormatName,
+) -> list[str]:
     """All warnings; `run` is resolved, `own` is its own choice among `layouts`."""
     faults = find_run_faults(run, batch=job.batch, ranks=job.zero.ranks, times=times)
+    faults += _precision_faults(job, machine_format)
     return [*faults, *_memory_faults(job, layouts=layouts, own=own)]
 
 
@@ -104,3 +114,12 @@ def _memory_faults(job: Job, *, layouts: list[Layout], own: Layout) -> Iterator[
         yield "no choice fits, not even one image at a time: take more or larger GPUs, or offload_optimizer"
     else:
         yield "not even one image fits like this: take the recommended stage and rematerialisation"
+
+
+def _precision_faults(job: Job, machine_format: FormatName) -> Iterator[str]:
+    named = job.formats.compute
+    if named == "bfloat16" and machine_format == "float16":
+        yield (
+            "the run file names bfloat16, which this GPU does not have in hardware: write "
+            "torch_autocast.enabled=auto torch_autocast.dtype=auto"
+        )

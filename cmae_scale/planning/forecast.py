@@ -1,12 +1,13 @@
 """Everything that is said of a run before it starts, in one value, and as JSON."""
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from cmae_scale.core.batches import BatchSizes
 from cmae_scale.core.config import Run
 from cmae_scale.core.durations import Timetable
 from cmae_scale.core.hardware import Gpu
-from cmae_scale.core.precision import read_formats
+from cmae_scale.core.precision import FormatName, is_left_to_machine, read_formats, write_autocast
 from cmae_scale.planning.advice import find_faults
 from cmae_scale.planning.layouts import Layout, on_device, plan_layouts, recommend
 from cmae_scale.planning.outlook import Outlook, estimate
@@ -17,13 +18,14 @@ from cmae_scale.sizing.zero import Device, Job, is_optimizer_fused, read_zero
 
 
 class Machine(NamedTuple):
-    """`ranks` devices of one kind. `flops` is None for a CPU, whose speed nobody has written down."""
+    """`ranks` devices of one kind. `flops` is None where nobody has written the speed down, as of a CPU."""
 
     name: str
     device: Device
     ranks: int
     memory_gib: float  # of one
     flops: float | None
+    format: FormatName  # of matrix products where a run file leaves it to the machine
 
 
 class Forecast(NamedTuple):
@@ -46,7 +48,14 @@ class Forecast(NamedTuple):
 
 def name_machine(gpu: Gpu, *, ranks: int) -> Machine:
     """`ranks` of a listed GPU."""
-    return Machine(gpu.name, "cuda", ranks, gpu.memory_gib, gpu.flops)
+    return Machine(gpu.name, "cuda", ranks, gpu.memory_gib, gpu.flops, gpu.half)
+
+
+def assume_precision(run: Run, format: FormatName) -> Run:
+    """The run as a machine decides that is best at `format`, if it is left to the machine."""
+    if not is_left_to_machine(run.deepspeed):
+        return run
+    return replace(run, deepspeed=write_autocast(run.deepspeed, format))
 
 
 def forecast(
@@ -60,6 +69,7 @@ def forecast(
     price: float | None,
 ) -> Forecast:
     """All about a resolved run on a machine."""
+    run = assume_precision(run, machine.format)
     job = describe_job(run, batch=batch, ranks=machine.ranks, device=machine.device)
     layouts = plan_layouts(job, capacity_bytes=machine.memory_gib * 2**30)
     remat = "full" if "activation_checkpointing" in run.deepspeed else run.cmae.model.remat
@@ -87,7 +97,9 @@ def forecast(
         layouts=layouts,
         own=own,
         recommended=recommend(layouts, ranks=machine.ranks),
-        warnings=find_faults(run, job=job, times=times, layouts=layouts, own=own),
+        warnings=find_faults(
+            run, job=job, times=times, layouts=layouts, own=own, machine_format=machine.format
+        ),
     )
 
 
@@ -105,10 +117,10 @@ def describe_job(run: Run, *, batch: BatchSizes, ranks: int, device: Device) -> 
 
 
 def choose_kernel(run: Run, *, device: Device) -> Kernel:
-    """How attention will run; see layers/attention.py, which asks torch itself once there is a device."""
+    """How attention will likely run: layers/attention.py tries it once there is a device."""
     setting = run.cmae.model.attention
-    if setting == "math":
-        return "math"
+    if setting in ("math", "explicit"):
+        return setting
     is_coarse = read_formats(run.deepspeed).compute_bytes < 4
     return "explicit" if device == "cpu" and is_coarse and setting == "auto" else "fused"
 

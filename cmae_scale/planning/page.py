@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 
+from cmae_scale.core.precision import read_formats
 from cmae_scale.core.progress import format_seconds
 from cmae_scale.planning.forecast import Forecast
 from cmae_scale.planning.layouts import REMATS, STAGES, Layout
@@ -25,13 +26,14 @@ def align(rows: Sequence[Sequence[str]]) -> Iterable[str]:
 
 
 def _head(plan: Forecast) -> list[str]:
-    machine, model = plan.machine, plan.run.cmae.model
+    machine, model, formats = plan.machine, plan.run.cmae.model, read_formats(plan.run.deepspeed)
     size = model.encoder or f"ViT {model.embed_dim} wide, {model.depth} deep"
-    speed = f", {machine.flops / 1e12:.0f} TFLOP/s bf16" if machine.flops else ""
+    speed = f", {machine.flops / 1e12:.0f} TFLOP/s {machine.format}" if machine.flops else ""
     method = "CMAE" if plan.run.cmae.has_contrast else "MAE"
     return [
         f"{plan.run.path}: {method} {size} on {machine.ranks} x {machine.name} "
-        f"({machine.memory_gib:.1f} GiB{speed})"
+        f"({machine.memory_gib:.1f} GiB{speed})",
+        f"matrix products in {formats.compute}, weights in {formats.parameters}",
     ]
 
 
@@ -63,7 +65,7 @@ def _run(plan: Forecast) -> list[str]:
         f"saved every {times.save_every_steps:,}",
     ]
     if outlook.hours is None or outlook.gpu_hours is None:
-        return [*lines, "time   not said: no speed is assumed for a CPU"]
+        return [*lines, f"time   not said: the speed of a {plan.machine.name} is not known (--tflops)"]
     lines.append(
         f"time   {format_seconds(3600 * outlook.hours)} at {plan.mfu:.0%} MFU (assumed; --mfu), "
         f"{outlook.images_per_s:,.0f} images/s, {outlook.gpu_hours:,.1f} GPU-hours, "

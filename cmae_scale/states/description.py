@@ -21,6 +21,7 @@ class _Stamp(_Part):
     zero_stage: int
     precision: str
     run: dict[str, Any]
+    attention: dict[str, str] = {}
 
 
 class _Counters(_Part):

@@ -1,11 +1,13 @@
 """The newest training state that is whole."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from cmae_scale.core.errors import ConfigError
 from cmae_scale.states.commit import find_damage, list_states, read_description
+from cmae_scale.states.description import STATE_FORMAT
 
 Found = tuple[str | None, dict[str, Any] | None]  # what is wrong with a state, or None; its description
 
@@ -41,4 +43,13 @@ def choose_state(folder: Path, *, remedy: str, check: Callable[[Path], Found] = 
         passed_over.append(damage or str(path))
     if passed_over:
         raise ConfigError(f"no state in {folder} is whole ({'; '.join(passed_over)}): {remedy}")
+    return None
+
+
+def read_newest_stamp(folder: Path) -> dict[str, Any] | None:
+    """What wrote the newest state that can be read, of which nothing else is checked; None without one."""
+    for path in list_states(folder):
+        with suppress(ValueError):
+            stamp: dict[str, Any] = read_description(path)["stamp"]
+            return stamp if stamp["format"] == STATE_FORMAT else None
     return None

@@ -1,7 +1,8 @@
 """From a run file to what it asks for: the labelled data, the judge, the encoder and the task."""
 
+import math
 from contextlib import AbstractContextManager, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,7 +19,8 @@ from cmae_scale.data.mix import MixPlan, plan_data
 from cmae_scale.data.ordered import count_samples
 from cmae_scale.data.rand_augment import build_rand_augment
 from cmae_scale.data.stream import open_stream
-from cmae_scale.models.networks import draw_weights
+from cmae_scale.layers.attention import AttentionChoice, AttentionShape
+from cmae_scale.models.networks import build_network, count_tokens, draw_weights, list_blocks
 from cmae_scale.models.pretrained import PretrainedEncoder, open_encoder
 from cmae_scale.tasks.features import Lens, build_lens
 from cmae_scale.tasks.finetune import Finetuning, build_finetuning
@@ -40,15 +42,42 @@ class Bench:
         """How many images of each training shard are used."""
         return count_samples(self.judge.labelled.train, self.cfg.data.train_fraction)
 
+    @property
+    def widest(self) -> tuple[int, int]:
+        """Outer and inner size of the encoder's largest matrix."""
+        matrices = (tuple(weight.shape) for weight in self.encoder.state.values() if weight.dim() == 2)
+        outer, inner = max(matrices, key=math.prod)
+        return outer, inner
 
-def open_bench(cfg: TransferConfig, *, world: World, device: torch.device, compute: torch.dtype) -> Bench:
-    """Encoder and data, opened and compared."""
+    @property
+    def attention_shape(self) -> AttentionShape:
+        """What the network's attention works on."""
+        with torch.device("meta"):
+            network = build_network(
+                replace(self.encoder, state={}), img_px=self.cfg.crop.img_px, pool=probe_pool(self.cfg)
+            )
+        attention = list_blocks(network)[1][0].attn
+        return AttentionShape(
+            attention.num_heads,
+            attention.head_dim,
+            count_tokens(network),
+            images=self.cfg.monitor.batch,
+            is_trained=self.cfg.task.finetune is not None,
+        )
+
+    def compute_in(self, compute: torch.dtype, attention: AttentionChoice) -> "Bench":
+        """The same, its network computing so."""
+        return replace(self, lens=replace(self.lens, compute=compute, attention=attention))
+
+
+def open_bench(cfg: TransferConfig, *, world: World, device: torch.device) -> Bench:
+    """Encoder and data, opened and compared; the network computes in fp32 until it is told otherwise."""
     labelled = open_labelled(cfg.data.shards, cfg.data.val_shards, data=cfg.data)
     start = cfg.encoder
     encoder = open_encoder(start.place, with_weights=not start.random, num_heads=start.num_heads)
     if start.random:
         encoder = draw_weights(encoder, seed=cfg.seed)
-    lens = build_lens(encoder, cfg.crop, device=device, compute=compute, attention=cfg.encoder.attention)
+    lens = build_lens(encoder, cfg.crop, device=device, compute=torch.float32)
     judge = Judge(labelled, cfg.data, cfg.crop, cfg.monitor.batch, world, device)
     return Bench(cfg, encoder, lens, judge)
 

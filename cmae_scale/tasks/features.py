@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import get_args
 
 import torch
 from jaxtyping import Float, Int64, UInt8
@@ -11,16 +10,11 @@ from torch import Tensor, nn
 
 from cmae_scale.augment.plain import normalise
 from cmae_scale.core.collectives import gather_objects, gather_rows
-from cmae_scale.core.settings import Attention, Pool
+from cmae_scale.core.settings import Pool
 from cmae_scale.core.transfer_settings import CropConfig
 from cmae_scale.data.stream import MasterBatch
-from cmae_scale.layers.attention import (
-    AttentionChoice,
-    choose_attention,
-    set_attention_,
-    use_attention,
-)
-from cmae_scale.models.networks import Network, build_network, count_tokens, list_blocks
+from cmae_scale.layers.attention import TORCHS_PICK, AttentionChoice, set_attention_, use_attention
+from cmae_scale.models.networks import build_network
 from cmae_scale.models.pretrained import PretrainedEncoder
 
 Predict = Callable[[UInt8[Tensor, "batch 3 side side"]], Float[Tensor, "batch dim"]]
@@ -43,7 +37,7 @@ class Lens:
     std: tuple[float, float, float]
     device: torch.device
     compute: torch.dtype = torch.float32
-    attention: Attention = "auto"
+    attention: AttentionChoice = TORCHS_PICK
 
     def autocast(self) -> AbstractContextManager[None]:
         """Matrix products in `compute`."""
@@ -64,7 +58,7 @@ def build_lens(
     *,
     device: torch.device,
     compute: torch.dtype,
-    attention: Attention = "auto",
+    attention: AttentionChoice = TORCHS_PICK,
 ) -> Lens:
     """The lens of an encoder: its own colours unless the run file names others."""
     return Lens(crop.mean or encoder.mean, crop.std or encoder.std, device, compute, attention)
@@ -73,30 +67,15 @@ def build_lens(
 def predict_with(model: nn.Module, lens: Lens) -> Predict:
     """`model` as a function from bytes to fp32 outputs: in evaluation, on the lens's device, no gradient."""
     model = model.to(lens.device).eval()
-    choice = hold_attention_(model, lens)
+    set_attention_(model, lens.attention)
 
     @torch.no_grad()
     def predict(images: UInt8[Tensor, "batch 3 side side"]) -> Float[Tensor, "batch dim"]:
-        with lens.autocast(), use_attention(choice):
+        with lens.autocast(), use_attention(lens.attention):
             output: Tensor = model(lens.look(images))
         return output.float()
 
     return predict
-
-
-def hold_attention_(model: nn.Module, lens: Lens) -> AttentionChoice:
-    """Set the attention of the network in `model` to the lens's kernel; what was chosen."""
-    network = next(module for module in model.modules() if isinstance(module, get_args(Network)))
-    _, blocks = list_blocks(network)
-    choice = choose_attention(
-        lens.attention,
-        device=lens.device,
-        dtype=lens.compute,
-        head_dim=blocks[0].attn.head_dim,
-        tokens=count_tokens(network),
-    )
-    set_attention_(model, choice)
-    return choice
 
 
 def encode_with(encoder: PretrainedEncoder, *, img_px: int, pool: Pool, lens: Lens) -> Predict:

@@ -17,11 +17,12 @@ from cmae_scale.core.draws import step_generator
 from cmae_scale.core.errors import DataError
 from cmae_scale.core.transfer_settings import CropConfig, FinetuneConfig
 from cmae_scale.data.stream import MasterBatch
+from cmae_scale.layers.attention import set_attention_
 from cmae_scale.layers.drop_path import GivenDropPath, set_drop_paths_, take_over_drop_paths_
 from cmae_scale.models.classifier import build_classifier, export_classifier
 from cmae_scale.models.networks import Network, count_training_flops
 from cmae_scale.models.pretrained import PretrainedEncoder
-from cmae_scale.tasks.features import Lens, hold_attention_, predict_with
+from cmae_scale.tasks.features import Lens, predict_with
 from cmae_scale.tasks.judge import Judge
 from cmae_scale.tasks.task import Outcome
 
@@ -136,7 +137,7 @@ def build_finetuning(
 ) -> Finetuning:
     """The task with a fresh head."""
     model = build_classifier(encoder, cfg, img_px=crop.img_px, classes=len(classes), seed=seed)
-    hold_attention_(model, lens)
+    set_attention_(model, lens.attention)
     model.set_grad_checkpointing(has_remat)
     return Finetuning(encoder, cfg, crop, classes, lens, seed, model, take_over_drop_paths_(model))
 

@@ -12,6 +12,7 @@ from cmae_scale.core.settings import CmaeConfig, KnnMonitorConfig
 from cmae_scale.core.transfer_settings import CropConfig
 from cmae_scale.core.world import World
 from cmae_scale.data.labelled import open_labelled, place_monitored
+from cmae_scale.layers.attention import AttentionChoice
 from cmae_scale.models.pretrained import online_encoder
 from cmae_scale.tasks.features import build_lens, encode_with
 from cmae_scale.tasks.judge import Judge
@@ -28,6 +29,7 @@ class KnnMonitor:
     judge: Judge
     gather: Weights  # the online encoder's, on all ranks
     compute: torch.dtype
+    attention: AttentionChoice
     every_steps: int
     total_steps: int
 
@@ -43,7 +45,7 @@ class KnnMonitor:
             self.judge.crop,
             device=self.judge.device,
             compute=self.compute,
-            attention=self.run.model.attention,
+            attention=self.attention,
         )
         encode = encode_with(encoder, img_px=self.judge.crop.img_px, pool=self.cfg.pool, lens=lens)
         verdict = self.judge.judge_knn(encode, cfg=self.cfg, fraction=self.cfg.train_fraction)
@@ -57,6 +59,7 @@ def open_knn_monitor(
     world: World,
     device: torch.device,
     compute: torch.dtype,
+    attention: AttentionChoice,
     clock: Clock,
 ) -> KnnMonitor | None:
     """The monitor that a run file asks for, if it does. Shards are opened, and found wanting, at once."""
@@ -69,4 +72,4 @@ def open_knn_monitor(
     every = read_steps(knn.every, clock=clock, place="cmae.monitor.knn.every")
     labelled = open_labelled(train, val, data=cfg.data)
     judge = Judge(labelled, cfg.data, crop, knn.batch, world, device)
-    return KnnMonitor(knn, cfg, judge, gather, compute, max(1, every), clock.total_steps)
+    return KnnMonitor(knn, cfg, judge, gather, compute, attention, max(1, every), clock.total_steps)

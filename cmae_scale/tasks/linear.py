@@ -13,6 +13,7 @@ from torch import Tensor
 from cmae_scale.core.transfer_settings import CropConfig, LinearConfig
 from cmae_scale.data.counter_rng import Purpose, draw_permutation
 from cmae_scale.data.stream import MasterBatch
+from cmae_scale.layers.attention import set_attention_
 from cmae_scale.models.classifier import LinearProbe, export_classifier, fold_probe
 from cmae_scale.models.networks import build_network, count_training_flops
 from cmae_scale.models.pretrained import PretrainedEncoder
@@ -21,7 +22,6 @@ from cmae_scale.tasks.features import (
     Lens,
     encode_with,
     gather_features,
-    hold_attention_,
     predict_with,
 )
 from cmae_scale.tasks.finetune import known_labels
@@ -163,7 +163,7 @@ def build_probing(
 ) -> LinearProbing:
     """The task with fresh heads."""
     probe = _build_probe(encoder, cfg, crop=crop, classes=len(classes), seed=seed)
-    hold_attention_(probe, lens)
+    set_attention_(probe, lens.attention)
     return LinearProbing(encoder, cfg, crop, classes, lens, seed, probe)
 
 

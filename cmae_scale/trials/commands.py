@@ -136,7 +136,8 @@ def prove_kills(args: argparse.Namespace) -> None:
     """Print what each kill -9 did. DataError unless every run ends as the one that was never killed."""
     from cmae_scale.trials.kills import Job, prove_survival
 
-    overrides = ("--set", *args.set) if args.set else ()
+    # named, because a run that was killed before its first state would try kernels again
+    overrides = ("--set", "cmae.model.attention=explicit", *args.set)
     arguments = ("--deepspeed_config", args.deepspeed_config, *overrides)
     args.out.mkdir(parents=True, exist_ok=True)
     job = Job("cmae_scale.pretrain", arguments, args.ranks, args.out / "kill")

@@ -29,7 +29,7 @@ from cmae_scale.data.stream import MasterBatch
 from cmae_scale.engine.pretraining import Pretraining, start_pretraining, watch_health
 from cmae_scale.engine.session import Session
 from cmae_scale.engine.start import Place, start_processes, stop_processes
-from cmae_scale.planning.forecast import describe_job
+from cmae_scale.planning.forecast import assume_precision, describe_job
 from cmae_scale.sizing.memory import Moment, predict_peak
 from cmae_scale.sizing.zero import Device
 
@@ -128,6 +128,7 @@ def compare_footprints(cases: Sequence[Case], *, device: Device) -> Iterator[Com
     for case in cases:
         with tempfile.TemporaryDirectory() as folder:
             run = read_run(case.run_file, [*case.overrides, f"cmae.out={folder}/run"])
+            run = assume_precision(run, "bfloat16")  # where it is slow too: what counts here is memory
             prints = measure_footprint(run, ranks=case.ranks)
         batch = plan_batch(run.deepspeed, ranks=case.ranks)
         yield Comparison(

@@ -16,6 +16,7 @@ from cmae_scale.data.shard_set import open_shards
 from cmae_scale.data.stream import BatchStream, MasterBatch, open_batches
 from cmae_scale.engine.hardware import read_peak_flops
 from cmae_scale.engine.start import Place, start_processes, stop_processes
+from cmae_scale.layers.attention import describe_attention
 from cmae_scale.planning.forecast import describe_job
 from cmae_scale.sizing.memory import predict_peak
 from cmae_scale.sizing.zero import Device
@@ -157,7 +158,7 @@ def _rate(training: NoiseTraining, step_s: float, place: Place) -> Figures:
     figures: Figures = {"ms_per_step": 1e3 * step_s, "images_per_s": rate}
     if peak is not None:
         figures["mfu"] = training.method.image_flops * rate / peak
-    return {**figures, "attention": training.session.attention.name}
+    return {**figures, "attention": describe_attention(training.session.attention)}
 
 
 def _wait() -> None:

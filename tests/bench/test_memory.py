@@ -10,14 +10,24 @@ from cmae_scale.planning.forecast import describe_job
 from cmae_scale.sizing.memory import predict_peak
 from cmae_scale.trials.footprint import measure_footprint
 
+# on a CPU without it, a larger image would take minutes in bf16
+BF16 = [
+    "torch_autocast.enabled=true",
+    "torch_autocast.dtype=bfloat16",
+    "cmae.model.attention=explicit",
+    "cmae.views.img_px=64",
+    "cmae.views.master_px=64",
+    "cmae.views.shift_px=1",
+]
+
 
 @pytest.mark.slow
 @pytest.mark.bench
 @pytest.mark.parametrize(
     "changes",
     [
-        ["torch_autocast.enabled=false", "zero_optimization.stage=0"],
-        ["cmae.model.remat=full", "zero_optimization.stage=2"],
+        ["torch_autocast.enabled=false", "cmae.model.attention=flash", "zero_optimization.stage=0"],
+        ["cmae.model.remat=full", "zero_optimization.stage=2", *BF16],
     ],
     ids=["fp32", "autocast, remat full"],
 )

@@ -8,6 +8,7 @@ from cmae_scale.core.batches import plan_batch
 from cmae_scale.core.config import RunKind, dump_run, read_run, resolve_run
 from cmae_scale.core.deepspeed_keys import NESTED, TOP_LEVEL
 from cmae_scale.core.errors import ConfigError
+from cmae_scale.core.precision import write_autocast
 
 SMALLEST: dict[str, Any] = {
     "train_batch_size": 256,
@@ -138,7 +139,8 @@ def test_gradients_are_clipped_only_where_the_run_file_says_so(
     run = read_run(run_file, overrides)
     batch = plan_batch(run.deepspeed, ranks=1)
     resolved = resolve_run(run, batch=batch, total_steps=10, warmup_steps=1)
-    assert DeepSpeedConfig(dict(resolved.deepspeed)).gradient_clipping == clipping
+    settled = write_autocast(resolved.deepspeed, "float32")
+    assert DeepSpeedConfig(settled).gradient_clipping == clipping
 
 
 def test_scheduler_totals_follow_the_schedule(run_file: Path) -> None:

@@ -8,6 +8,7 @@ from cmae_scale.core.batches import plan_batch
 from cmae_scale.core.config import Run, RunKind, dump_run, read_run, resolve_run
 from cmae_scale.core.deepspeed_keys import LOGGED, UNSERVED
 from cmae_scale.core.errors import ConfigError
+from cmae_scale.core.precision import write_autocast
 
 CMAE = {"model": {"encoder": "vit_base"}, "data": {"shards": "shards/x"}}
 TRANSFER = {
@@ -63,7 +64,7 @@ def test_a_section_that_is_off_is_dropped(name: str, value: Any, tmp_path: Path)
 
     resolved = resolve(read(tmp_path, {name: value}))
     assert name not in resolved
-    DeepSpeedConfig(resolved)
+    DeepSpeedConfig(write_autocast(resolved, "float32"))
 
 
 def test_sections_that_log_may_stay_where_the_log_is_shown(tmp_path: Path) -> None:
@@ -131,7 +132,7 @@ def test_auto_comes_to_what_follows_or_to_the_default(place: str, tmp_path: Path
     from deepspeed.runtime.config import DeepSpeedConfig
 
     node = resolve(read(tmp_path, with_autos(place)))
-    DeepSpeedConfig(node)
+    DeepSpeedConfig(write_autocast(node, "float32"))
     for name in place.split("."):
         node = {} if node is None else node.get(name)
     assert node == (AUTOS[place] if AUTOS[place] is None else pytest.approx(AUTOS[place]))

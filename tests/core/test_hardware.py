@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from cmae_scale.core.errors import ConfigError
-from cmae_scale.core.hardware import GPUS, find_gpu, find_local_gpus, recognise_gpu
+from cmae_scale.core.hardware import GPUS, Gpu, find_gpu, find_local_gpus, recognise_gpu
 
 
 @pytest.mark.parametrize(
@@ -18,6 +18,8 @@ from cmae_scale.core.hardware import GPUS, find_gpu, find_local_gpus, recognise_
         ("GeForce RTX 3090", "RTX-3090"),
         ("A6000", "RTX-A6000"),
         ("v100_32gb", "V100-32GB"),
+        ("Tesla T4", "T4"),
+        ("AMD Instinct MI300X", "MI300X"),
     ],
 )
 def test_a_gpu_is_found_however_it_is_spelled(asked: str, name: str) -> None:
@@ -45,6 +47,10 @@ def test_a_typo_is_told_the_nearest_one(asked: str, meant: str) -> None:
         ("Tesla V100-SXM2-32GB", "V100-32GB"),
         ("Tesla V100-SXM2-16GB", "V100"),
         ("NVIDIA L40S", "L40S"),
+        ("NVIDIA L4", "L4"),
+        ("Tesla T4", "T4"),
+        ("AMD Instinct MI300X", "MI300X"),
+        ("AMD Instinct MI250X / MI250", "MI250"),
     ],
 )
 def test_a_device_is_recognised_by_what_it_calls_itself(says: str, name: str) -> None:
@@ -53,9 +59,15 @@ def test_a_device_is_recognised_by_what_it_calls_itself(says: str, name: str) ->
     assert gpu.name == name
 
 
-@pytest.mark.parametrize("says", ["NVIDIA A10G", "Tesla T4", "AMD Instinct MI300X", "NVIDIA L40"])
+@pytest.mark.parametrize(
+    "says", ["NVIDIA A10G", "NVIDIA T400", "NVIDIA L40", "NVIDIA GH200 480GB", "AMD Instinct MI300A", "Intel"]
+)
 def test_others_are_not_taken_for_it(says: str) -> None:
     assert recognise_gpu(says) is None
+
+
+def test_those_before_ampere_have_no_bf16() -> None:
+    assert {gpu.name for gpu in GPUS if gpu.half == "float16"} == {"V100", "V100-32GB", "T4"}
 
 
 def test_every_listed_gpu_is_found_by_its_name() -> None:
@@ -74,5 +86,9 @@ def test_the_gpus_of_this_machine_are_what_the_driver_lists(
     assert found is not None
     assert (found.gpu.name, found.number, found.gpu.flops) == ("H100", 2, 989e12)
     assert found.gpu.memory_gib == pytest.approx(81559 / 1024)
+    driver.write_text("#!/bin/sh\necho 'NVIDIA A10G, 23028'\n")
+    unknown = find_local_gpus()
+    assert unknown is not None
+    assert unknown == (Gpu("NVIDIA A10G", None, 23028 / 1024), 1)
     driver.write_text("#!/bin/sh\necho 'NVIDIA-SMI has failed'\nexit 9\n")
     assert find_local_gpus() is None

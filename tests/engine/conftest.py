@@ -17,6 +17,7 @@ TINY = {
         "depth": 2,
         "num_heads": 2,
         "patch_size": 4,
+        "attention": "flash",  # named, because runs are compared to the bit
         "pixel_decoder": {"depth": 2, "embed_dim": 16, "num_heads": 2},
         "feature_decoder": {"depth": 1, "embed_dim": 16, "num_heads": 2},
     },

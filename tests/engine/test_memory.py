@@ -9,27 +9,31 @@ import pytest
 from cmae_scale.core.batches import plan_batch
 from cmae_scale.core.config import Run
 from cmae_scale.core.precision import read_formats
+from cmae_scale.core.settings import Attention
+from cmae_scale.sizing.activations import Kernel
 from cmae_scale.sizing.memory import plan_moments, predict_peak
 from cmae_scale.sizing.zero import Job, is_optimizer_fused, read_zero
 
-# wide enough that matrices dominate: DeepSpeed keeps small tensors whole under stage 3
+# small, because bf16 is slow on many CPUs; so small that stage 3 would keep matrices whole, were it not told
+SPLIT = {"stage3_param_persistence_threshold": 1000}
 MODEL = {
     "model": {
-        "embed_dim": 384,
+        "embed_dim": 192,
         "depth": 3,
-        "num_heads": 6,
+        "num_heads": 3,
         "patch_size": 4,
-        "pixel_decoder": {"depth": 2, "embed_dim": 384, "num_heads": 6},
-        "feature_decoder": {"depth": 1, "embed_dim": 384, "num_heads": 6},
+        "pixel_decoder": {"depth": 2, "embed_dim": 192, "num_heads": 3},
+        "feature_decoder": {"depth": 1, "embed_dim": 192, "num_heads": 3},
     },
     "views": {"img_px": 24, "master_px": 24, "shift_px": 1},
-    "heads": {"hidden_dim": 384, "out_dim": 64},
+    "heads": {"hidden_dim": 192, "out_dim": 64},
 }
 PLAIN: dict[str, Any] = {}
-HYBRID = {"conv": {"dims": (128, 192), "depths": (2, 1)}}
+HYBRID = {"conv": {"dims": (64, 96), "depths": (2, 1)}}
 FP32: dict[str, Any] = {}
 AUTOCAST = {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}
 BF16 = {"bf16": {"enabled": True}}
+KERNELS: dict[Kernel, Attention] = {"fused": "flash", "explicit": "explicit"}
 
 
 def measure(run: Run, live: Any, *, steps: int = 3) -> dict[str, int]:
@@ -73,29 +77,34 @@ def test_the_predicted_peak_is_that_of_a_real_step(
     precision: dict[str, Any],
     remat: str,
 ) -> None:
+    kernel: Kernel = "explicit" if precision else "fused"
     run = tiny_run(
         ranks=ranks,
         stage=stage,
         accumulation=accumulation,
-        cmae={**MODEL, "model": {**MODEL["model"], **encoder, "remat": remat}},
-        train_batch_size=64,
-        zero_optimization={"stage": stage, "reduce_bucket_size": 1_000_000, "overlap_comm": stage in (1, 3)},
+        cmae={**MODEL, "model": {**MODEL["model"], **encoder, "remat": remat, "attention": KERNELS[kernel]}},
+        train_batch_size=32,
+        zero_optimization={
+            "stage": stage,
+            "reduce_bucket_size": 250_000,
+            "overlap_comm": stage in (1, 3),
+            **SPLIT,
+        },
         **precision,
     )
-    formats = read_formats(run.deepspeed)
     job = Job(
         cfg=run.cmae,
-        formats=formats,
+        formats=read_formats(run.deepspeed),
         zero=read_zero(run.deepspeed, ranks=ranks),
         batch=plan_batch(run.deepspeed, ranks=ranks),
-        kernel="fused" if formats.compute == "float32" else "explicit",
+        kernel=kernel,
         # storages count whole, as on a GPU; but stage 0 updates one tensor after the other here
         device="cpu" if stage == 0 else "cuda",
         is_fused=is_optimizer_fused(run.deepspeed),
     )
     measured = on_ranks(lambda: measure(run, live_bytes), ranks=ranks)[0]
     idle = next(moment for moment in plan_moments(job) if moment.name == "average")
-    assert predict_peak(job).total_bytes == pytest.approx(measured["peak"], rel=0.06)
+    assert predict_peak(job).total_bytes == pytest.approx(measured["peak"], rel=0.07)
     assert idle._replace(views=0, working=0).total_bytes == pytest.approx(measured["idle"], rel=0.03)
 
 

@@ -80,8 +80,9 @@ def arguments(shards: Path, encoder_folder: Path, tmp_path: Path) -> Callable[..
             "train_batch_size": 16,
             "gradient_accumulation_steps": 1,
             "optimizer": {"type": optimizer, "params": params},
+            "torch_autocast": {"enabled": False},
             "transfer": {
-                "encoder": {"place": str(encoder_folder)},
+                "encoder": {"place": str(encoder_folder), "attention": "flash"},
                 "task": task,
                 "data": {"shards": f"{shards}/train", "val_shards": f"{shards}/val", "workers": 2},
                 "crop": {"img_px": 16, "centre": 0.8},

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
@@ -31,6 +31,7 @@ class Stamp:
     zero_stage: int
     precision: str
     run: dict[str, Any]  # the resolved run file
+    attention: dict[str, str] = field(default_factory=dict)  # see arithmetic.Settled
     format: int = STATE_FORMAT
 
     def compare(self, written: dict[str, Any], *, path: Path, changes_allowed: bool) -> list[str]:
@@ -65,7 +66,9 @@ class Stamp:
         return notices
 
 
-def build_stamp(run: Run, *, kind: dict[str, Any], ranks: int, precision: str) -> Stamp:
+def build_stamp(
+    run: Run, *, kind: dict[str, Any], ranks: int, precision: str, attention: dict[str, str]
+) -> Stamp:
     """The stamp of states that `run`, resolved, writes on `ranks` processes; without its secrets."""
     return Stamp(
         kind=mask_tree(kind),
@@ -73,6 +76,7 @@ def build_stamp(run: Run, *, kind: dict[str, Any], ranks: int, precision: str) -
         zero_stage=run.deepspeed.get("zero_optimization", {}).get("stage", 0),
         precision=precision,
         run=json.loads(dump_run(run)),
+        attention=attention,
     )
 
 

@@ -35,7 +35,7 @@ def stamp(
             {"encoder": {"place": "x"}, "task": {"finetune": {}}, **tree}
         )
     run = Run(Path("run.json"), settings, {"train_batch_size": 8})
-    return build_stamp(run, kind={"seed": seed, "data": data}, ranks=1, precision="float32")
+    return build_stamp(run, kind={"seed": seed, "data": data}, ranks=1, precision="float32", attention={})
 
 
 def compare(old: Stamp, new: Stamp, *, changes_allowed: bool = False) -> list[str]:
