@@ -22,10 +22,15 @@ def list_arrow(paths: tuple[str, ...], label: str | None) -> Iterator[Row]:
     for number, path in enumerate(paths):
         name, row = Path(path).name, 0
         for position, batch in enumerate(open_arrow(path)):
-            labels = [None] * len(batch) if label is None else batch.column(label).to_pylist()
+            labels = [None] * len(batch) if label is None else _list_labels(batch.column(label))
             for inner, value in enumerate(labels):
                 yield Row(f"{name} row {row + inner}", value, (number, position, inner))
             row += len(labels)
+
+
+def _list_labels(column: Any) -> list[Any]:
+    """The values of a column, None for those that are not a number: these are equal to nothing."""
+    return [None if value != value else value for value in column.to_pylist()]
 
 
 @functools.lru_cache(maxsize=1024)
@@ -66,7 +71,7 @@ def list_parquet(paths: tuple[str, ...], label: str | None) -> Iterator[Row]:
                 rows = file.metadata.row_group(group).num_rows
                 labels: list[object] = [None] * rows
                 if label is not None:
-                    labels = file.read_row_group(group, columns=[label])[label].to_pylist()
+                    labels = _list_labels(file.read_row_group(group, columns=[label])[label])
                 for value in labels:
                     yield Row(f"{Path(path).name} row {row}", value, (number, row, count))
                     row, count = row + 1, count + 1

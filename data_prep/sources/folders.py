@@ -10,9 +10,10 @@ from cmae_scale.core.errors import ConfigError
 from data_prep.listing import Item, Listing
 from data_prep.sources.labels import decode_name
 from data_prep.sources.source import IMAGE_ENDINGS, Source, SourceRequest, existing_folder, show_path
-from data_prep.sources.splits import MERGE, find_role, find_splits
+from data_prep.sources.splits import MERGE, find_role, find_splits, read_split
 from data_prep.unlisted import Unlisted, is_clutter, say_other_file
 
+NO_CLASS = "beside the class folders: of no class"
 PACKED = {
     ".tar": "write --source webdataset",
     ".parquet": "write --source huggingface",
@@ -115,13 +116,22 @@ def _find_trees(root: Path, request: SourceRequest) -> dict[str, _Tree]:
     splits = [] if request.merge_splits else find_splits(folders)
     if not splits:
         return {"": _Tree(root, Unlisted(), request.merge_splits)}
-    trees = {split: _Tree(root / split, Unlisted(), merge_splits=False) for split in splits}
+    trees = {split: _unwrap(_Tree(root / split, Unlisted(), merge_splits=False)) for split in splits}
     unlisted = trees[splits[0]].unlisted
     _Tree(root, unlisted, merge_splits=False).look_into(loose="beside the folders of the splits")
     for folder in folders:
         if folder not in trees:
             unlisted.add(f"{folder}/", "beside the folders of the splits")
     return trees if len(trees) > 1 else {"": trees[splits[0]]}
+
+
+def _unwrap(tree: _Tree) -> _Tree:
+    """The tree, or the only folder in it if that is called for the same split: archives unpack to such."""
+    inner = _list_folders(tree.root)
+    if len(inner) != 1 or read_split(inner[0]) != read_split(tree.root.name):
+        return tree
+    tree.look_into(loose=NO_CLASS)
+    return tree._replace(root=tree.root / inner[0])
 
 
 def _list_folders(root: Path) -> list[str]:
@@ -146,7 +156,7 @@ def _list_classes(tree: _Tree, folders: Mapping[str, str], classes: tuple[str, .
     if not folders:
         yield from (Item(name, None) for name in tree.walk())
         return
-    tree.look_into(loose="beside the class folders: of no class")
+    tree.look_into(loose=NO_CLASS)
     numbers = {name: label for label, name in enumerate(classes)}
     above = (_identify(tree.root),)
     for name in sorted(folders):
@@ -167,18 +177,24 @@ def _refuse_one_split(tree: _Tree, folders: Mapping[str, str]) -> None:
 def _build_sources(
     kind: str, trees: Mapping[str, _Tree], listings: Mapping[str, Listing], classes: tuple[str, ...]
 ) -> dict[str, Source]:
+    """The source of each split that has an image; ConfigError if none has."""
+    splits = [split for split in trees if listings[split]]
+    if not splits:
+        raise ConfigError(_say_no_image(next(iter(trees.values()))))
     for split, tree in trees.items():
-        if not listings[split]:
-            raise ConfigError(_say_no_image(tree))
+        if split not in splits:
+            trees[splits[0]].unlisted.add(f"{split}/", "a split without an image")
+            for name, reason in tree.unlisted:
+                trees[splits[0]].unlisted.add(f"{split}/{name}", reason)
     return {
         split: Source(
-            f"{kind} {show_path(tree.root)}",
+            f"{kind} {show_path(trees[split].root)}",
             listings[split],
             classes,
-            functools.partial(read_file, tree.root),
-            unlisted=tree.unlisted,
+            functools.partial(read_file, trees[split].root),
+            unlisted=trees[split].unlisted,
         )
-        for split, tree in trees.items()
+        for split in splits
     }
 
 

@@ -175,6 +175,7 @@ def test_a_column_of_paths_is_no_column_of_images(tmp_path: Path) -> None:
     [
         ([10.0, 2.0, -1.0, None], tuple(map(str, range(11))), [10, 2, None, None]),
         (["10", "2", "-1", "cat"], ("10", "2", "cat"), [0, 1, None, 2]),
+        ([1.0, float("nan"), float("inf") - float("inf"), 0.0], ("0", "1"), [1, None, None, 0]),
         ([10**9, -1, 3, 3], ("3", "1000000000"), [1, None, 0, 0]),
         ([2**63, 1, 1, None], ("1", str(2**63)), [1, 0, 0, None]),
     ],

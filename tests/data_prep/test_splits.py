@@ -78,6 +78,33 @@ def test_splits_have_the_same_classes_and_one_without_class_folders_has_no_label
     assert [(item.name, item.label) for item in splits["test"].items] == [("5.png", None)]
 
 
+def test_a_split_without_an_image_is_told_and_left_out(tmp_path: Path) -> None:
+    root = fill(tmp_path / "in", "train/a/1.png", "val/a/2.png", "test/labels.txt")
+    assert make("imagefolder", root, tmp_path / "out") == 0
+    assert count(tmp_path / "out") == {"train": 1, "val": 1}
+    told = (tmp_path / "out" / "train" / "skipped.jsonl").read_text()
+    assert '"test/", "kind": "unlisted", "reason": "a split without an image"' in told
+    assert '"test/labels.txt", "kind": "unlisted", "reason": "no image by name (.txt)"' in told
+
+
+def test_splits_in_folders_of_their_own_name_are_unwrapped(tmp_path: Path) -> None:
+    """As archives leave them that are each unpacked into a folder."""
+    root = fill(
+        tmp_path,
+        "seg_train/seg_train/a/1.png",
+        "seg_train/seg_train/b/2.png",
+        "seg_test/seg_test/b/3.png",
+        "seg_train/notes.txt",
+    )
+    splits = SOURCES["imagefolder"](SourceRequest(root))
+    assert {split: source.classes for split, source in splits.items()} == {
+        "seg_test": ("a", "b"),
+        "seg_train": ("a", "b"),
+    }
+    assert [item.name for item in splits["seg_train"].items] == ["a/1.png", "b/2.png"]
+    assert [name for name, _ in splits["seg_train"].unlisted] == ["notes.txt"]
+
+
 def test_one_folder_that_says_a_split_beside_others_is_refused_or_a_class(tmp_path: Path) -> None:
     root = fill(tmp_path / "in", "train/a/1.png", "annotations/b/2.png")
     with pytest.raises(
