@@ -17,9 +17,10 @@ from cmae_scale.core.cli import run_command
 from cmae_scale.core.errors import DataError
 from cmae_scale.core.terminal import tell
 from cmae_scale.data.image_formats import describe_content, image_extension
-from cmae_scale.data.index import ShardIndex, ShardInfo, parse_index
+from cmae_scale.data.index import INDEX_NAME, ShardIndex, ShardInfo, parse_index, reads_by_stem
 from cmae_scale.data.tar import read_samples
-from data_prep.index_tars import hash_file, index_folder
+from data_prep.index_tars import find_strays, hash_file, index_folder
+from data_prep.ledger import OPTIONS_NAME
 
 EXAMPLES = """examples:
   python data_prep/check_shards.py shards/digits/train
@@ -37,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--write_index",
         action="store_true",
-        help="first list the tars of a folder without an index, and note where samples begin in all shards",
+        help="first list the tars that no index lists, and note where samples begin in all shards",
     )
     args = parser.parse_args(argv)
     folders = [Path(folder) for folder in args.folders]
@@ -45,6 +46,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         for folder in folders:
             index_folder(folder)
     damages = sum(check_folder(folder) for folder in folders)
+    strays = sum(_tell_strays(folder) for folder in folders)
+    if strays and not damages:
+        raise DataError(f"{strays} tars are not in an index: --write_index takes them up")
     if damages:
         raise DataError(
             f"{damages} damaged: delete what is named and run the make_shards command again, or copy it again"
@@ -70,14 +74,28 @@ def check_folder(folder: Path) -> int:
     return damages
 
 
+def _tell_strays(folder: Path) -> int:
+    """Number of tars that no run will read; a line for each."""
+    if not (folder / INDEX_NAME).is_file() or (folder / OPTIONS_NAME).exists():
+        return 0
+    try:
+        strays = find_strays(parse_index(folder))
+    except DataError:  # told already
+        return 0
+    for path in strays:
+        tell(f"{path}: {INDEX_NAME} does not list it, so it is not read")
+    return len(strays)
+
+
 def find_damages(index: ShardIndex, shard: ShardInfo) -> Iterator[str]:
     """A line for each thing that is wrong with one shard."""
     path = index.folder / shard.name
     if path.is_file() and hash_file(path) != shard.sha256:
         yield f"{path}: its content is not what was written (SHA-256 differs)"
     keys: set[str] = set()
+    by_stem = reads_by_stem(index.options)
     try:
-        for sample in read_samples(path, first=0, count=shard.samples, expected=shard):
+        for sample in read_samples(path, first=0, count=shard.samples, expected=shard, by_stem=by_stem):
             if sample.key in keys:
                 yield f"{path}: two samples have the key '{sample.key}'"
             keys.add(sample.key)

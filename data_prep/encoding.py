@@ -1,5 +1,6 @@
 """What is stored of an image: its own bytes wherever possible, and what is to be told of it."""
 
+import contextlib
 import io
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -9,11 +10,12 @@ from PIL import Image
 
 from cmae_scale.core.errors import DataError
 from cmae_scale.data.decode import DEEP_MODES, GreyRange, decode_image, measure_grey, open_image, read_turn
-from cmae_scale.data.image_formats import image_extension
+from cmae_scale.data.image_formats import find_format, image_extension
 from data_prep.layout import Options
 from data_prep.tally import BANDS, DEEP, PICTURES
 
 MAX_MPX = 178.0  # Pillow opens nothing larger (twice its MAX_IMAGE_PIXELS). Training has its own, lower limit
+DEEP_FORMATS = ("PNG", "TIFF", "JPEG2000", "PPM")  # others have no deep grey
 SAMPLES_PER_PIXEL = 277  # Source: TIFF 6.0
 
 
@@ -47,6 +49,19 @@ def encode(data: bytes, options: Options) -> Encoded:
     small = upright.resize(_shrink(upright.size, options.resize_short), Image.Resampling.BICUBIC)
     small.save(file, "JPEG", quality=options.quality)
     return Encoded(file.getvalue(), "jpg", options.resize_short, noted)
+
+
+def find_grey_range(data: bytes) -> GreyRange | None:
+    """The extremes of an image of deep grey; None for all others, and for those that are damaged."""
+    found = find_format(data)
+    if found is None or found.name not in DEEP_FORMATS:
+        return None
+    with contextlib.suppress(Exception):  # whoever decodes it says so
+        image = open_image(data, max_mpx=MAX_MPX)
+        if image.mode in DEEP_MODES:
+            image.load()
+            return measure_grey(image)
+    return None
 
 
 def _encode_deep(data: bytes, *, side: int | None, noted: tuple[str, ...]) -> Encoded:

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from cmae_scale.core.errors import DataError
 from cmae_scale.core.files import write_text
@@ -15,6 +15,7 @@ from cmae_scale.core.strict_json import parse_json
 
 INDEX_FORMAT = 1
 INDEX_NAME = "index.json"
+CLASSES_NAME = "classes.json"  # the names again, beside the index, for when that is lost
 RANGE_OPTION = "value_range"  # among the options: the values of deep grey that become black and white
 KEYS_OPTION = "keys"  # among the options of tars made elsewhere
 
@@ -122,8 +123,22 @@ def read_value_range(options: Mapping[str, Any], *, name: str) -> tuple[float, f
     raise DataError(f"{name}: options.{RANGE_OPTION} is not two numbers: mend it, or make the shards again")
 
 
+def read_classes(folder: Path) -> tuple[str, ...] | None:
+    """The class names that write_index kept beside the index; None if there are none."""
+    path = folder / CLASSES_NAME
+    if not path.is_file():
+        return None
+    try:
+        return TypeAdapter(tuple[str, ...]).validate_json(path.read_bytes(), strict=True)
+    except ValueError as error:
+        raise DataError(f"{path} is no list of class names ({error}): mend or delete it") from None
+
+
 def write_index(index: ShardIndex) -> None:
-    """Write index.json into `index.folder`: at every moment the old or the new one is there, never half."""
+    """Write index.json into `index.folder`: at every moment the old or the new one is there, never half.
+
+    The names of classes are kept once more, in a file of their own: the tars do not hold them.
+    """
     content = IndexFile(
         format=INDEX_FORMAT,
         total=index.total,
@@ -133,6 +148,9 @@ def write_index(index: ShardIndex) -> None:
         shards=index.shards,
     )
     fields = {name: value for name, value in content if name != "shards"}
+    names = json.dumps(index.classes, indent=2, ensure_ascii=False) + "\n"
+    if index.classes:
+        write_text(index.folder / CLASSES_NAME, names)
     # one line per shard: readable, and a diff shows which shard changed
     lines = ",\n".join("    " + json.dumps(asdict(shard)) for shard in index.shards)
     head = json.dumps(fields, indent=2, ensure_ascii=False).removesuffix("\n}")

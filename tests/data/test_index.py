@@ -38,9 +38,10 @@ def test_what_is_written_comes_back(tmp_path: Path) -> None:
     assert read_index(str(tmp_path / "a")).path(1).read_bytes() == b"\x01" * 11
 
 
-def test_nothing_but_the_index_is_left_behind(tmp_path: Path) -> None:
+def test_nothing_but_the_index_and_its_classes_is_left_behind(tmp_path: Path) -> None:
     make_index(tmp_path / "a", shards=1)
-    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["index.json", "shard-00000.tar"]
+    names = sorted(path.name for path in (tmp_path / "a").iterdir())
+    assert names == ["classes.json", "index.json", "shard-00000.tar"]
 
 
 Damage = Callable[[dict[str, Any]], object]
