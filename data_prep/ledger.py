@@ -211,8 +211,8 @@ def _told_where(path: Path, *, remedy: str) -> Iterator[None]:
 def _describe_change(out: Path, begun: dict[str, Any], options: dict[str, Any], changed: list[str]) -> str:
     if changed in (["listing_sha256"], ["files", "listing_sha256"]):
         return (
-            f"the images are not those that {out} was begun with, or not their labels: write another --out, "
-            f"or delete {out}"
+            f"the images are not those that {out} was begun with, or not their labels: add what is new "
+            f"with --append, write another --out, or delete {out}"
         )
     differences = ", ".join(f"{name} {begun.get(name)} (now {options[name]})" for name in changed)
     return f"{out} was begun with {differences}: give the same options, another --out, or delete {out}"

@@ -70,6 +70,20 @@ def test_adding_and_renaming_images_moves_none(tmp_path: Path) -> None:
         assert before.keys() <= after.keys()
 
 
+def test_images_that_are_appended_go_to_the_side_that_they_would_have_been_on(tmp_path: Path) -> None:
+    root = fill(tmp_path / "in", range(COUNT))
+    assert make(root, tmp_path / "out") == 0
+    before = {split: contents(tmp_path / "out" / split) for split in ("train", "val")}
+    fill(root, range(COUNT, COUNT + 60))
+    assert make(root, tmp_path / "out") == 2
+    assert make(root, tmp_path / "out", "--append") == 0
+    assert make(root, tmp_path / "fresh") == 0
+    for split, old in before.items():
+        after = contents(tmp_path / "out" / split)
+        assert {name: old[name] for name in old if name.endswith(".tar")}.items() <= after.items()
+        assert read_labels(tmp_path / "out" / split) == read_labels(tmp_path / "fresh" / split)
+
+
 def test_a_larger_part_holds_the_smaller_and_equal_files_are_on_one_side(tmp_path: Path) -> None:
     root = fill(tmp_path / "in", range(60))
     fill(root, range(60), prefix="again ")
