@@ -39,7 +39,7 @@ EXAMPLES = """\
   python -m cmae_scale.convert mae_pretrain_vit_base_full.pth weights/mae --to cmae
   python -m cmae_scale.convert runs/vitb weights/vit --to huggingface
   python -m cmae_scale.convert cmae_vit-base-p16_32xb128-coslr-300e_in1k.pth weights/cmae --to encoder
-  python -m cmae_scale.convert runs/convvitb/encoder encoder.onnx --to onnx
+  python -m cmae_scale.convert runs/convvitb encoder.onnx --to onnx
   python -m cmae_scale.convert runs/vitb/encoder hub/vitb --to encoder --push_to_hub me/vitb
 
 IN is a run's folder (its newest whole state), a single state of one, a .pth or .safetensors file, or a folder
@@ -63,10 +63,11 @@ def convert(argv: Sequence[str] | None) -> None:
 
     if not args.source.exists():
         raise ConfigError(f"{args.source} does not exist: give a file of weights or a folder of them")
-    check_destination(args.out, source=args.source, suffix=SUFFIXES.get(args.to), overwrite=args.overwrite)
     decoder_heads = args.decoder_heads
     heads = HeadCounts(args.num_heads, pixel_decoder=decoder_heads, feature_decoder=decoder_heads)
     file = read_model_file(args.source, heads=heads)
+    suffix = SUFFIXES.get(args.to)
+    check_destination(args.out, source=file.path, suffix=suffix, overwrite=args.overwrite)
     if args.channels == "rgb":
         file = file.to_rgb()
     elif file.is_bgr:

@@ -106,23 +106,24 @@ def read_tree(place: Path) -> dict[str, bytes]:
     ("source", "out", "to", "told"),
     [
         ("vit.pth", "vit.pth", "encoder", "is, or belongs to, what is read"),
-        ("vit.pth", "vit.pth", "onnx", "is, or belongs to, what is read"),
+        ("vit.pth", "vit.pth", "onnx", "write a name that ends in .onnx"),
+        ("enc", "enc/in.onnx", "onnx", "is, or belongs to, what is read"),
+        ("enc", "new", "torch_export", "write a name that ends in .pt2"),
         ("vit.pth", "", "encoder", "is, or belongs to, what is read"),
         ("enc", "enc", "timm", "is, or belongs to, what is read"),
         ("enc", "enc/../enc", "timm", "is, or belongs to, what is read"),
         ("enc", "link_to_enc", "timm", "is, or belongs to, what is read"),
-        ("enc", "enc/model.safetensors", "torch_export", "is, or belongs to, what is read"),
+        ("enc", "enc/model.safetensors", "torch_export", "write a name that ends in .pt2"),
         ("enc", "photos", "encoder", "holds what no conversion has written"),
         ("enc", "others", "encoder", "holds what no conversion has written"),
         ("enc", "mixed", "encoder", "holds what no conversion has written"),
-        ("enc", "photos", "onnx", "is there already and is no .onnx file"),
-        ("enc", "notes.txt", "onnx", "is there already and is no .onnx file"),
-        ("enc", "notes.txt", "torch_export", "is there already and is no .pt2 file"),
+        ("enc", "folder.onnx", "onnx", "is there already and is a folder"),
+        ("enc", "notes.txt", "onnx", "write a name that ends in .onnx"),
         ("enc", "notes.txt", "timm", "is there already and is no folder"),
         ("enc", "notes.txt/new", "timm", "notes.txt is no folder"),
-        ("enc", "notes.txt/new/newer", "onnx", "notes.txt is no folder"),
+        ("enc", "notes.txt/new/newer.onnx", "onnx", "notes.txt is no folder"),
         ("enc", "dangling", "timm", "is a link to nothing"),
-        ("enc", "dangling", "onnx", "is a link to nothing"),
+        ("enc", "dangling.onnx", "onnx", "is a link to nothing"),
     ],
 )
 def test_nothing_that_is_not_a_conversions_own_is_ever_touched(
@@ -145,7 +146,10 @@ def test_nothing_that_is_not_a_conversions_own_is_ever_touched(
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.jpg").write_text("cat")
     (tmp_path / "notes.txt").write_text("mine")
-    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "enc" / "in.onnx").write_text("mine")
+    (tmp_path / "folder.onnx").mkdir()
+    for name in ("dangling", "dangling.onnx"):
+        (tmp_path / name).symlink_to(tmp_path / "nowhere")
     (tmp_path / "link_to_enc").symlink_to(tmp_path / "enc")
     before = read_tree(tmp_path)
     assert main([str(tmp_path / source), str(tmp_path / out), "--to", to, *HEADS, *overwrite]) == 2

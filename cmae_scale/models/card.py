@@ -81,7 +81,7 @@ def describe_run(run: Run, *, metrics: Mapping[str, Any]) -> dict[str, str]:
     if cfg.model.init:
         facts["started from"] = _shorten(cfg.model.init, parts=1)
     losses = [f"{name} {metrics[name]:.4f}" for name in ("loss", "pixel", "contrast") if name in metrics]
-    facts["training losses at the end"] = ", ".join(losses) or "not known"
+    facts["last training losses"] = ", ".join(losses) or "not known"
     facts["evaluation"] = "none is recorded here"
     return facts
 

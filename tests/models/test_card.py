@@ -48,7 +48,7 @@ def test_a_card_says_of_a_hybrid_how_this_project_loads_it() -> None:
     assert "timm" not in card
     assert "| method | masked autoencoder, trained with cmae-scale |" in card
     assert "license: unknown" in card
-    assert "| training losses at the end | not known |" in card
+    assert "| last training losses | not known |" in card
 
 
 def test_the_hub_library_reads_the_front_matter() -> None:

@@ -17,6 +17,8 @@ def check_destination(out: Path, *, source: Path, suffix: str | None, overwrite:
     What does not exist and an empty folder may be. With `overwrite` also a folder that holds nothing but an
     earlier export of ours, or a file of that ending. What is, holds or lies in `source` never may.
     """
+    if suffix is not None and out.suffix != suffix:
+        raise ConfigError(f"{out} is to be one file: write a name that ends in {suffix}")
     if out.is_symlink() and not out.exists():
         raise ConfigError(f"{out} is a link to nothing: remove it, or write to another place")
     _check_parents(out)
@@ -26,9 +28,9 @@ def check_destination(out: Path, *, source: Path, suffix: str | None, overwrite:
     there, here = out.resolve(), source.resolve()
     if there == here or there in here.parents or here in there.parents:
         raise ConfigError(f"{out} is, or belongs to, what is read: write to another place")
-    if not (is_folder if suffix is None else out.is_file() and out.suffix.lower() == suffix):
-        kind = "folder" if suffix is None else f"{suffix} file"
-        raise ConfigError(f"{out} is there already and is no {kind}: write to another place")
+    if is_folder == (suffix is not None):
+        kind = "a folder" if is_folder else "no folder"
+        raise ConfigError(f"{out} is there already and is {kind}: write to another place")
     if is_folder and not _is_export(out):
         raise ConfigError(f"{out} holds what no conversion has written: write to a new or empty folder")
     if not overwrite:

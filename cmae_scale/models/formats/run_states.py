@@ -37,7 +37,7 @@ class RunState:
     def notices(self) -> tuple[str, ...]:
         """What the user should know of the choice."""
         older = (f"warning: {damage}, so an older state was taken" for damage in self.passed_over)
-        return (*older, f"weights of step {self.step:,}")
+        return (*older, f"weights of step {self.step:,} of {self.run.out.name}")
 
     def read(self, part: str = "") -> dict[str, Tensor]:
         """The model's tensors, or those of a `part` such as "online_encoder" under its own names, in fp32."""

@@ -85,12 +85,12 @@ def test_the_folder_the_states_and_a_state_are_all_understood(unfinished: Callab
     run = unfinished()
     newest, older = list_states(run.out / "checkpoints")
     expected = read_model_file(newest)
-    assert expected.notices == ("weights of step 2",)
+    assert expected.notices == ("weights of step 2 of run",)
     for place in (run.out, run.out / "checkpoints"):
         found = read_model_file(place)
         assert found.path == newest
         assert all(torch.equal(found.tensors[name], tensor) for name, tensor in expected.tensors.items())
-    assert read_model_file(older).notices == ("weights of step 1",)
+    assert read_model_file(older).notices == ("weights of step 1 of run",)
     encoder = open_encoder(str(run.out))
     assert torch.equal(encoder.state["norm.weight"], expected.part("online_encoder")["norm.weight"])
     other = build_cmae(run.cmae)
@@ -109,7 +109,7 @@ def test_a_damaged_state_is_passed_over_as_in_resuming_and_refused_by_itself(
     assert found.path == older
     assert found.notices == (
         f"warning: {share} is damaged, so an older state was taken",
-        "weights of step 1",
+        "weights of step 1 of run",
     )
     with pytest.raises(ConfigError, match=r"is damaged: give the run's folder"):
         read_model_file(newest)
@@ -176,3 +176,15 @@ def test_the_target_branch_is_an_encoder_too(unfinished: Callable[..., Any], tmp
     assert convert([str(tmp_path / "target"), str(tmp_path / "again"), "--to", "encoder"]) == 0
     with pytest.raises(ConfigError, match="has no target branch"):
         read_model_file(tmp_path / "target").to_target()
+
+
+def test_a_conversion_may_lie_in_its_run_and_be_replaced_there(unfinished: Callable[..., Any]) -> None:
+    from cmae_scale.convert import main as convert
+
+    run = unfinished()
+    newest = list_states(run.out / "checkpoints")[0]
+    arguments = [str(run.out), str(run.out / "timm"), "--to", "timm"]
+    assert [convert(arguments), convert(arguments), convert([*arguments, "--overwrite"])] == [0, 2, 0]
+    for out in (run.out, run.out / "checkpoints", newest):
+        assert convert([str(run.out), str(out), "--to", "timm", "--overwrite"]) == 2
+    assert read_model_file(run.out).path == newest
