@@ -21,9 +21,16 @@ from data_prep.held_out import hold_out
 from data_prep.layout import Part, ShardPlan, ShardSlot
 from data_prep.ledger import open_ledger, open_reader, read_finished
 from data_prep.locks import hold_merge
-from data_prep.merge import LeftOut, known_left_out, plan_left_out, write_data_set
+from data_prep.merge import LeftOut, known_left_out, plan_left_out, share_range, write_data_set
 from data_prep.relabel import drop_labels, take_classes
-from data_prep.reporting import say_plan, say_source, show_progress, summarise, summarise_part
+from data_prep.reporting import (
+    say_plan,
+    say_shared_range,
+    say_source,
+    show_progress,
+    summarise,
+    summarise_part,
+)
 from data_prep.sources import SOURCES, Source
 from data_prep.tally import Tally
 from data_prep.writer import ShardWriter
@@ -33,12 +40,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Make the shards of every split of the source."""
     command = read_command(argv, description=__doc__ or "")
     try:
-        for split, source in list_splits(command).items():
+        splits = list_splits(command)
+        for split, source in splits.items():
             if command.append:
                 make = functools.partial(make_shards, command=command)
                 append_shards(source, command.out / split, command=command, make=make)
             else:
                 make_shards(source, command.out / split, command=command)
+        if not command.append and not command.dry_run:
+            say_shared_range(share_range(command.out / split for split in splits))
     except OSError as error:  # a full disk, a folder that may not be read, ...
         raise DataError(
             f"{error.filename or command.out}: {error.strerror} (mend it, then the same command goes on)"

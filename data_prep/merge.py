@@ -1,7 +1,9 @@
 """From finished shards to one data set: duplicates across shards, the list of skipped images, the index."""
 
+import functools
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -58,6 +60,17 @@ def write_data_set(
     write_index(index)
     drop_records(index)
     return index, tally
+
+
+def share_range(folders: Iterable[Path]) -> GreyRange | None:
+    """Have the deep grey of finished splits read alike, by the extremes of all; None if nothing changed."""
+    indexes = [parse_index(folder) for folder in folders if (folder / INDEX_NAME).exists()]
+    ranges = [read_value_range(index.options, name=str(index.folder / INDEX_NAME)) for index in indexes]
+    shared = functools.reduce(join_ranges, ranges, None)
+    changed = [index for index, own in zip(indexes, ranges, strict=True) if own not in (None, shared)]
+    for index in changed:
+        write_index(replace(index, options={**index.options, RANGE_OPTION: list(shared or ())}))
+    return shared if changed else None
 
 
 def _read_known_range(out: Path) -> GreyRange | None:

@@ -100,6 +100,12 @@ def say_appended(index: ShardIndex, *, new: int, there: int) -> None:
     tell(f"{index.folder}: {new:,} images are new, {there:,} were there already; now {total}")
 
 
+def say_shared_range(shared: GreyRange | None) -> None:
+    """That the splits of one command are read alike, where they would not have been."""
+    if shared is not None:
+        tell(f"deep grey of all splits: {shared[0]:g} is read as black, {shared[1]:g} as white")
+
+
 def say_cut(index: ShardIndex, *, old: GreyRange, new: GreyRange) -> None:
     """That deep grey of appended images is not all within the range that their set had."""
     tell(f"{index.folder}: new grey of {new[0]:g} to {new[1]:g} is cut to {old[0]:g} to {old[1]:g}")

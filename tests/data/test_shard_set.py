@@ -139,3 +139,16 @@ def test_offsets_that_point_elsewhere_are_damage_not_other_samples(make_folder) 
     write_offsets(folder / shard.info.name, [512, 3072, 5120, 7168], sha256=shard.info.sha256)
     with pytest.raises(DataError, match="damaged"):
         list(shard.read(0, 2))
+
+
+def test_a_label_that_no_class_has_is_an_error_where_classes_are_counted(make_folder) -> None:
+    folder = make_folder("a", (5,), classes=("0", "1", "2"))
+    shard = open_set(folder).shards[0]
+    assert [sample.label for sample in shard.read(0, 3)] == [0, 1, 2]
+    with pytest.raises(DataError, match=r"'000000003' has label 3, the index\.json names 3 classes"):
+        list(shard.read(2, 2))
+
+
+def test_shards_without_classes_have_no_labels(make_folder) -> None:
+    shard = open_set(make_folder("a", (3,), classes=())).shards[0]
+    assert [sample.label for sample in shard.read(0, 3)] == [None] * 3

@@ -149,3 +149,14 @@ def test_an_index_with_a_range_that_is_none_is_refused(scans: Path, tmp_path: Pa
     path.write_text(json.dumps(json.loads(path.read_text()) | {"options": {"value_range": ["a", 1]}}))
     with pytest.raises(DataError, match=r"options\.value_range is not two numbers"):
         decode_all(tmp_path / "out")
+
+
+def test_splits_of_one_command_are_read_alike(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for split, low, high in (("train", 200, 1000), ("val", 100, 900)):
+        (tmp_path / "in" / split).mkdir(parents=True)
+        (tmp_path / "in" / split / "a.png").write_bytes(ramp(low, high))
+    for _ in range(2):
+        assert make(tmp_path / "in", tmp_path / "out") == 0
+        for split in ("train", "val"):
+            assert read_index(tmp_path / "out" / split).options["value_range"] == [100, 1000]
+    assert capsys.readouterr().out.count("deep grey of all splits: 100 is read as black, 1000 as white") == 1
