@@ -14,7 +14,7 @@ from cmae_scale.data.tar_headers import Member
 from data_prep.listing import Item, Listing
 from data_prep.sources.labels import number_labels
 from data_prep.sources.members import MAX_IMAGE_BYTES, open_archive, read_member
-from data_prep.sources.source import Source, SourceRequest, find_below
+from data_prep.sources.source import Source, SourceRequest, find_below, show_path
 from data_prep.sources.splits import find_role, group_files
 from data_prep.unlisted import Unlisted, say_other_file
 
@@ -54,7 +54,7 @@ def list_webdataset(request: SourceRequest) -> dict[str, Source]:
     classes, note = (index.classes, ()) if index is not None else _number(listings, request)
     return {
         split: Source(
-            f"webdataset {request.root} {split}".strip(),
+            f"webdataset {show_path(request.root)} {split}".strip(),
             listings[split],
             classes,
             functools.partial(_read_sample, tuple(str(path) for path in tars.paths)),
@@ -90,9 +90,11 @@ def _number(listings: dict[str, Listing], request: SourceRequest) -> tuple[tuple
         for split, items in listings.items() if changed else ():
             listings[split] = Listing(item._replace(label=numbers[item.label]) for item in items)
         return classes, ()
-    folders = {_read_folder(item) for items in listings.values() for item in items}
-    if request.no_labels or len(folders) < 2 or "" in folders or any(map(find_role, folders)):
+    if request.no_labels:
         return (), ()
+    folders = {_read_folder(item) for items in listings.values() for item in items}
+    if len(folders) < 2 or "" in folders or any(map(find_role, folders)):
+        return (), ("no labels: the samples have no .cls member and lie in no class folders",)
     classes, by_name = number_labels(folders, place=place)
     for split, items in listings.items():
         listings[split] = Listing(item._replace(label=by_name[_read_folder(item)]) for item in items)

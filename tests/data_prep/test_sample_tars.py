@@ -166,6 +166,11 @@ def test_a_tar_that_its_index_contradicts_is_an_error(tmp_path: Path) -> None:
         list_webdataset(tmp_path / "out")
 
 
+def test_samples_without_labels_are_told(tmp_path: Path) -> None:
+    write_tar(tmp_path / "a.tar", [("1.png", picture(1)), ("2.png", picture(2))])
+    assert "no labels: the samples have no .cls member" in list_webdataset(tmp_path).notes[0]
+
+
 def test_a_pattern_chooses_among_tars(tmp_path: Path) -> None:
     for name in ("train-0", "train-1", "val-0"):
         write_tar(tmp_path / f"{name}.tar", [("1.png", name.encode())])
