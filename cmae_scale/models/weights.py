@@ -17,6 +17,7 @@ from cmae_scale.core.settings import EncoderName, ModelConfig, ViewsConfig
 from cmae_scale.sizing.sizes import read_size, read_stages
 
 WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
+OLD_WEIGHTS_FILE = "pytorch_model.bin"  # what timm and transformers wrote before safetensors
 PROCESSOR_FILE = "preprocessor_config.json"  # Hugging Face's, of how images are prepared
 WRITER = {"exported_by": "cmae-scale"}  # in every config.json that is written here
 
@@ -155,11 +156,13 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     No code in it is ever run: of other objects only those that such checkpoints are known to keep beside
     the weights are passed over. Raises ConfigError when there is nothing to read.
     """
-    file = path / WEIGHTS_FILE if path.is_dir() else path
+    names = (WEIGHTS_FILE, OLD_WEIGHTS_FILE)
+    file = next((path / name for name in names if (path / name).is_file()), path)
     if not file.is_file():
+        missing = path / WEIGHTS_FILE if path.is_dir() else path
         raise ConfigError(
-            f"no weights at {file}: give a .safetensors or .pth file, a run's encoder folder, or a run that "
-            "has saved a state"
+            f"no weights at {missing}: give a .safetensors or .pth file, a run's encoder folder, or a run "
+            "that has saved a state"
         )
     try:
         if file.suffix == ".safetensors":

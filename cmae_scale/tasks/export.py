@@ -1,7 +1,5 @@
 """The encoder of a run at any point, for others: no data, no engine and no GPU are needed."""
 
-from dataclasses import replace
-
 from cmae_scale.core.config import Run
 from cmae_scale.core.errors import ConfigError
 from cmae_scale.core.terminal import tell
@@ -25,8 +23,7 @@ def export_newest(run: Run) -> None:
     log = run.out / "metrics.jsonl"
     lines = [line for line in read_metrics(log) if "loss" in line] if log.is_file() else []
     known = [line for line in lines if line["step"] <= state.step]
-    settings = state.run.cmae.model_copy(update={"out": str(run.out)})  # it may have been moved
-    written = replace(state.run, settings=settings)
+    written = state.read_run(out=run.out)
     export_run(written, state.read("online_encoder"), metrics=known[-1] if known else {})
     folder = run.out / "encoder"
     how = say_how_to_load(written.cmae.model, folder=folder)

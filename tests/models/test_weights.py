@@ -163,6 +163,13 @@ def test_safetensors_files_are_read(tmp_path: Path) -> None:
     assert read_weights(tmp_path / "weights.safetensors")["a"].tolist() == [0.0, 1.0, 2.0]
 
 
+def test_a_folder_from_before_safetensors_is_read(tmp_path: Path) -> None:
+    torch.save({"a": torch.ones(2)}, tmp_path / "pytorch_model.bin")
+    assert read_weights(tmp_path)["a"].tolist() == [1.0, 1.0]
+    save_file({"a": torch.zeros(2)}, tmp_path / "model.safetensors")
+    assert read_weights(tmp_path)["a"].tolist() == [0.0, 0.0]
+
+
 class Payload:
     def __init__(self, path: Path) -> None:
         self.path = path

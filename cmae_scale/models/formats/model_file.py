@@ -1,6 +1,5 @@
 """A file of weights of any known origin, under our names, with its sizes, checked to be whole."""
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +17,7 @@ from cmae_scale.models.cmae import CMAE
 from cmae_scale.models.formats.channels import MEAN, STD, swap_to_rgb
 from cmae_scale.models.formats.names import WHOSE, Layout, find_layout, to_ours
 from cmae_scale.models.formats.prefixes import choose_branch
-from cmae_scale.models.formats.run_states import RunState, open_run
+from cmae_scale.models.formats.run_states import RunState, open_run, read_network
 from cmae_scale.models.formats.shapes import HeadCounts, ShapeReader
 from cmae_scale.models.hybrid import ENDS
 from cmae_scale.models.weights import CONFIG_FILE, PROCESSOR_FILE, read_weights
@@ -87,7 +86,7 @@ def read_model_file(path: Path, *, heads: HeadCounts | None = None) -> ModelFile
 
 
 def _read_state(state: RunState) -> ModelFile:
-    cfg = state.run.cmae
+    cfg = state.network
     return ModelFile(
         path=state.path,
         layout="ours",
@@ -129,12 +128,6 @@ def _read_tensors(path: Path, heads: HeadCounts) -> ModelFile:
             *_compare_arithmetic(described, path=path),
         ),
     )
-
-
-def read_network(settings: Mapping[str, Any]) -> NetworkConfig:
-    """The network of a "cmae" object, whatever else stands there. Raises ValidationError."""
-    own = {name: settings[name] for name in NetworkConfig.model_fields if name in settings}
-    return NetworkConfig.model_validate_json(json.dumps(own))
 
 
 def check_whole(

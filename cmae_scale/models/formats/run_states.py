@@ -1,6 +1,7 @@
 """The weights in a run's training states, read without an engine and on any number of processes."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from cmae_scale.core.config import Run
 from cmae_scale.core.errors import ConfigError
-from cmae_scale.core.settings import CmaeConfig
+from cmae_scale.core.settings import CmaeConfig, NetworkConfig
 from cmae_scale.models.cmae import CMAE
 from cmae_scale.models.weights import CONFIG_FILE, WEIGHTS_FILE
 from cmae_scale.states.commit import DESCRIPTION, list_states
@@ -25,11 +26,12 @@ _EXPORTS = ("encoder", "model")  # what a finished run leaves: of pre-training, 
 
 @dataclass(frozen=True)
 class RunState:
-    """A whole state of a pre-training run; `run` is its resolved run file."""
+    """A whole state of a pre-training run."""
 
     path: Path
-    run: Run
     step: int
+    network: NetworkConfig
+    run_file: Mapping[str, Any]  # resolved
     files: tuple[Path, ...]
     passed_over: tuple[str, ...]  # what is wrong with newer ones
 
@@ -37,13 +39,23 @@ class RunState:
     def notices(self) -> tuple[str, ...]:
         """What the user should know of the choice."""
         older = (f"warning: {damage}, so an older state was taken" for damage in self.passed_over)
-        return (*older, f"weights of step {self.step:,} of {self.run.out.name}")
+        name = Path(str(self.run_file["cmae"].get("out"))).name
+        return (*older, f"weights of step {self.step:,} of {name}")
+
+    def read_run(self, *, out: Path) -> Run:
+        """The run, which lies in `out` now. ConfigError where this version does not have its settings."""
+        tree = dict(self.run_file)
+        settings = {**tree.pop("cmae"), "out": str(out)}
+        try:
+            return Run(self.path / DESCRIPTION, CmaeConfig.model_validate_json(json.dumps(settings)), tree)
+        except ValidationError as error:
+            raise _unknown_settings(self.path, error) from None
 
     def read(self, part: str = "") -> dict[str, Tensor]:
         """The model's tensors, or those of a `part` such as "online_encoder" under its own names, in fp32."""
         state, prefix = ShardReader(self.files), f"{part}." if part else ""
         with torch.device("meta"):
-            model = CMAE(self.run.cmae, mask=None)
+            model = CMAE(self.network, mask=None)
         parameters = {
             name: state.read("weight", name, 0, parameter.numel()).view(parameter.shape).float()
             for name, parameter in model.named_parameters()
@@ -70,8 +82,13 @@ def open_run(path: Path) -> RunState | Path:
     if chosen is None:
         return export or path
     stamp = chosen.description["stamp"]
+    if stamp["format"] != STATE_FORMAT:
+        raise ConfigError(
+            f"{chosen.path} has format {stamp['format']}, this version reads {STATE_FORMAT}: export its "
+            "encoder with the version that wrote it"
+        )
     if "cmae" in stamp["run"]:
-        return _open_state(chosen, stamp)
+        return _open_state(chosen, stamp["run"])
     if export is None:
         raise ConfigError(
             f"{chosen.path} is a state of a transfer run: give the folder model/ that it exports when it has "
@@ -90,21 +107,27 @@ def _choose(path: Path) -> Chosen | None:
     return choose_state(folder, remedy="restore one, or give the folder that the run has exported")
 
 
-def _open_state(chosen: Chosen, stamp: dict[str, Any]) -> RunState:
-    if stamp["format"] != STATE_FORMAT:
-        raise ConfigError(
-            f"{chosen.path} has format {stamp['format']}, this version reads {STATE_FORMAT}: export its "
-            "encoder with the version that wrote it"
-        )
-    tree = dict(stamp["run"])
+def _open_state(chosen: Chosen, run_file: Mapping[str, Any]) -> RunState:
+    """Of the run file no more is asked than the network, so that states outlive settings of the method."""
     try:
-        settings = CmaeConfig.model_validate_json(json.dumps(tree.pop("cmae")))
+        network = read_network(run_file["cmae"])
     except ValidationError as error:
-        place = ".".join(map(str, error.errors(include_url=False)[0]["loc"]))
-        raise ConfigError(
-            f"{chosen.path} was written with settings that this version does not have (cmae.{place}): export "
-            "its encoder with the version that wrote it"
-        ) from None
+        raise _unknown_settings(chosen.path, error) from None
     files = tuple(chosen.path / name for name in sorted(chosen.description["files"]))
-    run = Run(chosen.path / DESCRIPTION, settings, tree)
-    return RunState(chosen.path, run, int(chosen.description["step"]), files, chosen.passed_over)
+    return RunState(
+        chosen.path, int(chosen.description["step"]), network, run_file, files, chosen.passed_over
+    )
+
+
+def read_network(settings: Mapping[str, Any]) -> NetworkConfig:
+    """The network of a "cmae" object, whatever else stands there. Raises ValidationError."""
+    own = {name: settings[name] for name in NetworkConfig.model_fields if name in settings}
+    return NetworkConfig.model_validate_json(json.dumps(own))
+
+
+def _unknown_settings(path: Path, error: ValidationError) -> ConfigError:
+    place = ".".join(map(str, error.errors(include_url=False)[0]["loc"]))
+    return ConfigError(
+        f"{path} was written with settings that this version does not have (cmae.{place}): export its "
+        "encoder with the version that wrote it"
+    )

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from cmae_scale.models.formats.model_file import read_model_file
 from cmae_scale.models.initial import start_from_
 from cmae_scale.models.pretrained import open_encoder
 from cmae_scale.pretrain import main
-from cmae_scale.states.commit import list_states
+from cmae_scale.states.commit import list_states, read_description, write_description
 from cmae_scale.tasks.export import export_newest
 
 pytestmark = pytest.mark.dist
@@ -188,3 +190,45 @@ def test_a_conversion_may_lie_in_its_run_and_be_replaced_there(unfinished: Calla
     for out in (run.out, run.out / "checkpoints", newest):
         assert convert([str(run.out), str(out), "--to", "timm", "--overwrite"]) == 2
     assert read_model_file(run.out).path == newest
+
+
+def change_run_file(state: Path, **settings: Any) -> None:
+    """As a version with other settings would have written it."""
+    description = read_description(state)
+    description["stamp"]["run"]["cmae"] |= settings
+    write_description(state, description)
+
+
+def test_weights_outlive_settings_of_the_method_that_are_no_more(unfinished: Callable[..., Any]) -> None:
+    run = unfinished()
+    weights = read_model_file(run.out).tensors
+    for state in list_states(run.out / "checkpoints"):
+        change_run_file(state, mask={"ratio": 7, "shape": "round"}, curriculum=True)
+    found = read_model_file(run.out).tensors
+    assert all(torch.equal(found[name], tensor) for name, tensor in weights.items())
+    with pytest.raises(ConfigError, match=r"settings that this version does not have \(cmae\.mask\.ratio\)"):
+        export_newest(run)
+    change_run_file(list_states(run.out / "checkpoints")[0], model={"encoder": "vit_vast"})
+    with pytest.raises(ConfigError, match=r"does not have \(cmae\.model\.encoder\)"):
+        read_model_file(run.out)
+
+
+def test_a_state_of_another_format_is_told(unfinished: Callable[..., Any]) -> None:
+    run = unfinished()
+    newest = list_states(run.out / "checkpoints")[0]
+    write_description(newest, {"step": 2, "stamp": {"format": 1}, "files": read_description(newest)["files"]})
+    with pytest.raises(ConfigError, match=r"has format 1, this version reads 2"):
+        read_model_file(run.out)
+
+
+def test_exporting_needs_no_engine(unfinished: Callable[..., Any], repository: Path) -> None:
+    run = unfinished()
+    (run.out / "config.json").write_text(dump_run(run))
+    arguments = ["--deepspeed_config", str(run.out / "config.json"), "--export_only"]
+    code = f"""
+import sys
+from cmae_scale.pretrain import main
+sys.exit(main({arguments!r}) or "deepspeed" in sys.modules)"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=repository, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "weights of step 2 of run" in done.stdout
