@@ -5,6 +5,7 @@ Imports stand in the functions: a trial should not wait for the libraries of ano
 
 import argparse
 import io
+import os
 from contextlib import redirect_stdout
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -152,6 +153,7 @@ def prove_kills(args: argparse.Namespace) -> None:
 
 def measure_gpu(args: argparse.Namespace) -> None:
     """Print and record part after part of what a GPU does; what the record has already stays."""
+    os.environ["DS_ACCELERATOR"] = args.device  # before DeepSpeed is imported
     from cmae_scale.trials.gpu import measure_parts
     from cmae_scale.trials.noise import Stage
 

@@ -5,9 +5,9 @@ known: a part that hangs, fails or is killed costs no other figure. Run again on
 only what is missing is measured.
 """
 
+import hashlib
 import json
 import multiprocessing
-import os
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 
 from cmae_scale.core.errors import ConfigError
-from cmae_scale.report.records import describe_hardware, read_commit, write_record
+from cmae_scale.report.records import describe_hardware, write_record
 from cmae_scale.trials.gpu_checks import (
     check_agreement,
     check_repetition,
@@ -47,10 +47,11 @@ PARTS = {
     "trace": Part(check_trace, 90),
     "repetition": Part(check_repetition, 90),
     "waits": Part(check_waits, 60),
-    "steps": Part(race_steps, 600),
     "kernels": Part(race_kernels, 60),
     "loader": Part(race_loader, 120),
+    "steps": Part(race_steps, 600),
 }
+END = "end"  # of a part: whether it was quick, or why it failed
 
 
 def measure_parts(stage: Stage, *, record: Path, tell: Callable[[str], None]) -> Results:
@@ -60,11 +61,13 @@ def measure_parts(stage: Stage, *, record: Path, tell: Callable[[str], None]) ->
     """
     if stage.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("bench gpu: torch sees no GPU here: --device cpu rehearses it in small on the CPU")
-    os.environ["DS_ACCELERATOR"] = stage.device
-    config = {"device": torch.cuda.get_device_name() if stage.device == "cuda" else "cpu, tiny models"}
+    device = torch.cuda.get_device_name() if stage.device == "cuda" else "cpu, tiny models"
+    config = {"device": device, "code": _digest_code()}
     results = _read_results(record, config)
     for name, part in PARTS.items():
         known = results.setdefault(name, {})
+        if known.get(END, {}).get("is_quick") in (False, stage.is_quick):
+            continue
         for failed in [key for key, figures in known.items() if "failed" in figures]:
             del known[failed]
         limit_s = part.limit_s / 2 if stage.is_quick else part.limit_s
@@ -76,7 +79,7 @@ def measure_parts(stage: Stage, *, record: Path, tell: Callable[[str], None]) ->
 
 
 def _run_apart(name: str, stage: Stage, *, limit_s: float) -> Iterator[tuple[str, Figures]]:
-    """The figures of a part as they come from its process, and at last its failure, if any."""
+    """The figures of a part as they come from its process, and at last how it ended."""
     context = multiprocessing.get_context("spawn")
     answers: Any = context.Queue()
     process = context.Process(target=_be_part, args=(name, stage, answers), daemon=True)
@@ -86,7 +89,7 @@ def _run_apart(name: str, stage: Stage, *, limit_s: float) -> Iterator[tuple[str
         while (answer := _next_answer(answers, process, until_s=end_s)) is not None:
             yield answer
     except TimeoutError as error:
-        yield "end", {"failed": f"{error} after {limit_s:.0f} s"}
+        yield END, {"failed": f"{error} after {limit_s:.0f} s"}
     finally:
         process.kill()
         process.join()
@@ -109,9 +112,10 @@ def _be_part(name: str, stage: Stage, answers: Any) -> None:
     try:
         for key, figures in PARTS[name].measure(stage):
             answers.put((key, figures))
+        answers.put((END, {"is_quick": stage.is_quick}))
     except BaseException as error:  # whatever it is: it is an outcome too
         where = traceback.format_exc(limit=-3).strip().splitlines()
-        answers.put(("end", {"failed": f"{type(error).__name__}: {error}", "where": where}))
+        answers.put((END, {"failed": f"{type(error).__name__}: {error}", "where": where}))
     answers.put(None)
 
 
@@ -120,9 +124,18 @@ def _read_results(record: Path, config: Figures) -> Results:
         found = json.loads(record.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    now = {"commit": read_commit(), "hardware": describe_hardware(), "config": config}
+    now = {"hardware": describe_hardware(), "config": config}
     results: Results = found["results"] if all(found.get(key) == value for key, value in now.items()) else {}
     return results
+
+
+def _digest_code() -> str:
+    """Of all modules of the package: a commit does not tell what was changed since."""
+    package = Path(__file__).parents[1]
+    digest = hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        digest.update(path.relative_to(package).as_posix().encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def _shorten(figures: Figures) -> str:

@@ -2,7 +2,8 @@
 
 import gc
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from itertools import cycle, islice
 from typing import Any
 
 import torch
@@ -24,25 +25,25 @@ from cmae_scale.trials.noise import NoiseTraining, Size, Stage, make_noise, read
 
 Figures = dict[str, Any]
 COMPILED = ("cmae.compile=blocks",)
-RECOMPUTED = ("cmae.model.remat=full",)
-SELECTIVE = ("cmae.model.remat=selective",)
 
 # from the most to the least wanted
 SIZES = (
     Size("vitl", 64),
-    Size("vitl", 64, COMPILED),
-    Size("vitb", 128),
-    Size("vits", 128),
-    Size("vits", 128, COMPILED),
-    Size("vitb", 128, COMPILED),
     Size("vitl", 128),
-    Size("vitl", 64, RECOMPUTED),
+    Size("vits", 128),
+    Size("vits", 128, ("zero_optimization.stage=0",)),
+    Size("vitb", 128),
+    Size("vitl", 256),
+    Size("vits", 512),
+    Size("vitl", 256, COMPILED),
+    Size("vitb", 256),
     Size("vitl", 64, accumulation=4),
-    Size("vitl", 64, ("zero_optimization.stage=0",)),
-    Size("vits", 256),
-    Size("vitl", 64, SELECTIVE),
+    Size("vits", 128, ("cmae.model.attention=flash",)),
     Size("vitl_zero3", 64),
-    Size("vitb", 256, COMPILED),
+    Size("vitl", 128, ("cmae.model.remat=full",)),
+    Size("vitl", 128, ("cmae.model.remat=selective",)),
+    Size("vitl", 64, ("zero_optimization.stage=0",)),
+    Size("vits", 512, COMPILED),
 )
 QUICK = 5  # of them with --quick
 
@@ -74,9 +75,8 @@ def measure_steps(size: Size, stage: Stage, place: Place) -> Figures:
         before = torch.cuda.memory_allocated()
     try:
         training = NoiseTraining(run, place=place)
-        noise = [make_noise(run, training.batch, step=step, pin=is_cuda) for step in range(2)]
-        for step in range(4):
-            training.take(step, noise[step % 2])
+        noise = cycle(make_noise(run, training.batch, step=0, pin=is_cuda))
+        time_steps(training, noise, steps=4)
         training.session.spans.read(4)
         steps = 2 if stage.is_rehearsal else 10
         step_s = time_steps(training, noise, steps=steps)
@@ -84,7 +84,7 @@ def measure_steps(size: Size, stage: Stage, place: Place) -> Figures:
     except (RuntimeError, torch.OutOfMemoryError) as error:
         return {"failed": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
     device: Device = "cuda" if is_cuda else "cpu"
-    predicted = predict_peak(describe_job(run, batch=training.batch, ranks=1, device=device))
+    predicted = predict_peak(describe_job(training.session.run, batch=training.batch, ranks=1, device=device))
     peak = torch.cuda.max_memory_allocated() - before if is_cuda else 0
     return {
         **_rate(training, step_s, place),
@@ -94,12 +94,12 @@ def measure_steps(size: Size, stage: Stage, place: Place) -> Figures:
     }
 
 
-def time_steps(training: NoiseTraining, batches: Sequence[Sequence[MasterBatch]], *, steps: int) -> float:
+def time_steps(training: NoiseTraining, batches: Iterator[MasterBatch], *, steps: int) -> float:
     """Seconds of a step in a row of `steps`, all of the device's work included."""
     _wait()
     begin_s = time.perf_counter()
     for step in range(steps):
-        training.take(step, batches[step % len(batches)])
+        training.take(step, list(islice(batches, training.batch.accumulation)))
     _wait()
     return (time.perf_counter() - begin_s) / steps
 
@@ -108,29 +108,21 @@ def race_loader(stage: Stage) -> Iterator[tuple[str, Figures]]:
     """Images per second of the loader alone, and of ViT-S steps with it; nothing without --shards."""
     if not stage.shards:
         return
-    place = start_processes()
+    place, run = start_processes(), read_noise_run(Size("vits", 128), stage)
+    training = NoiseTraining(run, place=place)
     for workers in (2,) if stage.is_rehearsal else (4, 8, 14):
-        key = f"{workers} workers"
-        if key in stage.known:
+        if f"{workers} workers" in stage.known:
             continue
-        run = read_noise_run(Size("vits", 128), stage)
         steps = 2 if stage.is_rehearsal else 20
         with open_feed(run, stage, workers=workers, steps=steps + 2) as stream:
             next(stream)
             begin_s = time.perf_counter()
             images = sum(len(next(stream).images) for _ in range(steps))
             alone = images / (time.perf_counter() - begin_s)
-        training = NoiseTraining(run, place=place)
         with open_feed(run, stage, workers=workers, steps=steps + 4) as stream:
-            for step in range(4):
-                training.take(step, [next(stream)])
-            _wait()
-            begin_s = time.perf_counter()
-            for step in range(steps):
-                training.take(step, [next(stream)])
-            _wait()
-            step_s = (time.perf_counter() - begin_s) / steps
-        yield key, {"loader_images_per_s": alone, **_rate(training, step_s, place)}
+            time_steps(training, stream, steps=4)
+            step_s = time_steps(training, stream, steps=steps)
+        yield f"{workers} workers", {"loader_images_per_s": alone, **_rate(training, step_s, place)}
     stop_processes()
 
 
