@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from cmae_scale.core.cli import run_command
 from cmae_scale.core.errors import DataError
-from cmae_scale.core.terminal import tell
+from cmae_scale.core.terminal import make_safe, tell
 from cmae_scale.data.image_formats import describe_content, image_extension
 from cmae_scale.data.index import INDEX_NAME, ShardIndex, ShardInfo, parse_index, reads_by_stem
 from cmae_scale.data.tar import read_samples
@@ -68,7 +68,7 @@ def check_folder(folder: Path) -> int:
             found = list(find_damages(index, shard))
             damages += bool(found)
             for damage in found:
-                bar.write(damage)
+                bar.write(make_safe(damage))
     state = f"{damages} of them damaged" if damages else "all well"
     tell(f"{folder}: {index.total:,} images in {len(index.shards)} shards, {state}")
     return damages

@@ -89,7 +89,7 @@ def describe_run(run: Run, *, metrics: Mapping[str, Any]) -> dict[str, str]:
 def write_card(folder: Path, text: str) -> None:
     """Put the card into the folder; one that somebody has made their own stays."""
     path = folder / CARD_FILE
-    if not path.is_file() or MARK in path.read_text(encoding="utf-8"):
+    if not path.is_file() or MARK.encode() in path.read_bytes():
         write_text(path, text)
 
 

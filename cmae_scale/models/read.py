@@ -1,10 +1,10 @@
 """An exported encoder's folder as a module, and as what was said of it."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
 from torch import nn
@@ -17,6 +17,8 @@ from cmae_scale.models.encoder import ImageEncoder
 from cmae_scale.models.hybrid_classifier import HybridClassifier
 from cmae_scale.models.weights import CONFIG_FILE, read_weights
 from cmae_scale.sizing.sizes import read_size, read_stages
+
+M = TypeVar("M", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ def read_description(folder: str | Path) -> EncoderDescription:
             class_names=tuple(content.get("label_names") or ()),
             crop_pct=float(prepared.get("crop_pct", 0.875)),
         )
-    except (OSError, ValueError, LookupError, TypeError, ValidationError) as error:
+    except (OSError, ValueError, LookupError, TypeError, OverflowError, ValidationError) as error:
         raise ConfigError(
             f"{file} does not describe an encoder of this project ({type(error).__name__}): give the encoder "
             "folder of a run"
@@ -67,9 +69,9 @@ def read_encoder(folder: str | Path) -> ImageEncoder:
     """
     folder = Path(folder)
     about = read_description(folder)
-    encoder = build_encoder(about.model, img_px=about.img_px, final_norm=about.has_final_norm)
-    _load_(encoder, folder)
-    return encoder.eval()
+    return _open(
+        folder, lambda: build_encoder(about.model, img_px=about.img_px, final_norm=about.has_final_norm)
+    )
 
 
 def read_classifier(folder: str | Path) -> HybridClassifier:
@@ -81,24 +83,34 @@ def read_classifier(folder: str | Path) -> HybridClassifier:
         raise ConfigError(
             f'{folder} is a plain transformer: timm.create_model("local-dir:{folder}") builds it'
         )
-    classifier = HybridClassifier(
-        read_size(about.model),
-        stages,
-        patch_size=about.model.patch_size,
-        grid=about.img_px // about.model.patch_size,
-        mlp_ratio=about.model.mlp_ratio,
-        num_classes=about.num_classes,
-        fc_norm=about.has_fc_norm,
+    return _open(
+        folder,
+        lambda: HybridClassifier(
+            read_size(about.model),
+            stages,
+            patch_size=about.model.patch_size,
+            grid=about.img_px // about.model.patch_size,
+            mlp_ratio=about.model.mlp_ratio,
+            num_classes=about.num_classes,
+            fc_norm=about.has_fc_norm,
+        ),
     )
-    _load_(classifier, folder)
-    return classifier.eval()
 
 
-def _load_(module: nn.Module, folder: Path) -> None:
+def _open(folder: Path, build: Callable[[], M]) -> M:
+    """What `build` makes, with the folder's weights. ConfigError for sizes or weights that are none."""
+    try:
+        module = build()
+    except (ArithmeticError, RuntimeError, TypeError, ValueError, MemoryError):
+        raise ConfigError(
+            f"the sizes in {folder / CONFIG_FILE} make no network: copy the folder again"
+        ) from None
     try:
         module.load_state_dict(read_weights(folder))
     except RuntimeError as error:
-        raise ConfigError(f"{folder}: the weights are not those of its {CONFIG_FILE}: {error}") from None
+        told = " ".join(str(error).split())[:400]
+        raise ConfigError(f"{folder}: the weights are not those of its {CONFIG_FILE}: {told}") from None
+    return module.eval()
 
 
 def read_sizes(args: Mapping[str, Any]) -> ModelConfig:

@@ -27,6 +27,7 @@ Metrics = Mapping[str, float | int | None]
 
 _SMOOTH_FROM = 60  # points from which a running mean is drawn over the single lines
 _SMOOTH_SHARE = 0.05  # of the curve, the width of that mean
+_LARGEST = 1e30  # of values that are drawn; neither is what is not finite
 _MARKED_UP_TO = 30  # points up to which each gets a dot: a short run has hardly a line
 
 
@@ -68,8 +69,7 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     for number, line in enumerate(lines, start=1):
         try:
             entry = parse_json(line, finite=False)
-            if not isinstance(entry, dict) or not isinstance(entry.get("step"), int):
-                raise ValueError('no "step"')
+            _check_entry(entry)
         except ValueError as error:
             if number == len(lines):
                 break
@@ -78,6 +78,15 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
             ) from None
         metrics.append(entry)
     return metrics
+
+
+def _check_entry(entry: Any) -> None:
+    """Raise ValueError unless it is what a run writes: a step, and under other names numbers or nothing."""
+    if not isinstance(entry, dict) or type(entry.get("step")) is not int:
+        raise ValueError('no "step"')
+    for name, value in entry.items():
+        if not (value is None or isinstance(value, int | float) or name.endswith("_per_class")):
+            raise ValueError(f'"{name}" is no number')
 
 
 def write_curves(
@@ -121,11 +130,11 @@ def running_mean(values: Sequence[float], *, width: int) -> list[float]:
 
 
 def _series(metric: str, metrics: Sequence[Metrics]) -> tuple[list[float], list[float]]:
-    """Steps and values of the lines where the metric is a finite number."""
+    """Steps and values of the lines where the metric is a number that can be drawn."""
     steps, values = [], []
     for line in metrics:
         step, value = line.get("step"), line.get(metric)
-        if step is not None and value is not None and math.isfinite(value):
+        if step is not None and value is not None and abs(value) < _LARGEST:
             steps.append(float(step))
             values.append(float(value))
     return steps, values

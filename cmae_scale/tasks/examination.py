@@ -56,7 +56,7 @@ class Examination:
         """Take up the best and the last scores of a run that goes on from its metrics.jsonl."""
         found: list[dict[str, Any]] = []
         if self.judge.world.is_first and metrics.is_file():
-            found = [line for line in read_metrics(metrics) if "val_top1" in line]
+            found = [line for line in read_metrics(metrics) if line.get("val_top1") is not None]
         found = [
             {name: value for name, value in line.items() if name == "step" or name.startswith("val_")}
             for line in gather_objects(found)[0]

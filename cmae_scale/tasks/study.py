@@ -96,7 +96,8 @@ def _read_top1(path: Path) -> float:
 def read_curve(run: Path) -> Curve:
     """Validation top-1 of a run by epoch."""
     lines = read_metrics(run / "metrics.jsonl")
-    return [(float(line["epoch"]), float(line["val_top1"])) for line in lines if "val_top1" in line]
+    points = [(line.get("epoch"), line.get("val_top1")) for line in lines]
+    return [(float(x), float(y)) for x, y in points if x is not None and y is not None]
 
 
 def read_overtakes(curves: Mapping[str, Curve]) -> dict[str, dict[str, float | None]]:
