@@ -64,8 +64,8 @@ def say_source(source: Source, *, out: Path) -> None:
     if empty and len(empty) == len(source.classes):
         tell(f"warning: {out}: no image has a label", to=sys.stderr)
     elif len(source.classes) == 1:
-        text = f"all images are of one class, {source.classes[0]}: is its folder the --root to name?"
-        tell(f"warning: {out}: {text}", to=sys.stderr)
+        text = f"all images are of one class, {source.classes[0]}"
+        tell(f"warning: {out}: {text}: if its folder holds the classes, name it as --root", to=sys.stderr)
     elif empty:
         names = ", ".join(empty[:MAX_CLASSES_NAMED]) + (", ..." if len(empty) > MAX_CLASSES_NAMED else "")
         count = f"{len(empty):,} of {len(source.classes):,} classes"
