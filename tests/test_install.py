@@ -208,3 +208,14 @@ def test_a_mistake_of_the_user_is_one_sentence_of_a_console_command(installed: P
     done = call(installed, "cmae-check-shards", "nowhere", folder=tmp_path)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
+
+
+def test_continuous_integration_does_what_the_readme_says() -> None:
+    script = (REPOSITORY / ".ci" / "run").read_text().replace("--quiet ", "").replace("uv pip", "pip")
+    commands = [
+        line for line in (REPOSITORY / "README.md").read_text().splitlines() if ".venv/bin/activate" in line
+    ]
+    assert len(commands) == 2
+    for command in commands:
+        for part in command.split(" && "):
+            assert part in script or ".venv" in part, part
