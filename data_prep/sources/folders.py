@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from cmae_scale.core.errors import ConfigError
+from cmae_scale.core.errors import ConfigError, DataError
 from data_prep.listing import Item, Listing
 from data_prep.sources.labels import decode_name
 from data_prep.sources.source import IMAGE_ENDINGS, Source, SourceRequest, existing_folder, show_path
@@ -52,8 +52,14 @@ def list_flat(request: SourceRequest) -> dict[str, Source]:
 
 
 def read_file(root: Path, item: Item) -> bytes:
-    """The file of an item whose name is its path below `root` (or an absolute one)."""
-    return (root / item.name).read_bytes()
+    """The file of an item whose name is its path below `root` (or an absolute one).
+
+    DataError for a pipe or a device, which might never end.
+    """
+    path = root / item.name
+    if path.exists() and not path.is_file():
+        raise DataError("is a pipe, a device or a folder: no image")
+    return path.read_bytes()
 
 
 class _Tree(NamedTuple):

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -107,6 +108,15 @@ def test_endings_without_number_do_not_become_reasons_without_number(tmp_path: P
         "no image by name (without an ending)": 51,
         "no image by name (.dcm)": 1,
     }
+
+
+def test_a_pipe_among_the_images_is_left_out_instead_of_waited_for(tmp_path: Path) -> None:
+    root = fill(tmp_path / "images", "cat/0.png", "dog/1.png")
+    os.mkfifo(root / "dog" / "pipe.png")
+    assert make(root, tmp_path / "shards") == 2
+    assert make(root, tmp_path / "shards", "--skip_bad") == 0
+    (line,) = (tmp_path / "shards" / "skipped.jsonl").read_text().splitlines()
+    assert json.loads(line)["reason"] == "is a pipe, a device or a folder: no image"
 
 
 def test_a_single_class_is_doubted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
