@@ -10,7 +10,7 @@ from pathlib import Path
 if __package__ in (None, ""):  # started by path: this folder is first on sys.path, the repository should be
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from cmae_scale.core.cli import read_count, run_command
+from cmae_scale.core.cli import Parser, read_count, run_command
 from cmae_scale.core.errors import DataError
 from cmae_scale.core.terminal import tell
 
@@ -54,7 +54,7 @@ def classify(argv: Sequence[str] | None) -> None:
 
 def read_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The model and the images."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=__doc__.splitlines()[0],
         epilog=f"examples:\n{EXAMPLES}",
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -8,7 +8,7 @@ from pathlib import Path
 if __package__ in (None, ""):  # started by path: this folder is first on sys.path, the repository should be
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from cmae_scale.core.cli import run_command
+from cmae_scale.core.cli import Parser, run_command
 from cmae_scale.core.errors import ConfigError
 from cmae_scale.core.terminal import tell
 
@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def compare(argv: Sequence[str] | None) -> None:
     """The picture, and a table of when each run passes the others' final accuracy."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=__doc__.splitlines()[0],
         epilog=f"examples:\n{EXAMPLES}",
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 if __package__ in (None, ""):  # started by path: this folder is first on sys.path, the repository should be
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from cmae_scale.core.cli import run_command
+from cmae_scale.core.cli import Parser, run_command
 from cmae_scale.core.errors import ConfigError
 from cmae_scale.core.terminal import tell
 
@@ -90,7 +90,7 @@ def convert(argv: Sequence[str] | None) -> None:
 def read_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """What to convert, to what, and the numbers that no shape tells."""
     formats = "\n".join(f"  {name:16} {what}" for name, what in FORMATS.items())
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=__doc__.splitlines()[0],
         epilog=f"formats of --to:\n{formats}\n\nexamples:\n{EXAMPLES}",
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -14,7 +14,7 @@ from pathlib import Path
 if __package__ in (None, ""):  # started by path: this folder is first on sys.path, the repository should be
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from cmae_scale.core.cli import run_command
+from cmae_scale.core.cli import Parser, run_command
 from cmae_scale.core.errors import ConfigError
 from cmae_scale.core.shipped import find_run_file
 from cmae_scale.core.study_settings import StudyConfig, dump_study, read_study
@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def study(argv: Sequence[str] | None) -> None:
     """All cells that are not finished, then the comparison of all that are."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=__doc__.splitlines()[0],
         epilog=f"examples:\n{EXAMPLES}",
         formatter_class=argparse.RawDescriptionHelpFormatter,

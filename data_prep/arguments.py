@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from cmae_scale.core.cli import Parser
 from cmae_scale.core.errors import ConfigError
 from data_prep.executors import EXECUTORS
 from data_prep.layout import Options, Part
@@ -97,7 +98,7 @@ def read_command(argv: Sequence[str] | None, *, description: str) -> Command:
 
 
 def _build_parser(description: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=description, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument

@@ -13,7 +13,7 @@ if __package__ in (
 
 from tqdm import tqdm
 
-from cmae_scale.core.cli import run_command
+from cmae_scale.core.cli import Parser, run_command
 from cmae_scale.core.errors import DataError
 from cmae_scale.core.terminal import make_safe, tell
 from cmae_scale.data.image_formats import describe_content, image_extension
@@ -31,7 +31,7 @@ EXAMPLES = """examples:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Check every folder; DataError if anything is wrong."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folders", nargs="+", metavar="DIR", help="folder that holds an index.json")

@@ -5,8 +5,10 @@ import errno
 import json
 import re
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from decimal import Decimal
+from typing import NoReturn
 
 from cmae_scale.core.credentials import mask
 from cmae_scale.core.errors import ConfigError, UserError
@@ -18,9 +20,19 @@ _MANY = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
+class Parser(argparse.ArgumentParser):
+    """What it says of wrong arguments is masked, for they may hold secrets."""
+
+    def error(self, message: str) -> NoReturn:
+        """Leave with argparse's own status."""
+        self.print_usage(sys.stderr)
+        tell(f"{self.prog}: error: {message}", to=sys.stderr)
+        raise SystemExit(UserError.exit_status)
+
+
 def build_parser(description: str, *, examples: str) -> argparse.ArgumentParser:
     """A parser with the arguments of every command that runs a run file."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=description,
         epilog=f"examples:\n{examples}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -74,10 +86,19 @@ def run_command(command: Callable[[Sequence[str] | None], None], argv: Sequence[
             tell(f"{prefix}: {error}", to=sys.stderr)
         return error.exit_status
     except OSError as error:
-        if error.errno not in _DISK_ERRORS:
-            raise
-        tell(f"error: {error}: make room and start the same command again", to=sys.stderr)
+        if error.errno not in _DISK_ERRORS and error.filename is None:
+            return _tell_traceback()
+        remedy = "make room" if error.errno in _DISK_ERRORS else "look at that place"
+        tell(f"error: {error}: {remedy} and start the same command again", to=sys.stderr)
         return UserError.exit_status
     except KeyboardInterrupt:
         return 130
+    except Exception:
+        return _tell_traceback()
     return 0
+
+
+def _tell_traceback() -> int:
+    """The status of a mistake of ours, whose traceback may hold an address with a secret as any text may."""
+    tell(traceback.format_exc().rstrip(), to=sys.stderr)
+    return 1

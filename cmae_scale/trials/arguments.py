@@ -3,12 +3,14 @@
 import argparse
 from pathlib import Path
 
+from cmae_scale.core.cli import Parser
+
 RECORDS = Path("tests/bench/records")
 
 
 def build_bench_parser(description: str, *, examples: str) -> argparse.ArgumentParser:
     """A parser whose `trial` says which was asked for."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=description,
         epilog=f"examples:\n{examples}",
         formatter_class=argparse.RawDescriptionHelpFormatter,

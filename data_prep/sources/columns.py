@@ -1,14 +1,14 @@
 """Hugging Face data sets: a folder written by save_to_disk (Arrow), or Parquet files. Needs pyarrow only."""
 
 import functools
-import json
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from cmae_scale.core.errors import ConfigError, DataError
+from cmae_scale.core.strict_json import parse_json
 from data_prep.listing import Listing
 from data_prep.sources.column_files import list_arrow, list_parquet, open_arrow, read_arrow, stage_parquet
 from data_prep.sources.source import Source, SourceRequest, find_below, say_kind, show_path
@@ -75,7 +75,7 @@ def _find_files(root: Path, *, merge: bool) -> dict[str, list[Path]]:
 
 def _find_arrow(root: Path) -> dict[str, list[Path]]:
     if (root / "dataset_dict.json").exists():
-        names = json.loads((root / "dataset_dict.json").read_bytes())["splits"]
+        names = _read_names(root / "dataset_dict.json", lambda content: content["splits"])
         return {name: _read_state(root / name) for name in names}
     return {"": _read_state(root)} if (root / "state.json").exists() else {}
 
@@ -109,10 +109,21 @@ def _say_nothing_found(root: Path) -> str:
 
 def _read_state(folder: Path) -> list[Path]:
     """The Arrow files of one split. Their names come from a file, so they must not lead elsewhere."""
-    names = [entry["filename"] for entry in json.loads((folder / "state.json").read_bytes())["_data_files"]]
-    if any(Path(name).name != name for name in names):
-        raise DataError(f"{folder}/state.json names files outside of its folder")
+    names = _read_names(
+        folder / "state.json", lambda content: [entry["filename"] for entry in content["_data_files"]]
+    )
     return [folder / name for name in names]
+
+
+def _read_names(path: Path, find: Callable[[Any], list[str]]) -> list[str]:
+    """Names of files or folders beside `path`. DataError where it holds none."""
+    try:
+        names = find(parse_json(path.read_bytes()))
+        if not all(Path(name).name == name for name in names):
+            raise ValueError("it names files outside of its folder")
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise DataError(f"{path} is damaged ({error}): copy the data set again") from None
+    return names
 
 
 def _is_parquet(path: Path) -> bool:
@@ -158,10 +169,17 @@ def _choose_columns(schema: Any, request: SourceRequest, path: Path) -> Columns:
         known = ", ".join(candidates)
         raise ConfigError(f"{path}: write --image_column NAME (columns that hold encoded images: {known})")
     label = choose_label_column(schema.names, request, place=str(path))
-    metadata = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
-    feature = metadata.get("info", {}).get("features", {}).get(label) or {}
-    names = feature.get("names")
-    return Columns(image, label, tuple(names) if names else None)
+    return Columns(image, label, _read_classes(schema, label))
+
+
+def _read_classes(schema: Any, label: str | None) -> tuple[str, ...] | None:
+    """The names that `datasets` keeps of a label column; None where it keeps none, or nothing readable."""
+    try:
+        metadata = parse_json((schema.metadata or {}).get(b"huggingface", b"{}"))
+        names = (metadata["info"]["features"][label] or {})["names"]
+    except (ValueError, LookupError, TypeError):
+        return None
+    return tuple(map(str, names)) if names else None
 
 
 def _holds_images(kind: Any) -> bool:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cmae_scale.core.cli import run_command
+from cmae_scale.core.cli import Parser, run_command
 from cmae_scale.core.errors import DataError
 from cmae_scale.core.progress import Progress
 from cmae_scale.core.terminal import make_safe, make_safe_name, tell
@@ -65,3 +65,42 @@ def test_errors_and_progress_go_the_same_way(capsys: pytest.CaptureFixture[str])
     told = capsys.readouterr()
     assert "\x1b" not in told.out + told.err
     assert (told.out + told.err).count("TOKEN") == 1  # of no address
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "told"),
+    [
+        (
+            ZeroDivisionError("of https://u:TOKEN@h/a?sig=TOKEN\x1b[2J"),
+            1,
+            "ZeroDivisionError: of https://*****@h",
+        ),
+        (
+            IsADirectoryError(21, "Is a directory", "out/\x1b[2J"),
+            2,
+            "error: [Errno 21] Is a directory: ",
+        ),
+        (OSError(28, "No space left on device"), 2, "make room and start the same command again"),
+        (ConnectionResetError("by TOKEN@peer"), 1, "ConnectionResetError"),
+    ],
+)
+def test_every_error_reaches_its_user_masked(
+    capsys: pytest.CaptureFixture[str], error: Exception, status: int, told: str
+) -> None:
+    def fail(argv: object) -> None:
+        raise error
+
+    assert run_command(fail, []) == status
+    said = capsys.readouterr().err
+    assert told in said
+    assert "\x1b" not in said
+    assert "https://u:TOKEN" not in said
+    assert ("Traceback" in said) == (status == 1)
+
+
+def test_arguments_that_are_none_are_told_masked(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        Parser(prog="convert").parse_args(["--form", "https://u:TOKEN@h"])
+    said = capsys.readouterr().err
+    assert "convert: error: unrecognized arguments: --form https://*****@h" in said
+    assert "TOKEN" not in said
