@@ -56,6 +56,7 @@ def append_shards(
     with hold_merge(out):
         index = parse_index(out)
         _check_options(index, command.options)
+        is_begun = staging.exists()
         staging.mkdir(exist_ok=True)
         source = add_classes(source, index.classes)
         with open_reader(source, source.items, out=staging, part=command.part) as read:
@@ -63,9 +64,9 @@ def append_shards(
             new = Listing(_pass_new(source, read, known=known, options=command.options))
         if new:
             make(replace(source, items=new), staging)
-        if not command.dry_run:
-            if new:
-                index = _take_up(index, parse_index(staging))
+        if new and not command.dry_run:
+            index = _take_up(index, parse_index(staging))
+        if not (command.dry_run and is_begun):
             remove(staging)
     say_appended(index, new=len(new), there=len(source.items) - len(new))
 

@@ -12,11 +12,12 @@ from cmae_scale.core.errors import DataError
 from cmae_scale.data.decode import DEEP_MODES, GreyRange, decode_image, measure_grey, open_image, read_turn
 from cmae_scale.data.image_formats import find_format, image_extension
 from data_prep.layout import Options
-from data_prep.tally import BANDS, DEEP, PICTURES
+from data_prep.tally import BANDS, DEEP, PICTURES, UPPER
 
 MAX_MPX = 178.0  # Pillow opens nothing larger (twice its MAX_IMAGE_PIXELS). Training has its own, lower limit
 DEEP_FORMATS = ("PNG", "TIFF", "JPEG2000", "PPM")  # others have no deep grey
-SAMPLES_PER_PIXEL = 277  # Source: TIFF 6.0
+BITS_PER_SAMPLE, SAMPLES_PER_PIXEL = 258, 277  # Source: TIFF 6.0
+PNG_BITS = 24  # where a PNG says its bits per sample. Source: PNG, section 11.2.1
 
 
 class Encoded(NamedTuple):
@@ -36,7 +37,7 @@ def encode(data: bytes, options: Options) -> Encoded:
     """What to store: the original bytes wherever possible. Raises DataError if they are no image."""
     image = open_image(data, max_mpx=MAX_MPX)
     short = min(image.size)
-    noted = tuple(_find_notes(image))
+    noted = tuple(_find_notes(image, data))
     is_large = options.resize_short is not None and short > options.resize_short
     if image.mode in DEEP_MODES:
         return _encode_deep(data, side=options.resize_short if is_large else None, noted=noted)
@@ -96,14 +97,27 @@ def _shrink(size: tuple[int, int], short: int) -> tuple[int, int]:
     return round(size[0] * short / min(size)), round(size[1] * short / min(size))
 
 
-def _find_notes(image: Image.Image) -> Iterator[str]:
+def _find_notes(image: Image.Image, data: bytes) -> Iterator[str]:
     """What of the image is not used, by its header. The previews in photographs (MPO) go without a word."""
     if image.mode in DEEP_MODES:
         yield DEEP
     try:
+        if image.mode not in DEEP_MODES and _read_bits(image, data) > 8:
+            yield UPPER
         if image.format == "TIFF" and image.getexif().get(SAMPLES_PER_PIXEL, 1) > len(image.getbands()):
             yield BANDS
         if image.format != "MPO" and getattr(image, "is_animated", False):
             yield PICTURES
     except Exception:  # damage that only matters if the pixels are damaged too
         return
+
+
+def _read_bits(image: Image.Image, data: bytes) -> int:
+    """Bits of each value as they are stored, where the header says that in a known place; else 8."""
+    match image.format:
+        case "PNG":
+            return data[PNG_BITS]
+        case "TIFF":
+            bits = image.getexif().get(BITS_PER_SAMPLE, 8)
+            return max(bits) if isinstance(bits, tuple) else int(bits)
+    return 8

@@ -7,9 +7,10 @@ from typing import Any
 
 from cmae_scale.data.decode import GreyRange
 
-DEEP, BANDS, PICTURES = "deep", "bands", "pictures"
+DEEP, UPPER, BANDS, PICTURES = "deep", "upper", "bands", "pictures"
 NOTES = {
     DEEP: "of grey deeper than 8 bits",
+    UPPER: "of more than 8 bits in colour or with transparency (the upper 8 are used)",
     BANDS: "with more bands than are used (the first three, or one of grey)",
     PICTURES: "with several pictures (the first is used)",
 }

@@ -97,6 +97,29 @@ def test_what_is_there_already_is_added_under_no_name_and_told(root: Path, tmp_p
     assert {line["name"] for line in lines} >= {"cat/0.png", "cat/again.png", "cat/20_again.png"}
 
 
+def test_a_dry_run_writes_nothing(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    assert make(root, out) == 0
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    add(root, "cat", 20, 21)
+    assert make(root, out, "--append", "--dry_run") == 0
+    assert "this run would write 2 images in 1 shards" in capsys.readouterr().out
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_rows_of_a_table_are_added_to_images_of_a_folder(root: Path, tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    out = tmp_path / "out"
+    assert make(root, out) == 0
+    table = pyarrow.table({"image": [picture(3), picture(30)], "label": ["cat", "owl"]})
+    parquet.write_table(table, tmp_path / "more.parquet")
+    argv = ["--source", "huggingface", "--root", str(tmp_path / "more.parquet"), "--out", str(out)]
+    assert run_command(main, [*argv, "--processes", "1", "--append"]) == 0
+    assert read_names(out)[picture(30)] == "owl"
+    assert len(read_names(out)) == 11
+
+
 def test_the_command_that_made_the_folder_still_goes_on_with_it(root: Path, tmp_path: Path) -> None:
     first, out = tmp_path / "first", tmp_path / "out"
     shutil.copytree(root, first)

@@ -2,6 +2,8 @@
 
 import io
 import json
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -129,6 +131,18 @@ def test_deep_grey_that_is_made_smaller_stays_deep(
     assert len(np.unique(decoded)) > 100
 
 
+def png_of_16_bits(*, colour: int, channels: int) -> bytes:
+    """A PNG of SIDE x SIDE px, which Pillow cannot write."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    rows = (b"\0" + bytes(2 * channels * SIDE)) * SIDE
+    header = struct.pack(">IIBBBBB", SIDE, SIDE, 16, colour, 0, 0, 0)
+    parts = (chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(rows)), chunk(b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
 def test_what_is_not_used_of_an_image_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "in"
     folder.mkdir()
@@ -137,8 +151,11 @@ def test_what_is_not_used_of_an_image_is_told(tmp_path: Path, capsys: pytest.Cap
     red.convert("RGBA").save(folder / "alpha.tif")
     for name in ("pages.tif", "moves.gif"):
         red.save(folder / name, save_all=True, append_images=[blue])
+    (folder / "deep_colour.png").write_bytes(png_of_16_bits(colour=2, channels=3))
+    (folder / "deep_with_alpha.png").write_bytes(png_of_16_bits(colour=4, channels=2))
     assert make(folder, tmp_path / "out") == 0
     out = capsys.readouterr().out
+    assert "2 of more than 8 bits in colour or with transparency (the upper 8 are used)" in out
     assert "1 with more bands than are used" in out
     assert "2 with several pictures (the first is used)" in out
 
