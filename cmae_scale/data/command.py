@@ -14,16 +14,21 @@ if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
 
+PIECE_BYTES = 1 << 20  # of one read: a forged size must not fill the memory
+
+
 class CommandFile(io.RawIOBase):
     """Starts the command when it is first read. Seeks forwards by reading, backwards by starting it anew.
 
     No shell takes part: the command is split into words first, and the file's name then replaces `{name}`
-    inside of a word, so a name cannot add one. OSError when the command fails or is silent for `timeout_s`.
+    inside of a word, so a name cannot add one. OSError when the command fails, is silent for `timeout_s` or
+    writes more than `max_bytes`.
     """
 
-    def __init__(self, place: str, *, timeout_s: float) -> None:
+    def __init__(self, place: str, *, timeout_s: float, max_bytes: int) -> None:
         self._place = place
         self._timeout_s = timeout_s
+        self._max_bytes = max_bytes
         self._process: subprocess.Popen[bytes] | None = None
         self._position = 0  # of the reader
         self._reached = 0  # of the command's output
@@ -83,8 +88,10 @@ class CommandFile(io.RawIOBase):
     def _wait(self, output: IO[bytes], size: int) -> bytes:
         if not select.select([output], [], [], self._timeout_s)[0]:
             raise OSError(None, f"no output for {self._timeout_s:g} s")
-        data = os.read(output.fileno(), size)
+        data = os.read(output.fileno(), min(size, PIECE_BYTES))
         self._reached += len(data)
+        if self._reached > self._max_bytes:
+            raise OSError(None, f"the command writes more than the {self._max_bytes} bytes that can be")
         if not data and self._process is not None and (status := self._process.wait()):
             raise OSError(None, f"the command ended with status {status}")
         return data

@@ -91,7 +91,7 @@ class CommandStorage:
         self, place: str, *, max_bytes: int, end: int | None = None, version: str | None = None
     ) -> io.RawIOBase:
         """The output of the command, started when it is first read."""
-        return CommandFile(place, timeout_s=self.timeout_s)
+        return CommandFile(place, timeout_s=self.timeout_s, max_bytes=max_bytes)
 
     def measure(self, places: Sequence[str]) -> list[int | None]:
         """Unknown until it was read."""

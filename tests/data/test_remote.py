@@ -428,6 +428,7 @@ def test_commands_run_only_when_allowed_and_without_a_shell(make_folder, tmp_pat
         ("sh -c 'head -c 5000 {name}; sleep 60'", r"no output for 0\.3 s"),
         ("head -c 5000 {name}", "without an end-of-archive mark|inside of a member"),
         ("no_such_program {name}", "No such file"),
+        ("sh -c 'cat {name}; cat /dev/zero'", "the command writes more than the [0-9]+ bytes that can be"),
     ],
 )
 def test_a_command_that_fails_stalls_or_stops_is_damage(
