@@ -85,7 +85,7 @@ def _take_over(settings: Mapping[str, Any], written: Mapping[str, Any]) -> dict[
 
 def _tell_kept(compute: FormatName, trial: Trial) -> str:
     told = f"precision: {compute} products, as in the state from which the run goes on"
-    return told if compute == trial.best else f"{told}; here a new run had {trial.best}: {trial.why}"
+    return told if compute == trial.best else f"{told}; a new run would have {trial.best} here: {trial.why}"
 
 
 def _warn(settings: Mapping[str, Any], trial: Trial) -> str:

@@ -162,8 +162,10 @@ def set_attention_(model: nn.Module, choice: AttentionChoice) -> None:
 
 
 def describe_attention(choices: Mapping[str, AttentionChoice]) -> str:
-    """One name, or which part has which."""
-    names = {part: choice.name for part, choice in choices.items()}
-    if len(set(names.values())) == 1:
-        return next(iter(names.values()))
-    return ", ".join(f"{name} in {part.replace('_', ' ')}" for part, name in names.items())
+    """For instance "flash", or "flash in target encoder, explicit in online encoder and pixel decoder"."""
+    parts: dict[str, list[str]] = {}
+    for part, choice in choices.items():
+        parts.setdefault(choice.name, []).append(part.replace("_", " "))
+    if len(parts) == 1:
+        return next(iter(parts))
+    return ", ".join(f"{name} in {' and '.join(having)}" for name, having in parts.items())

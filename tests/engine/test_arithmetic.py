@@ -184,7 +184,7 @@ def test_a_run_goes_on_in_the_precision_of_its_state_and_says_what_the_machine_w
     run, [told] = settle_precision(open_run(), device=CPU, product=PRODUCT)
     assert run.deepspeed == begun.deepspeed
     other = "float32" if compute == "bfloat16" else "bfloat16"
-    assert f"; here a new run had {other}: bfloat16 " in told
+    assert f"; a new run would have {other} here: bfloat16 " in told
     run, _ = settle_precision(open_run(cmae={"checkpoint": {"resume": "never"}}), device=CPU, product=PRODUCT)
     assert read_formats(run.deepspeed).compute == other
 

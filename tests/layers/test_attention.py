@@ -133,8 +133,9 @@ def test_explicit_and_fused_attention_agree(rng: torch.Generator) -> None:
 def test_parts_are_told_apart_where_they_differ() -> None:
     flash, explicit = (AttentionChoice(name, is_forced=False) for name in ("flash", "explicit"))
     assert describe_attention({"online_encoder": flash, "pixel_decoder": flash}) == "flash"
-    told = describe_attention({"online_encoder": flash, "pixel_decoder": explicit})
-    assert told == "flash in online encoder, explicit in pixel decoder"
+    parts = {"online_encoder": explicit, "target_encoder": flash, "pixel_decoder": explicit}
+    told = describe_attention(parts)
+    assert told == "explicit in online encoder and pixel decoder, flash in target encoder"
 
 
 @pytest.mark.gpu
