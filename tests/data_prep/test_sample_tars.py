@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import webdataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from cmae_scale.core.cli import run_command
@@ -17,6 +19,7 @@ from cmae_scale.data.index import read_index
 from cmae_scale.data.tar import RawSample, read_samples
 from data_prep.make_shards import main
 from data_prep.sources import SOURCES, Source, SourceRequest
+from data_prep.sources.sample_tars import NO_IMAGE, _Tars
 
 Member = tuple[str, bytes]
 
@@ -276,3 +279,28 @@ def test_a_tar_that_is_something_else_is_called_what_it_is(tmp_path: Path) -> No
     (tmp_path / "x.tar").write_bytes(b"\x1f\x8b\x08" + bytes(600))
     with pytest.raises(DataError, match=r"x\.tar is no tar archive but compressed with gzip: unpack it"):
         list_webdataset(tmp_path)
+
+
+NAMES = st.builds(
+    "{}{}.{}".format,
+    st.sampled_from(["a", "b", "d/a", "v1.0/a", ".a", "a b"]),
+    st.sampled_from(["", ".0", ".1", ".mask", ".2024.01"]),
+    st.sampled_from(["png", "cls", "json", "TIF", "x", "jpg"]),
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(names=st.lists(NAMES | st.sampled_from(["README", "d/.DS_Store", "a."]), max_size=12))
+def test_whatever_its_names_are_each_member_is_used_told_or_counted(
+    tmp_path_factory: pytest.TempPathFactory, names: list[str]
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "names.tar"
+    write_tar(path, [(name, b"1") for name in names])
+    tars = _Tars([path], index=None, has_labels=False)
+    items = list(tars.list_items())
+    told = sum(tars.unlisted.counts.values()) + sum(tars.left_behind.values())
+    images = sum(item.place != (NO_IMAGE, 0, -1) for item in items)
+    told_labels = sum(name.endswith(".cls") for name, _ in tars.unlisted)
+    told_labels += sum(count for ending, count in tars.left_behind.items() if ending.endswith("cls"))
+    labels = sum(name.endswith(".cls") for name in names) - told_labels
+    assert told + images + labels == len(names)
