@@ -253,9 +253,9 @@ def test_the_newest_states_and_every_third_are_kept(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"cmae": {"seed": 1}}, "seed 60, this run has 1"),
-        ({"cmae": {"mask": {"ratio": 0.75}}}, "mask.ratio 0.5, this run has 0.75"),
-        ({"cmae": {"loss": {"weight": 0.0}}}, "loss.weight 1.0, this run has 0.0"),
+        ({"cmae": {"seed": 1}}, "was written with seed 60 (now 1)"),
+        ({"cmae": {"mask": {"ratio": 0.75}}}, "mask.ratio 0.5 (now 0.75)"),
+        ({"cmae": {"loss": {"weight": 0.0}}}, "loss.weight 1.0 (now 0.0)"),
         ({"cmae": {"checkpoint": {"resume": "anyway"}, "loss": {"weight": 0.0}}}, "is of another model"),
     ],
 )
