@@ -32,7 +32,9 @@ def photos(tmp_path: Path) -> Path:
     for number, name in enumerate(["b.png", "a.JPG", "deep/c.bmp", "deep/er/d.tif"]):
         Image.new("RGB", (30, 20), (80 * number, 9, 9)).save(folder / name)
     (folder / "notes.txt").write_text("no image")
-    (folder / ".DS_Store.png").write_bytes(b"\0")
+    for hidden in (".thumbnails/a.png", "__MACOSX/a.jpg", ".DS_Store.png"):
+        (folder / hidden).parent.mkdir(exist_ok=True)
+        (folder / hidden).write_bytes(b"no image")
     return folder
 
 

@@ -44,18 +44,24 @@ def find_images(places: Sequence[str], *, listed: Iterable[bytes]) -> Iterator[P
                 yield path
                 continue
             below = (each for each in path.rglob("*") if each.suffix.lower().lstrip(".") in IMAGE_ENDINGS)
-            images = sorted(each for each in below if not each.name.startswith(".") and each.is_file())
+            images = sorted(each for each in below if each.is_file() and not _is_hidden(each, path))
             yield from images or [path]
+
+
+def _is_hidden(path: Path, folder: Path) -> bool:
+    """Whether it, or a folder on the way from `folder`, is what systems keep for themselves."""
+    return any(part.startswith(".") or part == "__MACOSX" for part in path.relative_to(folder).parts)
 
 
 def judge_file(classifier: Classifier, path: Path, *, count: int) -> list[tuple[str, float]]:
     """`guess` for an image file. DataError if it cannot be read or is none."""
     try:
-        return guess(classifier, path.read_bytes(), count=count)
+        data = path.read_bytes()
     except IsADirectoryError:
         raise DataError(f"the folder holds no image ({', '.join(sorted(IMAGE_ENDINGS))})") from None
     except (OSError, ValueError) as error:  # ValueError: a name with a zero in it
         raise DataError(f"it cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    return guess(classifier, data, count=count)
 
 
 def open_classifier(folder: str) -> Classifier:

@@ -18,10 +18,10 @@ _ANCHORS = (
     ("embeddings.patch_embeddings.projection.weight",),
     ("patch_embed.proj.weight", "patch_embed1.proj.weight"),
 )
-# which of several encoders is meant: the branch that its project evaluates, and weights before their moving
-# average beside them. Source: DINO eval_linear.py (teacher), I-JEPA (target_encoder), MoCo v3 main_lincls.py
 _USUAL = ("model.", "state_dict.", "module.")  # prefixes that nobody needs to hear of
 _TRAINING = ("optimizer", "optimizers", "optimizer_states")  # tensors beside the weights that are none
+# which of several encoders is meant: the branch that its project evaluates, and weights before their moving
+# average beside them. Source: DINO eval_linear.py (teacher), I-JEPA (target_encoder), MoCo v3 main_lincls.py
 _PREFERRED = ("", "model", "state_dict", "teacher", "target_encoder", "base_encoder", "encoder_q")
 
 
