@@ -141,3 +141,13 @@ print(json.dumps([main({arguments!r}), "torch" in sys.modules]))"""
     assert "holds no index.json" in done.stderr
     assert len(done.stderr.splitlines()) == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_weights_to_start_from_are_of_no_more_need_when_a_run_has_begun(
+    places: dict[str, Path], tmp_path: Path
+) -> None:
+    changes = [*DATA, "cmae.model.init={nowhere}", f"cmae.out={tmp_path}"]
+    (tmp_path / "checkpoints" / "step_00000002").mkdir(parents=True)
+    check("quickstart.json", places, *changes)
+    with pytest.raises(UserError, match="does not exist"):
+        check("quickstart.json", places, *changes, "cmae.checkpoint.resume=never")

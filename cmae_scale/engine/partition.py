@@ -7,6 +7,7 @@ import deepspeed
 import torch
 from torch import nn
 
+from cmae_scale.core.collectives import gather_objects
 from cmae_scale.core.config import Run
 from cmae_scale.engine.memory_plan import check_memory_plan
 from cmae_scale.engine.remat import adapt_settings
@@ -14,15 +15,17 @@ from cmae_scale.engine.shards import drop_node_copies_, shard_of
 from cmae_scale.engine.start import check_settings
 from cmae_scale.models import CMAE, build_cmae
 from cmae_scale.models.initial import start_from_
+from cmae_scale.states.newest import has_begun
 
 
 def build_model(run: Run, *, device: torch.device) -> tuple[CMAE, list[str]]:
     """The model of a run as it starts, and where its weights are from; under ZeRO-3 already split over ranks.
 
     `run` is resolved and the process group is up. The weights are drawn on the CPU and equal those of a
-    model built whole, to the bit, whatever the device. One that starts from a file is built whole.
+    model built whole, to the bit, whatever the device. One that starts from a file is built whole; a run that
+    has begun already has no need of the file.
     """
-    init = run.cmae.model.init
+    init = None if gather_objects(has_begun(run))[0] else run.cmae.model.init
     if init is not None or run.deepspeed.get("zero_optimization", {}).get("stage", 0) != 3:
         whole = build_cmae(run.cmae)
         return whole, [] if init is None else start_from_(whole, run.cmae, path=Path(init))

@@ -16,6 +16,7 @@ from cmae_scale.data.labelled import open_labelled, place_monitored
 from cmae_scale.data.mix import plan_data
 from cmae_scale.data.places import read_scheme
 from cmae_scale.data.shard_set import open_shards
+from cmae_scale.states.newest import has_begun
 
 Places = str | Sequence[str]
 
@@ -34,7 +35,7 @@ def check_run(run: Run, *, ranks: int) -> None:
 
 def _check_pretraining(run: Run, cfg: CmaeConfig, *, batch: BatchSizes) -> None:
     data, init = cfg.data, cfg.model.init
-    if init is not None and not Path(init).exists():
+    if init is not None and not has_begun(run) and not Path(init).exists():
         raise ConfigError(
             f"cmae.model.init {init} does not exist: give a run, or a file or folder of weights"
         )

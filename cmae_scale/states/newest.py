@@ -5,6 +5,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from cmae_scale.core.config import Run
 from cmae_scale.core.errors import ConfigError
 from cmae_scale.states.commit import find_damage, list_states, read_description
 from cmae_scale.states.description import STATE_FORMAT
@@ -27,6 +28,11 @@ def check_files(path: Path, *, rank: int = 0, ranks: int = 1) -> Found:
         return find_damage(path, description, rank=rank, ranks=ranks), description
     except (ValueError, KeyError, TypeError) as error:
         return str(error), None
+
+
+def has_begun(run: Run) -> bool:
+    """Whether a state in its folder, whole or not, is what `run` goes on from, instead of a beginning."""
+    return run.settings.checkpoint.resume != "never" and bool(list_states(run.out / "checkpoints"))
 
 
 def choose_state(folder: Path, *, remedy: str, check: Callable[[Path], Found] = check_files) -> Chosen | None:

@@ -1,5 +1,6 @@
 """A run that starts from weights which exist already, spread over ranks."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -76,14 +77,17 @@ def test_a_target_that_the_file_has_moves_on_from_there(
     torch.testing.assert_close(weights[name].float(), expected, rtol=0, atol=1e-6 if not precision else 5e-3)
 
 
-def test_a_resumed_run_keeps_its_own_weights(
+@pytest.mark.parametrize("stage", [0, 3])
+def test_a_resumed_run_keeps_its_own_weights_and_no_longer_needs_the_file(
     trained: ModelFile,
     on_ranks: Callable[..., list[Any]],
     tiny_run: Callable[..., Any],
     train_tiny: Callable[..., Any],
+    stage: int,
 ) -> None:
-    run = tiny_run(cmae={"model": {"init": str(trained.path)}})
+    run = tiny_run(stage=stage, cmae={"model": {"init": str(trained.path)}})
     (straight,) = on_ranks(lambda: train_tiny(run, steps=3, save_at=2), ranks=1)
+    shutil.rmtree(trained.path)
     (resumed,) = on_ranks(lambda: train_tiny(run, steps=3), ranks=1)
     assert resumed["first_step"] == 2
     for name, tensor in straight["weights"].items():
