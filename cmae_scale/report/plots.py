@@ -28,6 +28,7 @@ Metrics = Mapping[str, float | int | None]
 _SMOOTH_FROM = 60  # points from which a running mean is drawn over the single lines
 _SMOOTH_SHARE = 0.05  # of the curve, the width of that mean
 _LARGEST = 1e30  # of values that are drawn; neither is what is not finite
+_TABLES = ("_per_class", "_by_lr_scale")  # endings of values that are a number for each of several things
 _MARKED_UP_TO = 30  # points up to which each gets a dot: a short run has hardly a line
 
 
@@ -85,7 +86,7 @@ def _check_entry(entry: Any) -> None:
     if not isinstance(entry, dict) or type(entry.get("step")) is not int:
         raise ValueError('no "step"')
     for name, value in entry.items():
-        if not (value is None or isinstance(value, int | float) or name.endswith("_per_class")):
+        if not (value is None or isinstance(value, int | float) or name.endswith(_TABLES)):
             raise ValueError(f'"{name}" is no number')
 
 
