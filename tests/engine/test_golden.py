@@ -69,3 +69,15 @@ def test_a_small_change_of_the_method_moves_them_far_more_than_the_tolerance(
 ) -> None:
     golden = read_golden()
     assert float(((trace(change) - golden) / golden).abs().max()) > 10 * TOLERANCE
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_gpu_gives_the_recorded_losses(
+    tiny_run: Callable[..., Any], train_tiny: Callable[..., Any], stage: int
+) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    losses = train_tiny(tiny_run(stage=stage), steps=20)["losses"]
+    trace = torch.stack([losses[step] for step in range(20)]).cpu()
+    torch.testing.assert_close(trace, read_golden(), rtol=TOLERANCE, atol=0)
