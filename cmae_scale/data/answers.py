@@ -4,12 +4,14 @@ Errors come from aiohttp, gcsfs, huggingface_hub and botocore. Of their texts no
 a token.
 """
 
+import contextlib
 import email.utils
 import re
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
 from datetime import datetime, timezone
 from typing import Any
 
+READ_BYTES = 1 << 18
 REFUSALS = (FileNotFoundError, PermissionError, NotImplementedError)  # asking again does not help
 REFUSED_STATUS = frozenset(
     (401, 403, 404, 405, 410, 416)
@@ -46,13 +48,28 @@ async def fetch_http(files: Any, address: str, start: int, end: int | None, *, m
         encoding = answer.headers.get("Content-Encoding", "identity")
         if encoding.lower() != "identity":
             raise Failure("it compresses what it sends (turn that off for .tar and .json)", is_final=True)
-        parts, size = [], 0
-        async for part in answer.content.iter_any():
-            size += len(part)
-            if size > max_bytes:
-                raise say_too_much(max_bytes, is_range=end is not None)
-            parts.append(part)
-    return b"".join(parts)
+        return await _collect(answer.content.iter_any(), max_bytes=max_bytes, is_range=end is not None)
+
+
+async def fetch_s3(files: Any, path: str, start: int, end: int | None, *, max_bytes: int) -> bytes:
+    """The same of a file of s3fs, whose own way to read one holds whatever comes."""
+    bucket, key, version = files.split_path(path)
+    asked = {} if end is None else {"Range": f"bytes={start}-{end - 1}"}
+    if version:
+        asked["VersionId"] = version
+    answer = await files._call_s3("get_object", Bucket=bucket, Key=key, **asked)
+    with contextlib.closing(answer["Body"]) as body:
+        parts = body.iter_chunks(READ_BYTES)
+        return await _collect(parts, max_bytes=max_bytes, is_range=end is not None)
+
+
+async def _collect(parts: AsyncIterator[bytes], *, max_bytes: int, is_range: bool) -> bytes:
+    data = bytearray()
+    async for part in parts:
+        data += part
+        if len(data) > max_bytes:
+            raise say_too_much(max_bytes, is_range=is_range)
+    return bytes(data)
 
 
 def say_too_much(max_bytes: int, *, is_range: bool) -> Failure:

@@ -17,7 +17,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from cmae_scale.core.errors import ConfigError, DataError
-from cmae_scale.data.answers import Failure, fetch_http, say_too_much, understand_error
+from cmae_scale.data.answers import Failure, fetch_http, fetch_s3, say_too_much, understand_error
 from cmae_scale.data.cache import ChunkCache
 from cmae_scale.data.places import read_scheme, show_place
 
@@ -120,6 +120,8 @@ class Remote:
         if read_scheme(place) in ("http", "https"):
             return await fetch_http(self._files, place, start, end, max_bytes=max_bytes)
         path = self._files._strip_protocol(place)
+        if read_scheme(place) == "s3":
+            return await fetch_s3(self._files, path, start, end, max_bytes=max_bytes)
         if self._files.async_impl:
             return bytes(await self._files._cat_file(path, start=start, end=end))
         # cached or not, by default fsspec fetches 5 MiB more than asked, for a reader that goes on

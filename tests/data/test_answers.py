@@ -95,6 +95,24 @@ def test_a_server_that_sends_everything_where_a_range_was_asked_for_is_stopped(s
     assert server.sent < ENDLESS_BYTES // 4
 
 
+def test_an_object_store_that_sends_everything_is_stopped_too(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("s3fs", reason="the extra `remote` is not installed")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", server.url.removesuffix("/a.json"))
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "stand-in")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    server.told_bytes = ENDLESS_BYTES
+    remote = Remote("s3", timeout_s=30.0, retries=0, cache=None)
+    with (
+        remote.open_file("s3://bucket/a.json", max_bytes=ENDLESS_BYTES) as file,
+        pytest.raises(DataError, match="whole files where a range was asked for"),
+    ):
+        file.read(100)
+    assert server.sent < ENDLESS_BYTES // 4
+
+
 def test_a_server_that_tells_no_length_may_send_what_the_index_says_and_no_more(server: Server) -> None:
     with (
         open_remote().open_file(server.url, max_bytes=5000) as file,
