@@ -20,7 +20,7 @@ from cmae_scale.data.image_formats import describe_content, image_extension
 from cmae_scale.data.index import INDEX_NAME, ShardIndex, ShardInfo, parse_index, reads_by_stem
 from cmae_scale.data.tar import read_samples
 from data_prep.index_tars import find_strays, hash_file, index_folder
-from data_prep.ledger import OPTIONS_NAME
+from data_prep.ledger import OPTIONS_NAME, STAGING_NAME
 
 EXAMPLES = """examples:
   python data_prep/check_shards.py shards/digits/train
@@ -82,6 +82,8 @@ def _tell_strays(folder: Path) -> int:
         strays = find_strays(parse_index(folder))
     except DataError:  # told already
         return 0
+    if (folder / STAGING_NAME).exists():
+        tell(f"{folder}: adding images to it was not finished: run the command with --append again")
     for path in strays:
         tell(f"{path}: {INDEX_NAME} does not list it, so it is not read")
     return len(strays)

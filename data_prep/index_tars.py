@@ -24,7 +24,7 @@ from cmae_scale.data.index import (
 from cmae_scale.data.offsets import write_offsets
 from cmae_scale.data.tar import find_offsets, list_members, read_samples, split_members
 from data_prep.encoding import find_grey_range
-from data_prep.ledger import OPTIONS_NAME
+from data_prep.ledger import OPTIONS_NAME, STAGING_NAME
 from data_prep.sources.labels import PLAIN_IDS
 from data_prep.tally import join_ranges
 
@@ -48,7 +48,7 @@ def index_folder(folder: Path) -> ShardIndex:
     in the order of their names; the classes are those that were kept beside the index, or as many as the
     labels need. DataError at any damage.
     """
-    if (folder / OPTIONS_NAME).exists():
+    if (folder / OPTIONS_NAME).exists() or (folder / STAGING_NAME).exists():
         raise DataError(f"{folder} is not finished: run its make_shards command to the end first")
     has_index = (folder / INDEX_NAME).is_file()
     index = _take_up_strays(parse_index(folder)) if has_index else _make_index(folder)

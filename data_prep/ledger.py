@@ -28,6 +28,7 @@ from data_prep.sources import Read, Source
 from data_prep.tally import Tally, pack_tally, unpack_tally
 
 OPTIONS_NAME = ".making.json"
+STAGING_NAME = ".appending"  # folder in which --append makes its shards
 RECORD_ENDING = ".done.json"
 SKIPPED_NAME = "skipped.jsonl"
 SCRATCH = ".scratch-"

@@ -12,8 +12,8 @@ from PIL import Image
 from cmae_scale.core.cli import run_command
 from cmae_scale.data.index import read_index
 from cmae_scale.data.tar import read_samples
-from data_prep import append
 from data_prep.check_shards import main as check_shards
+from data_prep.ledger import STAGING_NAME
 from data_prep.make_shards import main
 
 
@@ -75,7 +75,7 @@ def test_new_images_get_shards_of_their_own_and_the_old_ones_stay(
     expected = {picture(n): label for label in ("cat", "dog", "ant") for n in _numbers(root / label)}
     assert read_names(out) == expected
     assert run_command(check_shards, [str(out)]) == 0
-    assert not (out / append.STAGING_NAME).exists()
+    assert not (out / STAGING_NAME).exists()
 
 
 def _numbers(folder: Path) -> list[int]:
@@ -138,7 +138,11 @@ def test_the_command_that_made_the_folder_still_goes_on_with_it(root: Path, tmp_
 
 @pytest.mark.parametrize("moved", [0, 1])
 def test_killed_while_it_moves_shards_the_same_command_ends_the_same(
-    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moved: int
+    root: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    moved: int,
 ) -> None:
     out, sure = tmp_path / "out", tmp_path / "sure"
     assert make(root, out) == 0
@@ -150,7 +154,7 @@ def test_killed_while_it_moves_shards_the_same_command_ends_the_same(
 
     def replace(path: Path, target: Path) -> Path:
         nonlocal calls
-        if path.parent.name == append.STAGING_NAME and path.suffix == ".tar":
+        if path.parent.name == STAGING_NAME and path.suffix == ".tar":
             calls += 1
             if calls > moved:
                 raise KeyboardInterrupt
@@ -160,6 +164,12 @@ def test_killed_while_it_moves_shards_the_same_command_ends_the_same(
     with pytest.raises(KeyboardInterrupt):
         main(_argv(root, out))
     monkeypatch.undo()
+    assert run_command(check_shards, ["--write_index", str(out)]) == 2
+    assert "is not finished" in capsys.readouterr().err
+    run_command(check_shards, [str(out)])
+    assert (
+        "adding images to it was not finished: run the command with --append again" in capsys.readouterr().out
+    )
     assert make(root, out, "--append") == 0
     assert tars(out) == tars(sure)
     assert (out / "index.json").read_bytes() == (sure / "index.json").read_bytes()
