@@ -27,6 +27,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # they share the cores
+    torch.set_num_threads(max(1, torch.get_num_threads() // int(workers)))
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 PATIENCE_S = 500  # for what only a fault keeps from ending, on a machine of any load
 

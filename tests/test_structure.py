@@ -9,8 +9,11 @@ import pytest
 
 @pytest.mark.parametrize(
     "command",
-    [["ruff", "check", "."], ["ruff", "format", "--check", "."], ["mypy"]],
-    ids=["lint", "format", "types"],
+    [
+        pytest.param(["ruff", "check", "."], id="lint"),
+        pytest.param(["ruff", "format", "--check", "."], id="format"),
+        pytest.param(["mypy"], id="types", marks=pytest.mark.slow),
+    ],
 )
 def test_the_code_passes(command: list[str], repository: Path) -> None:
     done = subprocess.run([sys.executable, "-m", *command], cwd=repository, capture_output=True, text=True)
