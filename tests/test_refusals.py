@@ -110,10 +110,14 @@ def test_what_may_be_is_let_pass_without_a_look_at_shards_or_network(
 @pytest.mark.parametrize("config", ["knn.json", "linear_vitb.json", "finetune_vits.json"])
 def test_so_is_a_transfer_run(places: dict[str, Path], config: str) -> None:
     data = ["transfer.data.shards={train}", "transfer.data.val_shards={val}"]
+    data += ["transfer.encoder.place={train}"]
     check(f"transfer/{config}", places, *data, ranks=8)
+    check(f"transfer/{config}", places, *data, "transfer.encoder.place=timm:vit_tiny_patch16_224")
     for override, told in (
         ("transfer.data.val_shards={birds}", "other classes"),
         ("transfer.data.shards={plain}", "no classes"),
+        ("transfer.encoder.place={nowhere}", "no encoder at .*nowhere"),
+        ("transfer.encoder.place=local-dir:{nowhere}", "no encoder at .*nowhere"),
     ):
         with pytest.raises(UserError, match=told):
             check(f"transfer/{config}", places, *data, override)

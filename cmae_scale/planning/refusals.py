@@ -27,10 +27,17 @@ def check_run(run: Run, *, ranks: int) -> None:
         case CmaeConfig() as cfg:
             _check_pretraining(run, cfg, batch=plan_batch(run.deepspeed, ranks=ranks))
         case TransferConfig() as cfg:
+            _check_transfer(cfg)
             if cfg.task.knn is None:
                 plan_batch(run.deepspeed, ranks=ranks)
-            if _are_local(cfg.data.shards, cfg.data.val_shards):
-                open_labelled(cfg.data.shards, cfg.data.val_shards, data=cfg.data, measure=False)
+
+
+def _check_transfer(cfg: TransferConfig) -> None:
+    if _are_local(cfg.data.shards, cfg.data.val_shards):
+        open_labelled(cfg.data.shards, cfg.data.val_shards, data=cfg.data, measure=False)
+    place = cfg.encoder.place.removeprefix("local-dir:")
+    if not place.startswith("timm:") and not Path(place).exists():
+        raise ConfigError(f'no encoder at {place}: write a run, folder or file, or "timm:NAME"')
 
 
 def _check_pretraining(run: Run, cfg: CmaeConfig, *, batch: BatchSizes) -> None:

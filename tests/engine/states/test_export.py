@@ -69,18 +69,33 @@ def test_a_state_of_any_topology_gives_the_weights_that_its_engine_gathers(
             torch.testing.assert_close(found, expected.to(found.dtype), rtol=0, atol=0, msg=name)
 
 
+_trained: dict[str, Path] = {}  # folders of runs by their settings: each is trained once
+
+
 @pytest.fixture
 def unfinished(
-    on_ranks: Callable[..., list[Any]], tiny_run: Callable[..., Any], train_tiny: Callable[..., Any]
+    on_ranks: Callable[..., list[Any]],
+    tiny_run: Callable[..., Any],
+    train_tiny: Callable[..., Any],
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Callable[..., Any]:
     """`unfinished(**cmae)`: a run with the states of steps 1 and 2, and no encoder."""
 
-    def train(**cmae: Any) -> Any:
+    def train(run: Any) -> None:
+        train_tiny(run, steps=1, save_at=1)
+        train_tiny(run, steps=2, save_at=2)
+
+    def copy(**cmae: Any) -> Any:
+        name = json.dumps(cmae)
+        if name not in _trained:
+            _trained[name] = tmp_path_factory.mktemp("trained") / "run"
+            run = tiny_run(cmae={**cmae, "out": str(_trained[name])})
+            on_ranks(lambda: train(run), ranks=1)
         run = tiny_run(cmae=cmae)
-        on_ranks(lambda: (train_tiny(run, steps=1, save_at=1), train_tiny(run, steps=2, save_at=2)), ranks=1)
+        shutil.copytree(_trained[name], run.out)
         return run
 
-    return train
+    return copy
 
 
 def test_the_folder_the_states_and_a_state_are_all_understood(unfinished: Callable[..., Any]) -> None:
