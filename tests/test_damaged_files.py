@@ -257,7 +257,6 @@ def read_finished(run: Path) -> None:
     from cmae_scale.engine.watch.bad_list import BadList
     from cmae_scale.engine.watch.journal import drop_later_lines
     from cmae_scale.models.pretrained import open_encoder
-    from cmae_scale.models.read import read_description, read_encoder
     from cmae_scale.tasks.study import read_curve
 
     open_trend = TrendFile(run / "loss_trend.json", is_first=True)
@@ -268,9 +267,7 @@ def read_finished(run: Path) -> None:
         lambda: read_logs(run),
         lambda: open_trend.load_(trend, step=2),
         lambda: open_trend.save(trend, step=6),
-        lambda: read_description(run / "encoder"),
-        lambda: read_encoder(run / "encoder"),
-        lambda: open_encoder(str(run / "encoder")),
+        lambda: read_encoder_folder(run / "encoder"),
         lambda: open_encoder(str(run)),
         lambda: read_curve(run),
     )
@@ -280,6 +277,18 @@ def read_finished(run: Path) -> None:
         BadList(run / "bad_samples.jsonl", is_first=True).add([("a", "b")])
         drop_later_lines(run / "metrics.jsonl", step=3)
         write_card_again(run / "encoder")
+
+
+def read_encoder_folder(folder: Path) -> None:
+    from cmae_scale.models.networks import build_network
+    from cmae_scale.models.pretrained import open_encoder
+    from cmae_scale.models.read import read_description, read_encoder
+
+    read_all(
+        lambda: read_description(folder),
+        lambda: read_encoder(folder),
+        lambda: build_network(open_encoder(str(folder)), img_px=32, pool="mean"),
+    )
 
 
 def write_card_again(folder: Path) -> None:
@@ -386,6 +395,15 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("exported") / "encoder"
     export_encoder(build_encoder(model, img_px=32).state_dict(), folder, model=model, views=views)
     return folder
+
+
+@FUZZ
+@given(mutate=IN_JSON)
+def test_an_encoder_whose_description_was_edited(encoder: Path, tmp_path: Path, mutate: Mutation) -> None:
+    copy_fresh(encoder, tmp_path / "encoder")
+    unshare(tmp_path / "encoder" / "config.json")
+    mutate(tmp_path / "encoder" / "config.json")
+    read_encoder_folder(tmp_path / "encoder")
 
 
 @pytest.mark.parametrize("name", ODD_NAMES, ids=range(len(ODD_NAMES)))

@@ -83,17 +83,17 @@ def test_no_file_and_no_line_of_a_run_holds_a_secret(
 ) -> None:
     pytest.importorskip("wandb")
     places = [f"http://reader:{TOKEN}@{host}/{split}?sig={TOKEN}" for split in ("train", "val")]
-    run, said = tmp_path / "run", tmp_path / "said"
+    run, said = tmp_path / "cmae", tmp_path / "said"
 
-    def start(*more: str) -> str:
-        shards, val = (f"cmae.data.{name}={place}" for name, place in zip(NAMES, places, strict=True))
-        told = ["wandb.enabled=true", "wandb.project=x", "comet.enabled=false", f"comet.api_key={TOKEN}"]
-        file = ("--deepspeed_config", str(repository / "ds_configs" / "quickstart.json"))
-        arguments = [*file, "--set", *SMALL, shards, val, *told, *more, "--out", str(run)]
+    def start(*more: str, file: str = "quickstart.json", kind: str = "cmae", status: int = 0) -> str:
+        data = [f"{kind}.data.{name}={place}" for name, place in zip(NAMES, places, strict=True)]
+        config = ("--deepspeed_config", str(repository / "ds_configs" / file))
+        arguments = [*config, "--set", *data, *more, "--out", str(tmp_path / kind)]
 
         def be() -> int:
-            from cmae_scale.pretrain import main
+            from cmae_scale import pretrain, transfer
 
+            main = pretrain.main if kind == "cmae" else transfer.main
             os.chdir(tmp_path)
             os.environ["WANDB_MODE"] = "offline"
             with said.open("a") as file:
@@ -104,22 +104,27 @@ def test_no_file_and_no_line_of_a_run_holds_a_secret(
 
         [end] = let_ranks_end(be, ranks=1)
         lines: str = end.stderr + said.read_text()
-        assert end.status == 0, lines
+        assert end.status == status, lines
         return lines
 
-    first = start("cmae.schedule.base_lr=1e-4")
+    wandb = ["wandb.enabled=true", "wandb.project=x", "comet.enabled=false", f"comet.api_key={TOKEN}"]
+    first = start(*SMALL, *wandb, "cmae.schedule.base_lr=1e-4")
     for state in (run / "checkpoints").glob("step_*4"):
         state.rename(tmp_path / "last")
-    second = start("cmae.schedule.base_lr=2e-4")
+    second = start(*SMALL, *wandb, "cmae.schedule.base_lr=2e-4")
     assert "settings changed" in second
     assert "cmae.data" not in second.split("settings changed", 1)[1].split("\n")[0]
-    assert TOKEN not in first + second
+    place = f"transfer.encoder.place={run}/encoder"
+    knn = start(place, "transfer.crop.img_px=32", file="transfer/knn.json", kind="transfer")
+    refused = start(f"cmae.data.shards=http://reader:{TOKEN}@{host}/train?sig=other", *SMALL, status=2)
+    assert "403" in refused
+    assert TOKEN not in first + second + knn + refused
     files = [path for path in tmp_path.rglob("*") if path.is_file() and "web" not in path.parts]
     assert {"README.md", "config.json", "state.json", "exit.json"} <= {path.name for path in files}
     assert any(path.suffix == ".wandb" for path in files)
     secrets = (TOKEN.encode(), base64.b64encode(f"reader:{TOKEN}".encode()))
     assert [path for path in files if any(secret in path.read_bytes() for secret in secrets)] == []
-    for path in (run / "config.json", *run.glob("checkpoints/*/state.json")):
+    for path in (*tmp_path.glob("*/config.json"), *run.glob("checkpoints/*/state.json")):
         assert path.stat().st_mode & 0o077 == 0, path
     with pytest.raises(ConfigError, match=r"cmae\.data\.shards, cmae\.data\.val_shards held a secret"):
         read_run(run / "config.json")

@@ -12,6 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+from cmae_scale.core.strict_json import parse_line
 from cmae_scale.engine.safety.pulse import PARTS, Report
 
 Message = dict[str, Any]
@@ -42,10 +43,8 @@ class Line:
         if not data:
             return None
         *whole, self._rest = (self._rest + data).split(b"\n")
-        try:
-            return [json.loads(text) for text in whole]
-        except ValueError:
-            return None  # no rank of ours
+        messages = [message for text in whole if (message := parse_line(text)) is not None]
+        return messages if len(messages) == len(whole) else None  # no rank of ours
 
     def close(self) -> None:
         """Let go of the connection."""
