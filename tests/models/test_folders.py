@@ -1,6 +1,7 @@
 """Round trips and what other libraries compute from the folders that are written."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from cmae_scale.core.settings import CmaeConfig, ConvConfig, ModelConfig, ViewsC
 from cmae_scale.layers.masking import take_tokens
 from cmae_scale.layers.patches import patchify
 from cmae_scale.losses import pixel_loss
-from cmae_scale.models import build_cmae, read_encoder
+from cmae_scale.models import build_cmae, read_description, read_encoder
 from cmae_scale.models.formats import folders
 from cmae_scale.models.formats.model_file import ModelFile, read_model_file
 from cmae_scale.models.formats.programs import write_onnx, write_torch_export
@@ -102,6 +103,20 @@ def test_a_timm_classifier_of_the_class_token_goes_round(tmp_path: Path, images:
     back = timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True).eval()
     assert_same(back.state_dict(), original.state_dict())
     torch.testing.assert_close(back(images), original(images))
+
+
+def test_a_classifier_keeps_the_names_of_its_classes(tmp_path: Path, published: Any) -> None:
+    torch.save({"model": published.make_mae(classes=5)}, tmp_path / "tuned.pth")
+    file = read_model_file(tmp_path / "tuned.pth", heads=HeadCounts(encoder=3))
+    names = ("cat", "dog", "owl", "bee", "ant")
+    folders.write_classifier(replace(file, class_names=names), tmp_path / "named")
+    folders.write_timm(read_model_file(tmp_path / "named"), tmp_path / "again")
+    again = timm.create_model(f"local-dir:{tmp_path / 'again'}", pretrained=True)
+    assert (
+        tuple(again.pretrained_cfg["label_names"])
+        == read_description(tmp_path / "again").class_names
+        == names
+    )
 
 
 def test_ours_to_hugging_face_to_ours_changes_no_tensor(tmp_path: Path) -> None:

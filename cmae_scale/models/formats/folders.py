@@ -55,6 +55,8 @@ def write_classifier(file: ModelFile, folder: Path) -> None:
     config["model_args"]["fc_norm"] = pools
     if not file.cfg.model.is_hybrid:
         config["global_pool"] = config["model_args"]["global_pool"] = "avg" if pools else "token"
+    if file.class_names:
+        config["label_names"] = config["pretrained_cfg"]["label_names"] = list(file.class_names)
     unused = PRETRAINING_ONLY if pools else ()
     encoder = {n: t for n, t in file.tensors.items() if n.startswith("online_encoder.")}
     kept = {n: t for n, t in encoder.items() if not n.startswith(unused)}

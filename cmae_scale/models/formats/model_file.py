@@ -37,6 +37,7 @@ class ModelFile:
     std: tuple[float, float, float]
     is_bgr: bool
     notices: tuple[str, ...]  # what had to be assumed
+    class_names: tuple[str, ...] = ()  # of a classifier, where they are known
 
     @property
     def parts(self) -> list[str]:
@@ -127,6 +128,7 @@ def _read_tensors(path: Path, heads: HeadCounts) -> ModelFile:
             *([f"left out: {_some(renamed.left_out)}"] if renamed.left_out else []),
             *_compare_arithmetic(described, path=path),
         ),
+        class_names=tuple(described.get("label_names") or ()),
     )
 
 
