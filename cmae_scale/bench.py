@@ -8,6 +8,7 @@ if __package__ in (None, ""):  # started by path: this folder is first on sys.pa
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from cmae_scale.core.cli import run_command
+from cmae_scale.core.world import wait_without_spinning
 from cmae_scale.trials.arguments import build_bench_parser
 from cmae_scale.trials.commands import TRIALS
 
@@ -29,6 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def bench(argv: Sequence[str] | None) -> None:
     """Read the arguments and do what the first of them says."""
     args = build_bench_parser(__doc__.splitlines()[0], examples=EXAMPLES).parse_args(argv)
+    wait_without_spinning()
     TRIALS[args.trial](args)
 
 

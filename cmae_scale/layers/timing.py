@@ -12,7 +12,7 @@ def time_in_turns(ways: Sequence[Callable[[], object]]) -> list[float]:
     """The least seconds of CPU time that each of `ways` took, after a run that warms it up.
 
     They take turns, so that whatever else the machine does meets all of them; time in which this process was
-    kept waiting does not count.
+    kept waiting does not count, as long as its threads sleep then (see world.wait_without_spinning).
     """
     for way in ways:
         way()

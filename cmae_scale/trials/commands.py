@@ -115,20 +115,31 @@ def measure_memory(args: argparse.Namespace) -> None:
 
 def measure_hybrid(args: argparse.Namespace) -> None:
     """Print and record what leaving hidden patches out saves the hybrid encoder."""
+    import torch
+
     from cmae_scale.core.config import read_run
+    from cmae_scale.engine.precision import Product, settle_precision
+    from cmae_scale.engine.start import read_precision
     from cmae_scale.report.records import summarise_laps, write_record
+    from cmae_scale.sizing.sizes import read_size
     from cmae_scale.trials.hybrid_race import KEPT, WHOLE, race_encoders
 
-    cfg = read_run(args.deepspeed_config, args.set).cmae
+    run = read_run(args.deepspeed_config, args.set)
+    cfg, width = run.cmae, read_size(run.cmae.model).embed_dim
     if not cfg.model.is_hybrid:
         raise ConfigError(f"{args.deepspeed_config} has no hybrid encoder: give ds_configs/convvitb.json")
-    laps = race_encoders(cfg, batch=args.batch, rounds=args.rounds)
+    product = Product(args.batch * (cfg.views.img_px // cfg.model.patch_size) ** 2, width, 4 * width)
+    run, told = settle_precision(run, device=torch.device("cpu"), product=product)
+    tell("\n".join(told))
+    compute = read_precision(run.deepspeed).compute
+    laps = race_encoders(cfg, compute=compute, batch=args.batch, rounds=args.rounds)
     lowest = {name: min(lap.wall_s for lap in runs) for name, runs in laps.items()}
     for name, wall_s in lowest.items():
         tell(f"{name:12} {1e3 * wall_s:8.1f} ms an image, forward and backward, lowest of {args.rounds}")
     tell(f"the same tokens from kept sites alone {lowest[WHOLE] / lowest[KEPT]:.2f} times as fast")
     results = {name: summarise_laps(runs, per="image") for name, runs in laps.items()}
     config = {"model": cfg.model.encoder, "mask_ratio": cfg.mask.ratio, "batch": args.batch}
+    config["products"] = str(compute)
     write_record(args.record, config=config, results=results)
     tell(f"record {args.record}")
 

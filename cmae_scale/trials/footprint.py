@@ -24,12 +24,12 @@ import torch
 from cmae_scale.core.batches import BatchSizes, plan_batch
 from cmae_scale.core.config import Run, read_run, resolve_run
 from cmae_scale.core.schedules import TargetMomentum
-from cmae_scale.core.settings import CmaeConfig
+from cmae_scale.core.settings import Attention, CmaeConfig
 from cmae_scale.data.stream import MasterBatch
 from cmae_scale.engine.pretraining import Pretraining, start_pretraining, watch_health
 from cmae_scale.engine.session import Session
 from cmae_scale.engine.start import Place, start_processes, stop_processes
-from cmae_scale.planning.forecast import assume_precision, describe_job
+from cmae_scale.planning.forecast import assume_precision, choose_kernel, describe_job
 from cmae_scale.sizing.memory import Moment, predict_peak
 from cmae_scale.sizing.zero import Device
 
@@ -128,7 +128,7 @@ def compare_footprints(cases: Sequence[Case], *, device: Device) -> Iterator[Com
     for case in cases:
         with tempfile.TemporaryDirectory() as folder:
             run = read_run(case.run_file, [*case.overrides, f"cmae.out={folder}/run"])
-            run = assume_precision(run, "bfloat16")  # where it is slow too: what counts here is memory
+            run = hold_to_plan(run, device=device)
             prints = measure_footprint(run, ranks=case.ranks)
         batch = plan_batch(run.deepspeed, ranks=case.ranks)
         yield Comparison(
@@ -137,6 +137,16 @@ def compare_footprints(cases: Sequence[Case], *, device: Device) -> Iterator[Com
             measured_bytes=max(one.grown_bytes for one in prints),
             predicted=predict_peak(describe_job(run, batch=batch, ranks=case.ranks, device=device)),
         )
+
+
+def hold_to_plan(run: Run, *, device: Device) -> Run:
+    """The run in the precision and, on a CPU, with the kernel that a plan assumes; it might choose others."""
+    run = assume_precision(run, "bfloat16")
+    if device == "cuda":
+        return run
+    kernel: Attention = "explicit" if choose_kernel(run, device=device) == "explicit" else "flash"
+    model = run.cmae.model.model_copy(update={"attention": kernel})
+    return replace(run, settings=run.cmae.model_copy(update={"model": model}))
 
 
 def measure_footprint(

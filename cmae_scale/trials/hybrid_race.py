@@ -20,10 +20,10 @@ from cmae_scale.sizing.sizes import COARSE, FINE
 KEPT, WHOLE = "kept sites", "whole maps"
 
 
-def race_encoders(cfg: CmaeConfig, *, batch: int, rounds: int) -> dict[str, list[Lap]]:
+def race_encoders(cfg: CmaeConfig, *, compute: torch.dtype, batch: int, rounds: int) -> dict[str, list[Lap]]:
     """Seconds per image of forward and backward, interleaved, after a round that warms up.
 
-    Matrix products are in bf16. AssertionError if the two ways give other tokens (compared in fp32).
+    Matrix products are in `compute`. AssertionError if the two ways give other tokens (compared in fp32).
     """
     torch.manual_seed(0)
     encoder = build_encoder(cfg.model, img_px=cfg.views.img_px)
@@ -41,7 +41,7 @@ def race_encoders(cfg: CmaeConfig, *, batch: int, rounds: int) -> dict[str, list
     laps: dict[str, list[Lap]] = {name: [] for name in ways}
     for number in range(rounds + 1):
         for name, way in ways.items():
-            lap = _time(way)
+            lap = _time(way, compute)
             if number > 0:
                 laps[name].append(Lap(lap.cpu_s / batch, lap.wall_s / batch))
     return laps
@@ -83,9 +83,10 @@ def _run_masked(block: nn.Module, sites: Tensor, places: object, visible: Tensor
     return output
 
 
-def _time(way: Callable[[], Tensor]) -> Lap:
+def _time(way: Callable[[], Tensor], compute: torch.dtype) -> Lap:
+    is_low = compute is not torch.float32
     cpu_s, wall_s = time.process_time(), time.perf_counter()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast("cpu", dtype=compute if is_low else None, enabled=is_low):
         tokens = way()
     torch.autograd.backward(tokens.float().square().mean())
     return Lap(time.process_time() - cpu_s, time.perf_counter() - wall_s)

@@ -36,7 +36,7 @@ BF16 = {"bf16": {"enabled": True}}
 KERNELS: dict[Kernel, Attention] = {"fused": "flash", "explicit": "explicit"}
 
 
-def measure(run: Run, live: Any, *, steps: int = 3) -> dict[str, int]:
+def measure(run: Run, live: Any, *, steps: int = 2) -> dict[str, int]:
     """Peak of the tensors alive over all steps and what stays between two, on this rank."""
     from cmae_scale.engine.start import start_processes
     from cmae_scale.trials.footprint import train_on_noise
