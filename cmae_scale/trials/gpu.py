@@ -35,7 +35,7 @@ Results = dict[str, dict[str, Figures]]  # by part and name
 
 
 class Part(NamedTuple):
-    """Yields names and their figures; `limit_s` with --quick is half of it."""
+    """Yields names and their figures; `limit_s` is halved by --quick, and patient in a rehearsal."""
 
     measure: Callable[[Stage], Iterator[tuple[str, Figures]]]
     limit_s: float
@@ -70,7 +70,7 @@ def measure_parts(stage: Stage, *, record: Path, tell: Callable[[str], None]) ->
             continue
         for failed in [key for key, figures in known.items() if "failed" in figures]:
             del known[failed]
-        limit_s = part.limit_s / 2 if stage.is_quick else part.limit_s
+        limit_s = part.limit_s * (10 if stage.is_rehearsal else 0.5 if stage.is_quick else 1)
         for key, figures in _run_apart(name, stage._replace(known=frozenset(known)), limit_s=limit_s):
             known[key] = figures
             tell(f"{name:10} {key:48} {_shorten(figures)}")
