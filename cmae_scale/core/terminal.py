@@ -1,5 +1,6 @@
 """The one way to people's terminals, past which no file's control character and no secret comes."""
 
+import os
 import re
 import sys
 from typing import TextIO
@@ -22,9 +23,15 @@ def make_safe_name(text: str, *, longest: int = 1000) -> str:
 
 
 def tell(text: object, *, to: TextIO | None = None) -> None:
-    """A line, or lines, on stdout or `to`, at once. What its encoding lacks is spelt out."""
+    """A line, or lines, on stdout or `to`, at once. What its encoding lacks is spelt out.
+
+    Where its reader has left (`| head`, a closed `tee`), nobody is told any more, and the work goes on.
+    """
     stream = sys.stdout if to is None else to
     safe = make_safe(str(text))
     encoding = getattr(stream, "encoding", None) or "utf-8"
-    stream.write(safe.encode(encoding, "backslashreplace").decode(encoding) + "\n")
-    stream.flush()
+    try:
+        stream.write(safe.encode(encoding, "backslashreplace").decode(encoding) + "\n")
+        stream.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

@@ -64,10 +64,11 @@ def _schedule_faults(run: Run, *, times: Timetable) -> Iterator[str]:
 def _method_faults(run: Run, *, steps: int) -> Iterator[str]:
     cfg, momentum = run.cmae, run.cmae.target.momentum
     if cfg.has_contrast and steps * (1 - momentum) < 1:
+        less = f"write at most {1 - 10 / steps:.3g}, or " if steps > 20 else ""
         memory = "forever" if momentum == 1 else f"for 1 / (1 - {momentum}) = {1 / (1 - momentum):.0f} steps"
         yield (
             f"cmae.target.momentum {momentum} remembers {memory}, the run has {steps}: the target stays near "
-            f"its random start; write at most {max(0.0, 1 - 10 / steps):.3g}, or train longer"
+            f"its random start; {less}train longer"
         )
     low, high = LR_RANGE
     if not low <= run.peak_lr <= high:

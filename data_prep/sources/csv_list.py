@@ -139,7 +139,7 @@ def _say_no_column(path: Path, heading: tuple[str, ...], column: str) -> str:
     first = ",".join(heading)[:80]
     if any(name.lower().endswith(IMAGE_ENDINGS) for name in heading):
         return f"{path} has no column names (its first line is {first}): put a line 'path,label' above it"
-    return f"{path} has no column '{column}' (its first line is {first}): --image_column names the paths'"
+    return f"{path} has no column '{column}' (its first line is {first}): name theirs with --image_column"
 
 
 def _unreadable(path: Path, error: Exception) -> ConfigError:

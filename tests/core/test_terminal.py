@@ -1,8 +1,10 @@
 """Nothing of a file's reaches a terminal as a command to it."""
 
 import io
+import subprocess
 import sys
 import unicodedata
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -12,6 +14,8 @@ from cmae_scale.core.cli import Parser, run_command
 from cmae_scale.core.errors import DataError
 from cmae_scale.core.progress import Progress
 from cmae_scale.core.terminal import make_safe, make_safe_name, tell
+
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 @given(st.text())
@@ -104,3 +108,18 @@ def test_arguments_that_are_none_are_told_masked(capsys: pytest.CaptureFixture[s
     said = capsys.readouterr().err
     assert "convert: error: unrecognized arguments: --form https://*****@h" in said
     assert "TOKEN" not in said
+
+
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_a_reader_that_leaves_stops_nothing(stream: str) -> None:
+    program = (
+        "import sys; from cmae_scale.core.terminal import tell\n"
+        f"for number in range(20_000): tell(number, to=sys.{stream})\n"
+        f"sys.exit(75)"
+    )
+    command = [sys.executable, "-c", program]
+    with subprocess.Popen(command, cwd=REPOSITORY, text=True, **{stream: subprocess.PIPE}) as process:  # type: ignore[call-overload]
+        output = getattr(process, stream)
+        assert output.readline() == "0\n"
+        output.close()
+        assert process.wait() == 75
