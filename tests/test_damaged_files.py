@@ -11,6 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import jaxtyping
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -155,14 +156,25 @@ def unshare(path: Path) -> None:
     path.write_bytes(content)
 
 
+@pytest.fixture(autouse=True)
+def as_users_run_it() -> Iterator[None]:
+    """Without the checks of types, which would find what a reader should have."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
 WRITTEN: list[dict[str, Any]] = []  # the lines of metrics as the run wrote them
 
 
 def read_all(*readers: Callable[[], Any]) -> None:
-    """Nothing but the user's errors may come out of any of them."""
+    """Nothing but the user's errors may come out of any of them, each a sentence."""
     for read in readers:
-        with suppress(UserError):
+        try:
             read()
+        except UserError as error:
+            if "\n" in (told := str(error)):
+                raise AssertionError(f"more than a sentence: {told!r}") from error
 
 
 @pytest.fixture(scope="module")

@@ -28,6 +28,8 @@ from cmae_scale.sizing.sizes import EncoderSize, read_size, read_stages
 
 Network: TypeAlias = VisionTransformer | HybridClassifier
 
+# of sizes that somebody has changed, down to torch
+_BUILD_ERRORS = (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError)
 POOLS: Mapping[Pool, str] = {"mean": "avg", "cls": "token"}  # in timm's words
 
 
@@ -47,7 +49,10 @@ def build_network(
     models_convvit.py, official fine-tuning. The head has its library's starting values until it is set.
     """
     shape = _Shape(img_px, pool, classes, has_new_norm or encoder.has_own_pool_norm, drop_path)
-    network = _build_hybrid(encoder, shape) if encoder.is_hybrid else _build_vit(encoder, shape)
+    try:
+        network = _build_hybrid(encoder, shape) if encoder.is_hybrid else _build_vit(encoder, shape)
+    except _BUILD_ERRORS:
+        raise ConfigError(f"{encoder.place}: the sizes in its {CONFIG_FILE} make no network") from None
     if encoder.state:
         _load_(network, encoder, has_new_norm=has_new_norm)
     return network
@@ -137,8 +142,9 @@ def _build_vit(encoder: PretrainedEncoder, shape: _Shape) -> VisionTransformer:
     )
     try:
         model = timm.create_model(encoder.architecture, pretrained=False, **args)
-    except (RuntimeError, TypeError, AssertionError, ValueError) as error:
-        raise ConfigError(f"{encoder.place}: timm cannot build it for {shape.img_px} px ({error})") from None
+    except _BUILD_ERRORS as error:
+        told = str(error).partition("\n")[0]
+        raise ConfigError(f"{encoder.place}: timm cannot build it for {shape.img_px} px ({told})") from None
     if not isinstance(model, VisionTransformer):
         raise ConfigError(f"{encoder.place} is a {type(model).__name__}: give a vision transformer of timm")
     return model

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import timm
+from pydantic import BaseModel, ConfigDict, ValidationError
 from timm.models import VisionTransformer
 from torch import Tensor
 
@@ -93,21 +94,40 @@ def _read_config(path: Path) -> dict[str, Any] | None:
     return config
 
 
+class _Prepared(BaseModel):
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+class _Description(BaseModel):
+    """What is read of a config.json of a run's or timm's."""
+
+    model_config = ConfigDict(protected_namespaces=())
+
+    architecture: str
+    model_args: dict[str, Any] | None = None
+    pretrained_cfg: _Prepared
+
+
 def _open_folder(folder: Path, config: Mapping[str, Any]) -> PretrainedEncoder:
     try:
-        cfg = config.get("pretrained_cfg", {})
-        return PretrainedEncoder(
-            str(folder),
-            config["architecture"],
-            config.get("model_args") or {},
-            read_weights(folder),
-            tuple(cfg["mean"]),
-            tuple(cfg["std"]),
-        )
-    except (KeyError, TypeError, AttributeError) as error:
+        about = _Description.model_validate(config)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(map(str, first["loc"]))
         raise ConfigError(
-            f"no encoder at {folder}: its {CONFIG_FILE} does not say {error}, as a run's or timm's does"
+            f"no encoder at {folder}: its {CONFIG_FILE} does not say '{place}' as a run's or timm's does "
+            f"({first['msg']})"
         ) from None
+    prepared = about.pretrained_cfg
+    return PretrainedEncoder(
+        str(folder),
+        about.architecture,
+        about.model_args or {},
+        read_weights(folder),
+        prepared.mean,
+        prepared.std,
+    )
 
 
 def _open_file(path: Path, num_heads: int | None) -> PretrainedEncoder:
