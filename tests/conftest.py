@@ -30,6 +30,10 @@ from torch.utils._pytree import tree_leaves
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # they share the cores
     torch.set_num_threads(max(1, torch.get_num_threads() // int(workers)))
 
+# The first backward pass starts a thread for every GPU, also for one that FakeTensorMode plays where there
+# is none, and no process forked later can go backwards. So that first pass is here, before any such play.
+torch.zeros(1, requires_grad=True).sum().backward()
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 PATIENCE_S = 500  # for what only a fault keeps from ending, on a machine of any load
 
