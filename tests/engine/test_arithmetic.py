@@ -270,6 +270,65 @@ def test_a_run_goes_on_with_the_kernels_of_its_state(
     assert "written on a CPU with" in told
 
 
+@pytest.mark.dist
+def test_a_trial_that_comes_out_otherwise_changes_no_bit_of_a_run_that_goes_on(
+    on_ranks: Callable[..., list[Any]],
+    tiny_run: Callable[..., Run],
+    train_tiny: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    def run(folder: str) -> Run:
+        return tiny_run(cmae={"out": str(tmp_path / folder), "model": {"attention": "auto"}})
+
+    def prefer(fused_s: float) -> None:
+        monkeypatch.setattr("cmae_scale.layers.attention.time_in_turns", lambda ways: [fused_s, 1.0])
+
+    def begin() -> Any:
+        straight = train_tiny(run("straight"), steps=4)
+        train_tiny(run("stopped"), steps=2, save_at=2)
+        return straight
+
+    prefer(3.0)
+    straight = on_ranks(begin, ranks=1)[0]
+    prefer(0.3)
+    resumed = on_ranks(lambda: train_tiny(run("stopped"), steps=4), ranks=1)[0]
+    other = on_ranks(lambda: train_tiny(run("other"), steps=4), ranks=1)[0]
+    assert resumed["first_step"] == 2
+    assert torch.equal(resumed["losses"][3], straight["losses"][3])
+    name = "online_encoder.blocks.0.attn.qkv.weight"
+    assert torch.equal(resumed["weights"][name], straight["weights"][name])
+    assert not torch.equal(other["weights"][name], straight["weights"][name])  # kernels do round otherwise
+
+
+@pytest.mark.dist
+def test_each_part_of_the_model_runs_its_own_kernel(
+    on_ranks: Callable[..., list[Any]], tiny_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def choose(setting: str, shape: AttentionShape, where: Arithmetic, **_: Any) -> AttentionChoice:
+        return AttentionChoice("explicit" if shape.is_trained else "flash", is_forced=False)
+
+    monkeypatch.setattr(arithmetic, "choose_attention", choose)
+    run = tiny_run(cmae={"model": {"attention": "auto"}})
+
+    def look() -> Any:
+        from cmae_scale.engine.pretraining import start_pretraining
+        from cmae_scale.engine.start import start_processes
+
+        session = start_pretraining(run, place=start_processes(), data_order={})
+        fused = {
+            name.partition(".")[0]: module.fused_attn
+            for name, module in session.engine.module.named_modules()
+            if hasattr(module, "fused_attn")
+        }
+        return fused, session.stamp.attention
+
+    fused, record = on_ranks(look, ranks=1)[0]
+    parts = ["online_encoder", "pixel_decoder", "feature_decoder", "target_encoder"]
+    assert fused == {part: part == "target_encoder" for part in parts}
+    assert {part: record[part] == "flash" for part in parts} == fused
+
+
 @pytest.mark.parametrize("kernel", ["cudnn", "efficient"])
 def test_a_named_kernel_is_tried_on_every_part(open_run: Callable[..., Run], kernel: Any) -> None:
     run = open_run(torch_autocast={"enabled": False})
