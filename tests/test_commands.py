@@ -343,11 +343,3 @@ def test_a_typo_is_told_before_torch_is_loaded(repository: Path, tmp_path: Path)
     assert done.stderr.splitlines() == [
         "error: ds_configs/vitl.json: \"cmae.mask.ratoi\" is not a setting; did you mean 'ratio'?"
     ]
-
-
-def test_the_readmes_commands_are_the_ones_tested(repository: Path) -> None:
-    readme = (repository / "README.md").read_text()
-    assert "deepspeed cmae_scale/pretrain.py --deepspeed_config ds_configs/quickstart.json" in readme
-    for line in readme.splitlines():
-        for file in (word for word in line.split() if word.startswith("ds_configs/")):
-            assert (repository / file.strip("`'\".,)")).exists(), line

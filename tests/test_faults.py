@@ -586,12 +586,12 @@ echo "$@" >> "$CALLS"
 
 
 @pytest.mark.slow
-def test_the_readmes_batch_script_saves_and_queues_itself_again(
+def test_the_documented_batch_script_saves_and_queues_itself_again(
     arguments: Callable[..., list[str]], repository_path: Path, tmp_path: Path
 ) -> None:
     """Slurm is played by two scripts; the batch shell gets its warning as Slurm sends it."""
-    readme = (repository_path / "README.md").read_text()
-    script = "#!/bin/bash\n" + readme.split("```bash\n#!/bin/bash\n")[1].split("```")[0]
+    page = (repository_path / "docs" / "clusters.md").read_text()
+    script = "#!/bin/bash\n" + page.split("```bash\n#!/bin/bash\n")[1].split("```")[0]
     command, run = arguments(*LONG), tmp_path / "run"
     for old, new in (
         ("RUN=runs/vitl", f"RUN={run}"),
