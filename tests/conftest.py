@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import pickle
+import signal
 import socket
 import sys
 import time
@@ -26,6 +27,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # the background job of a script is born deaf to it
 
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # they share the cores
     torch.set_num_threads(max(1, torch.get_num_threads() // int(workers)))

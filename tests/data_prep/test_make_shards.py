@@ -325,7 +325,7 @@ import os, sys, threading
 
 def watch(event, arguments):
     if event == "open" and "index.json" in str(arguments[0]) and arguments[2] & (os.O_WRONLY | os.O_RDWR):
-        threading.Event().wait()
+        threading.Event().wait(600)  # not for ever, should nobody be left to end it
 
 sys.addaudithook(watch)
 from data_prep.make_shards import run
@@ -334,7 +334,7 @@ sys.exit(run())
 
 
 def start_unending(repository: Path, *argv: str) -> "subprocess.Popen[bytes]":
-    """The command in a process group of its own, where it waits for ever before it writes the index."""
+    """The command in a process group of its own, where it waits before it writes the index."""
     return subprocess.Popen(
         [sys.executable, "-c", UNENDING, *argv],
         start_new_session=True,
