@@ -22,12 +22,15 @@ jaxtyping.install_import_hook(
     ["cmae_scale.layers", "cmae_scale.losses", "cmae_scale.models", "cmae_scale.augment"], "beartype.beartype"
 )
 
+import hypothesis
 import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+hypothesis.settings.register_profile("any machine", deadline=None)
+hypothesis.settings.load_profile("any machine")
 signal.signal(signal.SIGINT, signal.default_int_handler)  # the background job of a script is born deaf to it
 
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # they share the cores
