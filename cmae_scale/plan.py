@@ -16,7 +16,7 @@ from cmae_scale.core.errors import ConfigError, DataError
 from cmae_scale.core.terminal import tell
 
 if TYPE_CHECKING:
-    from cmae_scale.core.config import Run
+    from cmae_scale.config.run_file import Run
     from cmae_scale.planning.forecast import Machine
 
 EXAMPLES = """\
@@ -37,9 +37,9 @@ def plan(argv: Sequence[str] | None) -> None:
     """Read the run as training would read it, and print what follows, without torch and without a GPU."""
     args = read_arguments(argv)
 
-    from cmae_scale.core.batches import plan_batch
-    from cmae_scale.core.config import read_run, resolve_run
-    from cmae_scale.core.durations import plan_timetable
+    from cmae_scale.config.batches import plan_batch
+    from cmae_scale.config.durations import plan_timetable
+    from cmae_scale.config.run_file import read_run, resolve_run
     from cmae_scale.planning.forecast import forecast, to_json
     from cmae_scale.planning.outlook import DEFAULT_MFU
     from cmae_scale.planning.page import write_page
@@ -88,8 +88,8 @@ def read_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def choose_machine(args: argparse.Namespace) -> "Machine":
     """The devices that were named or described, or those of this machine, or one of the default."""
-    from cmae_scale.core.hardware import Gpu, find_gpu, find_local_gpus, name_cpus_half
     from cmae_scale.planning.forecast import Machine, name_machine
+    from cmae_scale.sizing.hardware import Gpu, find_gpu, find_local_gpus, name_cpus_half
 
     name, ranks = args.gpu, args.gpus or 1
     if name is not None and name.lower() == "cpu":

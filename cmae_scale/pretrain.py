@@ -15,22 +15,22 @@ from typing import TYPE_CHECKING
 if __package__ in (None, ""):  # started by path: this folder is first on sys.path, the repository should be
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from cmae_scale.core.batches import plan_batch
+from cmae_scale.config.batches import plan_batch
+from cmae_scale.config.durations import Clock, plan_timetable
+from cmae_scale.config.run_file import Run, read_run, resolve_run
+from cmae_scale.config.schedules import plan_schedules
 from cmae_scale.core.cli import build_parser, read_overrides, run_command
-from cmae_scale.core.config import Run, read_run, resolve_run
-from cmae_scale.core.durations import Clock, plan_timetable
-from cmae_scale.core.schedules import plan_schedules
 from cmae_scale.core.world import read_world, wait_without_spinning
-from cmae_scale.engine.safety.signals import StopRequest
+from cmae_scale.engine.process.signals import StopRequest
 from cmae_scale.planning.advice import find_run_faults
 from cmae_scale.planning.refusals import check_run
 
 if TYPE_CHECKING:
     from cmae_scale.data.shard_set import ShardSet
     from cmae_scale.data.stream import MasterBatch
+    from cmae_scale.engine.metrics.logger import Journal
     from cmae_scale.engine.pretraining import Pretraining
-    from cmae_scale.engine.start import Place
-    from cmae_scale.engine.watch.journal import Journal
+    from cmae_scale.engine.process.group import Place
 
 EXAMPLES = """\
   deepspeed cmae_scale/pretrain.py --deepspeed_config ds_configs/quickstart.json
@@ -62,7 +62,7 @@ def pretrain(argv: Sequence[str] | None) -> None:
             export_newest(run)
             return
         check_run(run, ranks=read_world().size)
-        from cmae_scale.engine.safety.attend import attend
+        from cmae_scale.engine.process.lifecycle import attend
 
         with attend(run, stop) as place:
             train(run, place, stop_at=args.stop_at)
@@ -75,8 +75,8 @@ def train(run: Run, place: "Place", *, stop_at: int | None = None) -> None:
     from cmae_scale.data.shard_set import open_shards
     from cmae_scale.data.stream import open_batches
     from cmae_scale.engine.loop import take_steps
+    from cmae_scale.engine.metrics.logger import Journal
     from cmae_scale.engine.pretraining import Pretraining, describe, start_pretraining, watch_health
-    from cmae_scale.engine.watch.journal import Journal
     from cmae_scale.tasks.knn_monitor import open_knn_monitor
 
     rank, ranks = place.world.rank, place.world.size
@@ -141,7 +141,7 @@ def finish(method: "Pretraining", journal: "Journal", *, held_out: "ShardSet") -
     """What a finished run leaves for people and for the next tool: pictures, encoder, summary."""
     from cmae_scale.data.held_out import read_held_out
     from cmae_scale.engine.preview import preview
-    from cmae_scale.engine.safety.pulse import PATIENT
+    from cmae_scale.engine.process.heartbeat import PATIENT
     from cmae_scale.models.weights import say_how_to_load
     from cmae_scale.report import read_metrics, write_curves, write_reconstructions
 

@@ -13,22 +13,22 @@ from typing import TYPE_CHECKING
 if __package__ in (None, ""):  # started by path: this folder is first on sys.path, the repository should be
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from cmae_scale.core.batches import plan_batch
+from cmae_scale.config.batches import plan_batch
+from cmae_scale.config.durations import Clock, plan_timetable, read_steps
+from cmae_scale.config.run_file import Run, dump_run, read_run, resolve_run
+from cmae_scale.config.schedules import plan_transfer_lr
 from cmae_scale.core.cli import build_parser, read_overrides, run_command
-from cmae_scale.core.config import Run, dump_run, read_run, resolve_run
 from cmae_scale.core.credentials import write_settings
-from cmae_scale.core.durations import Clock, plan_timetable, read_steps
-from cmae_scale.core.schedules import plan_transfer_lr
 from cmae_scale.core.terminal import tell
 from cmae_scale.core.world import read_world, wait_without_spinning
-from cmae_scale.engine.safety.signals import StopRequest
+from cmae_scale.engine.process.signals import StopRequest
 from cmae_scale.planning.advice import find_run_faults
 from cmae_scale.planning.refusals import check_run
 
 if TYPE_CHECKING:
     from cmae_scale.data.stream import MasterBatch
     from cmae_scale.engine.arithmetic import Settled
-    from cmae_scale.engine.start import Place
+    from cmae_scale.engine.process.group import Place
     from cmae_scale.tasks.build import Bench
 
 EXAMPLES = """\
@@ -56,9 +56,8 @@ def transfer(argv: Sequence[str] | None) -> None:
         run = read_run(args.deepspeed_config, read_overrides(args, kind="transfer"), kind="transfer")
         check_run(run, ranks=read_world().size)
         from cmae_scale.engine.arithmetic import settle_arithmetic
-        from cmae_scale.engine.precision import Product
-        from cmae_scale.engine.safety.attend import attend
-        from cmae_scale.engine.start import read_precision
+        from cmae_scale.engine.precision import Product, read_precision
+        from cmae_scale.engine.process.lifecycle import attend
         from cmae_scale.tasks.build import open_bench
 
         with attend(run, stop) as place:
@@ -106,8 +105,8 @@ def train(settled: "Settled", bench: "Bench", *, place: "Place", stop_at: int | 
     """The run on this rank: to its end, with an exported model, or to `stop_at`, with a saved state."""
     from cmae_scale.data.bad_samples import BadSamples
     from cmae_scale.engine.loop import take_steps
+    from cmae_scale.engine.metrics.logger import Journal
     from cmae_scale.engine.transfer import describe_transfer, start_transfer
-    from cmae_scale.engine.watch.journal import Journal
     from cmae_scale.models.classifier import say_how_to_open
     from cmae_scale.report import read_metrics, write_curves
     from cmae_scale.tasks.build import build_task, open_training, plan_training

@@ -91,9 +91,9 @@ def on_ranks() -> Callable[..., list[Any]]:
 
     import cmae_scale.data.stream
     import cmae_scale.engine.loop
+    import cmae_scale.engine.metrics.logger
     import cmae_scale.engine.pretraining
     import cmae_scale.engine.preview
-    import cmae_scale.engine.watch.journal
     import cmae_scale.report  # noqa: F401
 
     return run_on_ranks

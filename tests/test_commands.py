@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from cmae_scale.core.config import read_run
+from cmae_scale.config.run_file import read_run
 
 LAUNCHER = str(Path(sys.executable).with_name("deepspeed"))  # of this environment, also without activation
 SMALL = [
@@ -191,7 +191,7 @@ def test_a_signal_to_one_rank_saves_on_all_and_the_same_command_goes_on(
     settings = ["cmae.schedule.duration=6st", "cmae.checkpoint.every=100st", "zero_optimization.stage=2"]
 
     def interrupted() -> int:
-        from cmae_scale.engine.watch.journal import Journal
+        from cmae_scale.engine.metrics.logger import Journal
         from cmae_scale.pretrain import main
 
         original, added = Journal.add, []

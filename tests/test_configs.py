@@ -6,11 +6,11 @@ from typing import get_args
 import pytest
 import torch
 
-from cmae_scale.core.batches import plan_batch
-from cmae_scale.core.config import read_run, resolve_run
-from cmae_scale.core.precision import FormatName, is_left_to_machine, write_autocast
-from cmae_scale.core.study_settings import read_study
-from cmae_scale.core.transfer_settings import TransferConfig
+from cmae_scale.config.batches import plan_batch
+from cmae_scale.config.precision import FormatName, is_left_to_machine, write_autocast
+from cmae_scale.config.run_file import read_run, resolve_run
+from cmae_scale.config.study import read_study
+from cmae_scale.config.transfer import TransferConfig
 from cmae_scale.models import build_cmae
 
 FOLDER = Path(__file__).resolve().parent.parent / "ds_configs"

@@ -17,9 +17,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cmae_scale.core.config import read_run
+from cmae_scale.config.cmae import DataConfig, FaultsConfig
+from cmae_scale.config.run_file import read_run
 from cmae_scale.core.errors import UserError
-from cmae_scale.core.settings import DataConfig, FaultsConfig
 
 FUZZ = settings(
     max_examples=60,
@@ -263,11 +263,11 @@ def run(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Path:
 
 def read_finished(run: Path) -> None:
     from cmae_scale.core.world import World
-    from cmae_scale.engine.safety.folder import open_folder
-    from cmae_scale.engine.safety.skipped import SkippedSteps
-    from cmae_scale.engine.safety.trend import Trend, TrendFile
-    from cmae_scale.engine.watch.bad_list import BadList
-    from cmae_scale.engine.watch.journal import drop_later_lines
+    from cmae_scale.engine.loss_trend import Trend, TrendFile
+    from cmae_scale.engine.metrics.bad_samples import BadList
+    from cmae_scale.engine.metrics.logger import drop_later_lines
+    from cmae_scale.engine.process.run_folder import open_folder
+    from cmae_scale.engine.skipped_steps import SkippedSteps
     from cmae_scale.models.pretrained import open_encoder
     from cmae_scale.tasks.study import read_curve
 
@@ -310,7 +310,7 @@ def write_card_again(folder: Path) -> None:
 
 
 def read_state(folder: Path) -> None:
-    from cmae_scale.engine.states.stamp import Stamp
+    from cmae_scale.engine.checkpoint.metadata import Stamp
     from cmae_scale.states.newest import choose_state
     from cmae_scale.states.shards import ShardReader
 
@@ -360,7 +360,7 @@ def test_an_edited_state_that_was_sealed_again(run: Path, tmp_path: Path, mutate
 
 @pytest.mark.slow
 def test_every_file_that_a_run_leaves_is_one_that_the_next_start_tries(run: Path) -> None:
-    from cmae_scale.engine.safety.folder import PART_FILES, PART_FOLDERS
+    from cmae_scale.engine.process.run_folder import PART_FILES, PART_FOLDERS
 
     left = {str(path.relative_to(run)) for path in run.rglob("*") if "step_" not in str(path)}
     assert left <= {*PART_FILES, *PART_FOLDERS}
@@ -398,7 +398,7 @@ ODD_NAMES = [
 
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from cmae_scale.core.settings import ModelConfig, ViewsConfig
+    from cmae_scale.config.cmae import ModelConfig, ViewsConfig
     from cmae_scale.models.build import build_encoder
     from cmae_scale.models.weights import export_encoder
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from cmae_scale.core.config import RunKind, read_run
+from cmae_scale.config.run_file import RunKind, read_run
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PAGES = [

@@ -346,7 +346,7 @@ def test_a_second_run_in_the_same_folder_is_refused(
 ) -> None:
     from cmae_scale.core.locks import hold
 
-    monkeypatch.setattr("cmae_scale.engine.safety.folder.WAIT_FOR_LOCK_S", 0.5)
+    monkeypatch.setattr("cmae_scale.engine.process.run_folder.WAIT_FOR_LOCK_S", 0.5)
     (tmp_path / "run").mkdir()
     with hold(tmp_path / "run" / ".lock", wait=False) as is_held:
         assert is_held
@@ -365,13 +365,13 @@ def test_a_folder_that_one_rank_cannot_write_is_told_by_all_at_once(
     pretrain: Callable[..., Any], arguments: Callable[..., list[str]], rank: int
 ) -> None:
     def patch() -> None:
-        from cmae_scale.engine.safety import folder
+        from cmae_scale.engine.process import run_folder
 
         def refuse(path: Path, text: str) -> None:
             raise OSError(30, "Read-only file system")
 
         if os.environ["RANK"] == str(rank):
-            folder.write_text = refuse
+            run_folder.write_text = refuse
 
     ended = pretrain(arguments(), before=patch)
     assert [end.status for end in ended] == [2, 2]

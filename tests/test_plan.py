@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from cmae_scale.core.batches import plan_batch
-from cmae_scale.core.config import read_run
+from cmae_scale.config.batches import plan_batch
+from cmae_scale.config.run_file import read_run
 from cmae_scale.plan import main
 from cmae_scale.planning.forecast import assume_precision, describe_job
 from cmae_scale.sizing.memory import plan_moments, predict_peak

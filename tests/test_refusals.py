@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from cmae_scale.core.config import RunKind, read_run
+from cmae_scale.config.run_file import RunKind, read_run
 from cmae_scale.core.errors import UserError
 from cmae_scale.data.index import ShardIndex, ShardInfo, write_index
 from cmae_scale.planning.refusals import check_run

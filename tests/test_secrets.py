@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from cmae_scale.core.config import read_run
+from cmae_scale.config.run_file import read_run
 from cmae_scale.core.errors import ConfigError
 
 pytest.importorskip("aiohttp", reason="the extra `remote` is not installed")

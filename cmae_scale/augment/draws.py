@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from cmae_scale.core.settings import ViewsConfig
+from cmae_scale.config.cmae import ViewsConfig
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)  # what the entries of `ViewNumbers.order` mean
 

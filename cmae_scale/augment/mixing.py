@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int, Int64
 from torch import Tensor
 
-from cmae_scale.core.transfer_settings import FinetuneConfig
+from cmae_scale.config.transfer import FinetuneConfig
 
 _DRAWS = 4  # words of a group, used or not: switch, box centre (2), seed of the beta draw
 

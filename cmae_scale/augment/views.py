@@ -9,7 +9,7 @@ from torch import Tensor
 from cmae_scale.augment.color import blur_radius, gaussian_blur, grayscale, jitter_
 from cmae_scale.augment.draws import HUE, ViewNumbers
 from cmae_scale.augment.geometry import cut_windows
-from cmae_scale.core.settings import ViewsConfig
+from cmae_scale.config.cmae import ViewsConfig
 
 # Float bytes of the images worked on together. Does not change results. On a CPU a group and its temporaries
 # stay in the cache; elsewhere few launches count, and that memory stays bounded.

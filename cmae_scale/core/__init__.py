@@ -1,4 +1,4 @@
-"""The ground floor: the run file, durations, schedules, who this process is and how processes talk.
+"""The ground floor: files, locks, errors, who this process is, how processes talk, what people are told.
 
 Imports nothing else of ours. Only `collectives` needs torch.
 """

@@ -11,8 +11,8 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from cmae_scale.core.settings import ViewsConfig
-from cmae_scale.core.transfer_settings import CropConfig
+from cmae_scale.config.cmae import ViewsConfig
+from cmae_scale.config.transfer import CropConfig
 from cmae_scale.data.batch_memory import BatchMemory
 from cmae_scale.data.counter_rng import Purpose, draw_uniforms
 from cmae_scale.data.decode import CROP_DRAWS, GreyRange, decode_centre, random_crop_box

@@ -5,8 +5,8 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
+from cmae_scale.config.cmae import ViewsConfig
 from cmae_scale.core.errors import DataError
-from cmae_scale.core.settings import ViewsConfig
 from cmae_scale.data.decode import decode_centre
 from cmae_scale.data.shard_set import ShardSet
 from cmae_scale.data.tar import RawSample

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from cmae_scale.config.cmae import CmaeConfig, DataConfig
 from cmae_scale.core.errors import ConfigError, DataError
-from cmae_scale.core.settings import CmaeConfig, DataConfig
 from cmae_scale.data.classes import tell_apart
 from cmae_scale.data.shard_set import ShardSet, open_shards
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 
+from cmae_scale.config.cmae import DataConfig
 from cmae_scale.core.errors import ConfigError
-from cmae_scale.core.settings import DataConfig
 from cmae_scale.data.plan import DataPlan, Place, plan_streams
 from cmae_scale.data.shard_set import ShardSet
 

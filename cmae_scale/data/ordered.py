@@ -8,8 +8,8 @@ from math import ceil
 import numpy as np
 import torch
 
+from cmae_scale.config.cmae import DataConfig
 from cmae_scale.core.errors import DataError
-from cmae_scale.core.settings import DataConfig
 from cmae_scale.data.bad_samples import BadSamples
 from cmae_scale.data.blocks import Block, RawBatch, RawRow, StoredSample
 from cmae_scale.data.decoding import Decoding, SamplePlace, allocate_for

@@ -5,9 +5,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
+from cmae_scale.config.cmae import DataConfig
 from cmae_scale.core.credentials import fill_in
 from cmae_scale.core.errors import ConfigError, DataError
-from cmae_scale.core.settings import DataConfig
 from cmae_scale.data.classes import tell_apart
 from cmae_scale.data.decode import GreyRange
 from cmae_scale.data.index import (

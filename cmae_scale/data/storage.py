@@ -7,8 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
+from cmae_scale.config.cmae import DataConfig
 from cmae_scale.core.errors import ConfigError, DataError
-from cmae_scale.core.settings import DataConfig
 from cmae_scale.data.cache import ChunkCache
 from cmae_scale.data.command import CommandFile
 from cmae_scale.data.index import measure_shard

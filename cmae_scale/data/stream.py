@@ -17,8 +17,8 @@ import torch
 from jaxtyping import Int64, UInt8
 from torch import Tensor
 
+from cmae_scale.config.cmae import DataConfig, ViewsConfig
 from cmae_scale.core.errors import DataError
-from cmae_scale.core.settings import DataConfig, ViewsConfig
 from cmae_scale.data.bad_samples import BadSamples
 from cmae_scale.data.blocks import RawBatch, RawRow, read_raw_batches
 from cmae_scale.data.decoding import Decoding, MasterCrops, SamplePlace, allocate_for

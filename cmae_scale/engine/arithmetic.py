@@ -6,12 +6,11 @@ from typing import NamedTuple
 
 import torch
 
+from cmae_scale.config.cmae import Attention
+from cmae_scale.config.run_file import Run
 from cmae_scale.core.collectives import decide_first
-from cmae_scale.core.config import Run
-from cmae_scale.core.settings import Attention
 from cmae_scale.engine.hardware import name_device
-from cmae_scale.engine.precision import Product, recall_stamp, settle_precision
-from cmae_scale.engine.start import read_precision
+from cmae_scale.engine.precision import Product, read_precision, recall_stamp, settle_precision
 from cmae_scale.layers.attention import (
     Arithmetic,
     AttentionChoice,

@@ -5,8 +5,8 @@ from typing import Any
 from timm.models.vision_transformer import Block
 from torch import nn
 
+from cmae_scale.config.cmae import Remat
 from cmae_scale.core.errors import ConfigError
-from cmae_scale.core.settings import Remat
 
 
 def compile_blocks_(model: nn.Module, *, remat: Remat, settings: dict[str, Any]) -> None:

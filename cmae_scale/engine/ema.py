@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from cmae_scale.core.collectives import sum_of_ranks
-from cmae_scale.engine.shards import drop_node_copies_, master_of, own_elements, shard_of
+from cmae_scale.engine.zero.shards import drop_node_copies_, master_of, own_elements, shard_of
 
 Pair = tuple[str, nn.Parameter, nn.Parameter]  # name, online, target
 

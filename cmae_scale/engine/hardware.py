@@ -2,7 +2,7 @@
 
 import torch
 
-from cmae_scale.core.hardware import recognise_gpu
+from cmae_scale.sizing.hardware import recognise_gpu
 
 
 def name_device(device: torch.device) -> str:

@@ -14,19 +14,19 @@ from typing import Any, Protocol
 from jaxtyping import Float
 from torch import Tensor
 
-from cmae_scale.core.batches import BatchSizes
+from cmae_scale.config.batches import BatchSizes
+from cmae_scale.config.schedules import WarmupCosine
 from cmae_scale.core.errors import DivergedError
-from cmae_scale.core.schedules import WarmupCosine
 from cmae_scale.data.bad_samples import BadSamples
 from cmae_scale.data.stream import MasterBatch
+from cmae_scale.engine.loss_trend import TrendFile
+from cmae_scale.engine.metrics.logger import Journal
 from cmae_scale.engine.optim import set_learning_rate_
-from cmae_scale.engine.safety.guard import Guard
-from cmae_scale.engine.safety.pulse import PATIENT
-from cmae_scale.engine.safety.roll_call import RollCall
-from cmae_scale.engine.safety.signals import InterruptedRunError
-from cmae_scale.engine.safety.skipped import SkippedSteps
-from cmae_scale.engine.safety.trend import TrendFile
-from cmae_scale.engine.watch.journal import Journal
+from cmae_scale.engine.process.agreement import RollCall
+from cmae_scale.engine.process.heartbeat import PATIENT
+from cmae_scale.engine.process.signals import InterruptedRunError
+from cmae_scale.engine.skipped_steps import SkippedSteps
+from cmae_scale.engine.step_guard import Guard
 
 Feed = Callable[
     [range], AbstractContextManager[Iterator[MasterBatch]]

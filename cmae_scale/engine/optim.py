@@ -4,8 +4,8 @@ from typing import Any
 
 from torch import nn
 
+from cmae_scale.config.schedules import WarmupCosine
 from cmae_scale.core.errors import ConfigError
-from cmae_scale.core.schedules import WarmupCosine
 
 _NO_DECAY_LEAVES = frozenset({"bias", "pos_embed"})
 _TOKENS = frozenset({"cls_token", "mask_token"})

@@ -7,12 +7,12 @@ import deepspeed
 import torch
 from torch import nn
 
+from cmae_scale.config.run_file import Run
 from cmae_scale.core.collectives import gather_objects
-from cmae_scale.core.config import Run
-from cmae_scale.engine.memory_plan import check_memory_plan
 from cmae_scale.engine.remat import adapt_settings
-from cmae_scale.engine.shards import drop_node_copies_, shard_of
 from cmae_scale.engine.start import check_settings
+from cmae_scale.engine.zero.checks import check_memory_plan
+from cmae_scale.engine.zero.shards import drop_node_copies_, shard_of
 from cmae_scale.models import CMAE, build_cmae
 from cmae_scale.models.initial import start_from_
 from cmae_scale.states.newest import has_begun

@@ -1,7 +1,7 @@
 """In which number format a run computes, where its file leaves that to the machine: measured, kept, told."""
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -9,9 +9,7 @@ import torch
 import torch.nn.functional as F
 from deepspeed.accelerator import get_accelerator
 
-from cmae_scale.core.collectives import decide_first
-from cmae_scale.core.config import Run
-from cmae_scale.core.precision import (
+from cmae_scale.config.precision import (
     AUTOCAST,
     SECTIONS,
     FormatName,
@@ -20,10 +18,30 @@ from cmae_scale.core.precision import (
     read_formats,
     write_autocast,
 )
+from cmae_scale.config.run_file import Run
+from cmae_scale.core.collectives import decide_first
 from cmae_scale.engine.hardware import name_device
-from cmae_scale.engine.start import DTYPES
 from cmae_scale.layers.timing import CLEARLY, time_in_turns
 from cmae_scale.states.newest import read_newest_stamp
+
+DTYPES: Mapping[FormatName, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+@dataclass(frozen=True)
+class Precision:
+    """`compute` is the type of matrix products; `parameters` that of the weights the model runs on."""
+
+    compute: torch.dtype
+    parameters: torch.dtype
+
+    @property
+    def needs_master(self) -> bool:
+        """Whether the weights the model runs on are too coarse for an EMA (facts: 0.996 stalls in bf16)."""
+        return self.parameters is not torch.float32
 
 
 class Product(NamedTuple):
@@ -43,6 +61,12 @@ class Trial(NamedTuple):
 
     best: FormatName
     why: str
+
+
+def read_precision(settings: dict[str, Any]) -> Precision:
+    """The number formats that a ds_config asks for."""
+    formats = read_formats(settings)
+    return Precision(DTYPES[formats.compute], DTYPES[formats.parameters])
 
 
 def settle_precision(run: Run, *, device: torch.device, product: Product) -> tuple[Run, list[str]]:

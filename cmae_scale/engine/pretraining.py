@@ -12,26 +12,26 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from cmae_scale.core.batches import MICRO, BatchSizes
-from cmae_scale.core.config import Run
-from cmae_scale.core.durations import Timetable
-from cmae_scale.core.schedules import TargetMomentum
-from cmae_scale.core.settings import DecoderConfig
+from cmae_scale.config.batches import MICRO, BatchSizes
+from cmae_scale.config.cmae import DecoderConfig
+from cmae_scale.config.durations import Timetable
+from cmae_scale.config.run_file import Run
+from cmae_scale.config.schedules import TargetMomentum
+from cmae_scale.config.sizes import count_prefix, read_size
 from cmae_scale.data.stream import MasterBatch
 from cmae_scale.engine.arithmetic import settle_arithmetic
+from cmae_scale.engine.checkpoint.metadata import DataOrder, build_stamp
 from cmae_scale.engine.inputs import StepImages, draw_step
+from cmae_scale.engine.metrics.health import Health
 from cmae_scale.engine.partition import build_model
-from cmae_scale.engine.precision import Product
+from cmae_scale.engine.precision import Product, read_precision
+from cmae_scale.engine.process.group import Place
 from cmae_scale.engine.session import Session, count_trainable, name_precision, start_session
-from cmae_scale.engine.start import Place, read_precision
-from cmae_scale.engine.states.stamp import DataOrder, build_stamp
 from cmae_scale.engine.step import METRIC_NAMES, accumulate_gradients
-from cmae_scale.engine.watch.health import Health
-from cmae_scale.engine.weights import gather_weights
+from cmae_scale.engine.zero.gather import gather_weights
 from cmae_scale.layers.attention import AttentionShape, describe_attention, set_attention_
 from cmae_scale.models.export import export_run
 from cmae_scale.sizing.flops import count_flops, count_kept
-from cmae_scale.sizing.sizes import count_prefix, read_size
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,8 @@ def watch_health(session: Session) -> Health | None:
     }
     has_chance = cfg.has_contrast and cfg.loss.contrast == "infonce"
     chance = math.log(session.run.deepspeed["train_batch_size"]) if has_chance else None
-    return Health(parts, ema=session.ema, chance=chance)
+    distance = session.ema.measure_distance if session.ema.target else None
+    return Health(parts, distance=distance, chance=chance)
 
 
 def describe_kind(run: Run, *, data_order: DataOrder) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from cmae_scale.augment import denormalise
-from cmae_scale.core.settings import CmaeConfig
+from cmae_scale.config.cmae import CmaeConfig
 from cmae_scale.engine.inputs import draw_step
 from cmae_scale.layers.masking import take_tokens
 from cmae_scale.layers.patches import patchify, unpatchify

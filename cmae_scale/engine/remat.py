@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from cmae_scale.config.cmae import Remat
 from cmae_scale.core.errors import ConfigError
-from cmae_scale.core.settings import Remat
 from cmae_scale.layers.blocks import BlockCall, BlockRunner
 
 # A linear layer on [batch, tokens, embed] dispatches to addmm (mm without bias), explicit attention to bmm.

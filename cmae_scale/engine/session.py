@@ -8,17 +8,19 @@ from typing import Any
 import torch
 from torch import nn
 
+from cmae_scale.config.run_file import Run, dump_run
 from cmae_scale.core.collectives import gather_objects
-from cmae_scale.core.config import Run, dump_run
 from cmae_scale.core.credentials import write_settings
 from cmae_scale.core.errors import ConfigError
 from cmae_scale.engine.arithmetic import Choices
+from cmae_scale.engine.checkpoint.metadata import Stamp
+from cmae_scale.engine.checkpoint.save_load import Keeping, load_newest, save_state
 from cmae_scale.engine.ema import Pair, TargetEma
-from cmae_scale.engine.memory_plan import check_memory_plan
-from cmae_scale.engine.start import Engine, Place, Precision, read_precision, start_engine
-from cmae_scale.engine.states.checkpoint import Keeping, load_newest, save_state
-from cmae_scale.engine.states.stamp import Stamp
-from cmae_scale.engine.watch.spans import Spans
+from cmae_scale.engine.metrics.step_timer import Spans
+from cmae_scale.engine.precision import Precision, read_precision
+from cmae_scale.engine.process.group import Place
+from cmae_scale.engine.start import Engine, start_engine
+from cmae_scale.engine.zero.checks import check_memory_plan
 from cmae_scale.layers.attention import use_attention
 
 

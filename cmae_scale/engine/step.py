@@ -7,11 +7,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from cmae_scale.config.cmae import CmaeConfig, LossConfig
 from cmae_scale.core.collectives import gather_rows
-from cmae_scale.core.settings import CmaeConfig, LossConfig
 from cmae_scale.engine.inputs import MicroBatch, StepImages
-from cmae_scale.engine.watch.health import Health
-from cmae_scale.engine.watch.spans import Spans
+from cmae_scale.engine.metrics.health import Health
+from cmae_scale.engine.metrics.step_timer import Spans
 from cmae_scale.layers.masking import TokenMask, take_tokens
 from cmae_scale.layers.patches import patchify
 from cmae_scale.losses import byol, infonce, pixel_loss

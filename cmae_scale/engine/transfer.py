@@ -9,16 +9,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from cmae_scale.core.batches import BatchSizes
+from cmae_scale.config.batches import BatchSizes
 from cmae_scale.core.errors import ConfigError
 from cmae_scale.data.prefetch import copy_ahead
 from cmae_scale.data.stream import MasterBatch
 from cmae_scale.engine.arithmetic import Settled
+from cmae_scale.engine.checkpoint.metadata import DataOrder, build_stamp
 from cmae_scale.engine.ema import Pair
+from cmae_scale.engine.precision import read_precision
+from cmae_scale.engine.process.group import Place
 from cmae_scale.engine.session import Session, count_trainable, name_precision, start_session
-from cmae_scale.engine.start import Place, read_precision
-from cmae_scale.engine.states.stamp import DataOrder, build_stamp
-from cmae_scale.engine.weights import gather_weights
+from cmae_scale.engine.zero.gather import gather_weights
 from cmae_scale.layers.attention import describe_attention
 
 

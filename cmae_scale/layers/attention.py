@@ -13,8 +13,8 @@ from timm.models.vision_transformer import Attention as TimmAttention
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from cmae_scale.config.cmae import Attention
 from cmae_scale.core.errors import ConfigError
-from cmae_scale.core.settings import Attention
 from cmae_scale.layers.timing import CLEARLY, time_in_turns
 
 KERNELS = {

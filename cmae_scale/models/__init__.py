@@ -2,10 +2,10 @@
 Imports `core`, `layers`, `losses` and `sizing`; knows no optimizer, no ranks and no files of a run.
 """
 
+from cmae_scale.config.sizes import EncoderSize, read_size
 from cmae_scale.models.cmae import CMAE, CMAEOutput, build_cmae
 from cmae_scale.models.encoder import ImageEncoder
 from cmae_scale.models.read import EncoderDescription, read_classifier, read_description, read_encoder
-from cmae_scale.sizing.sizes import EncoderSize, read_size
 
 __all__ = [
     "CMAE",

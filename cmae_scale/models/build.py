@@ -1,9 +1,9 @@
 """The encoder of a run file."""
 
-from cmae_scale.core.settings import ModelConfig
+from cmae_scale.config.cmae import ModelConfig
+from cmae_scale.config.sizes import read_size, read_stages
 from cmae_scale.models.encoder import Encoder, ImageEncoder
 from cmae_scale.models.hybrid import HybridEncoder
-from cmae_scale.sizing.sizes import read_size, read_stages
 
 
 def build_encoder(model: ModelConfig, *, img_px: int, final_norm: bool = True) -> ImageEncoder:

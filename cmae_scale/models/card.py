@@ -4,10 +4,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from cmae_scale.core.config import Run
+from cmae_scale.config.cmae import CmaeConfig
+from cmae_scale.config.run_file import Run
 from cmae_scale.core.credentials import MASK, mask
 from cmae_scale.core.files import write_text
-from cmae_scale.core.settings import CmaeConfig
 
 CARD_FILE = "README.md"
 MARK = "<!-- written by cmae-scale, and written anew by it: take this line out to keep changes -->"

@@ -7,9 +7,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from cmae_scale.config.cmae import Pool
+from cmae_scale.config.transfer import CropConfig, FinetuneConfig
 from cmae_scale.core.errors import ConfigError
-from cmae_scale.core.settings import Pool
-from cmae_scale.core.transfer_settings import CropConfig, FinetuneConfig
 from cmae_scale.layers.sync_norm import SyncBatchNorm
 from cmae_scale.models.networks import POOLS, Network, build_network, list_blocks
 from cmae_scale.models.pretrained import PretrainedEncoder

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from cmae_scale.core.settings import CmaeConfig, MaskConfig, NetworkConfig
+from cmae_scale.config.cmae import CmaeConfig, MaskConfig, NetworkConfig
 from cmae_scale.layers.blocks import BlockRunner, run_block
 from cmae_scale.layers.masking import TokenMask, mask_from_noise
 from cmae_scale.models.build import build_encoder

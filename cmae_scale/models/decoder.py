@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from cmae_scale.core.settings import DecoderConfig
+from cmae_scale.config.cmae import DecoderConfig
 from cmae_scale.layers.blocks import NORM_EPS, BlockRunner, build_blocks, run_block
 from cmae_scale.layers.exact import ExactLinear
 from cmae_scale.layers.masking import TokenMask, scatter_tokens, take_tokens

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from cmae_scale.core.config import Run
+from cmae_scale.config.run_file import Run
 from cmae_scale.models.card import CARD_FILE, Library, build_card, describe_run, write_card
 from cmae_scale.models.weights import export_encoder
 

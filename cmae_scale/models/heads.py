@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from cmae_scale.core.settings import HeadsConfig
+from cmae_scale.config.cmae import HeadsConfig
 from cmae_scale.layers.exact import ExactLinear
 from cmae_scale.layers.sync_norm import SyncBatchNorm
 

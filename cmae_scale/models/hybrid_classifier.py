@@ -8,10 +8,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from cmae_scale.config.sizes import COARSE, FINE, ConvStages, EncoderSize
 from cmae_scale.layers.blocks import NORM_EPS, run_block
 from cmae_scale.layers.sites import place_sites
 from cmae_scale.models.hybrid import HybridTrunk
-from cmae_scale.sizing.sizes import COARSE, FINE, ConvStages, EncoderSize
 
 HEAD_STD = 2e-5  # Source: Alpha-VL/ConvMAE main_finetune.py, as facebookresearch/mae
 

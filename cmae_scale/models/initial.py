@@ -5,14 +5,14 @@ from pathlib import Path
 
 import torch
 
+from cmae_scale.config.cmae import CmaeConfig
+from cmae_scale.config.sizes import read_size
 from cmae_scale.core.errors import ConfigError
-from cmae_scale.core.settings import CmaeConfig
 from cmae_scale.models.cmae import CMAE
 from cmae_scale.models.formats.model_file import PRETRAINING_ONLY, ModelFile, read_model_file
 from cmae_scale.models.formats.names import WHOSE
 from cmae_scale.models.formats.positions import refit_positions
 from cmae_scale.models.formats.shapes import HeadCounts
-from cmae_scale.sizing.sizes import read_size
 
 # may be in one of file and run alone: the target's norm, and what a fine-tuned encoder no longer has
 _MAY_DIFFER = ("target_encoder.norm.", *PRETRAINING_ONLY)

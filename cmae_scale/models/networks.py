@@ -13,8 +13,9 @@ from timm.layers import resample_abs_pos_embed
 from timm.models import VisionTransformer
 from torch import Tensor, nn
 
+from cmae_scale.config.cmae import Pool
+from cmae_scale.config.sizes import EncoderSize, read_size, read_stages
 from cmae_scale.core.errors import ConfigError
-from cmae_scale.core.settings import Pool
 from cmae_scale.models.build import build_encoder
 from cmae_scale.models.encoder import Encoder
 from cmae_scale.models.hybrid import ENDS
@@ -24,7 +25,6 @@ from cmae_scale.models.pretrained import PretrainedEncoder
 from cmae_scale.models.read import read_sizes
 from cmae_scale.models.weights import CONFIG_FILE
 from cmae_scale.sizing.flops import count_blocks, count_encoder
-from cmae_scale.sizing.sizes import EncoderSize, read_size, read_stages
 
 Network: TypeAlias = VisionTransformer | HybridClassifier
 

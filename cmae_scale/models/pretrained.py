@@ -10,8 +10,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from timm.models import VisionTransformer
 from torch import Tensor
 
+from cmae_scale.config.cmae import ModelConfig, ViewsConfig
 from cmae_scale.core.errors import ConfigError
-from cmae_scale.core.settings import ModelConfig, ViewsConfig
 from cmae_scale.core.strict_json import parse_json
 from cmae_scale.models.formats.model_file import read_model_file
 from cmae_scale.models.formats.names import WHOSE

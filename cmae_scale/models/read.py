@@ -9,14 +9,14 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 from torch import nn
 
+from cmae_scale.config.cmae import ModelConfig
+from cmae_scale.config.sizes import read_size, read_stages
 from cmae_scale.core.errors import ConfigError
-from cmae_scale.core.settings import ModelConfig
 from cmae_scale.core.strict_json import parse_json
 from cmae_scale.models.build import build_encoder
 from cmae_scale.models.encoder import ImageEncoder
 from cmae_scale.models.hybrid_classifier import HybridClassifier
 from cmae_scale.models.weights import CONFIG_FILE, read_weights
-from cmae_scale.sizing.sizes import read_size, read_stages
 
 M = TypeVar("M", bound=nn.Module)
 

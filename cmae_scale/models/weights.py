@@ -11,10 +11,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from cmae_scale.config.cmae import EncoderName, ModelConfig, ViewsConfig
+from cmae_scale.config.sizes import read_size, read_stages
 from cmae_scale.core.errors import ConfigError
 from cmae_scale.core.files import PART, sync, write_text
-from cmae_scale.core.settings import EncoderName, ModelConfig, ViewsConfig
-from cmae_scale.sizing.sizes import read_size, read_stages
 
 WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
 OLD_WEIGHTS_FILE = "pytorch_model.bin"  # what timm and transformers wrote before safetensors

@@ -2,10 +2,10 @@
 
 from collections.abc import Iterator
 
-from cmae_scale.core.batches import BatchSizes
-from cmae_scale.core.config import Run
-from cmae_scale.core.durations import Timetable
-from cmae_scale.core.precision import FormatName
+from cmae_scale.config.batches import BatchSizes
+from cmae_scale.config.durations import Timetable
+from cmae_scale.config.precision import FormatName
+from cmae_scale.config.run_file import Run
 from cmae_scale.planning.layouts import Layout
 from cmae_scale.sizing.flops import count_kept
 from cmae_scale.sizing.parameters import count_parameters

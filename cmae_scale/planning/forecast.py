@@ -3,16 +3,16 @@
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from cmae_scale.core.batches import BatchSizes
-from cmae_scale.core.config import Run
-from cmae_scale.core.durations import Timetable
-from cmae_scale.core.hardware import Gpu
-from cmae_scale.core.precision import FormatName, is_left_to_machine, read_formats, write_autocast
+from cmae_scale.config.batches import BatchSizes
+from cmae_scale.config.durations import Timetable
+from cmae_scale.config.precision import FormatName, is_left_to_machine, read_formats, write_autocast
+from cmae_scale.config.run_file import Run
 from cmae_scale.planning.advice import find_faults
 from cmae_scale.planning.layouts import Layout, on_device, plan_layouts, recommend
 from cmae_scale.planning.outlook import Outlook, estimate
 from cmae_scale.sizing.activations import Kernel
 from cmae_scale.sizing.flops import ForwardFlops, count_flops
+from cmae_scale.sizing.hardware import Gpu
 from cmae_scale.sizing.parameters import ParameterCounts, count_parameters
 from cmae_scale.sizing.zero import Device, Job, is_optimizer_fused, read_zero
 

@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import NamedTuple, get_args
 
-from cmae_scale.core.batches import BatchSizes
-from cmae_scale.core.settings import Remat
+from cmae_scale.config.batches import BatchSizes
+from cmae_scale.config.cmae import Remat
 from cmae_scale.sizing.memory import Moment, predict_peak
 from cmae_scale.sizing.zero import Job, count_host
 

@@ -2,8 +2,8 @@
 
 from typing import NamedTuple
 
-from cmae_scale.core.durations import Timetable
-from cmae_scale.core.settings import CmaeConfig, Remat
+from cmae_scale.config.cmae import CmaeConfig, Remat
+from cmae_scale.config.durations import Timetable
 from cmae_scale.planning.layouts import REPEATED
 from cmae_scale.sizing.flops import count_flops
 

@@ -6,12 +6,12 @@ Only the run file and the index.json files on this machine are looked at: no sha
 from collections.abc import Sequence
 from pathlib import Path
 
-from cmae_scale.core.batches import BatchSizes, plan_batch
-from cmae_scale.core.config import Run, resolve_run
-from cmae_scale.core.durations import plan_timetable
+from cmae_scale.config.batches import BatchSizes, plan_batch
+from cmae_scale.config.cmae import CmaeConfig
+from cmae_scale.config.durations import plan_timetable
+from cmae_scale.config.run_file import Run, resolve_run
+from cmae_scale.config.transfer import TransferConfig
 from cmae_scale.core.errors import ConfigError
-from cmae_scale.core.settings import CmaeConfig
-from cmae_scale.core.transfer_settings import TransferConfig
 from cmae_scale.data.labelled import open_labelled, place_monitored
 from cmae_scale.data.mix import plan_data
 from cmae_scale.data.places import read_scheme

@@ -6,10 +6,10 @@ counted once per storage. A test compares the sum with the storages that are ali
 
 from typing import Literal, NamedTuple, TypeAlias
 
-from cmae_scale.core.precision import NumberFormats
-from cmae_scale.core.settings import CmaeConfig, DecoderConfig, Remat
+from cmae_scale.config.cmae import CmaeConfig, DecoderConfig, Remat
+from cmae_scale.config.precision import NumberFormats
+from cmae_scale.config.sizes import COARSE, FINE, ConvStages, count_prefix, read_size, read_stages
 from cmae_scale.sizing.flops import count_kept
-from cmae_scale.sizing.sizes import COARSE, FINE, ConvStages, count_prefix, read_size, read_stages
 
 # fused: softmax never stored, its log-sum is (flash, efficient, cuDNN); explicit: matmul, softmax, matmul as
 # in timm; math: torch's own composition, which works in fp32 whatever comes in

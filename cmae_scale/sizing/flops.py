@@ -2,8 +2,8 @@
 
 from typing import NamedTuple
 
-from cmae_scale.core.settings import CmaeConfig, DecoderConfig, ModelConfig
-from cmae_scale.sizing.sizes import COARSE, FINE, KERNEL, count_prefix, read_size, read_stages
+from cmae_scale.config.cmae import CmaeConfig, DecoderConfig, ModelConfig
+from cmae_scale.config.sizes import COARSE, FINE, KERNEL, count_prefix, read_size, read_stages
 
 
 class ForwardFlops(NamedTuple):

@@ -7,7 +7,8 @@ memory` with what the operating system counts.
 from itertools import accumulate
 from typing import NamedTuple
 
-from cmae_scale.core.settings import CmaeConfig
+from cmae_scale.config.cmae import CmaeConfig
+from cmae_scale.config.sizes import count_prefix
 from cmae_scale.sizing.activations import (
     BlockShape,
     EncoderStage,
@@ -18,7 +19,6 @@ from cmae_scale.sizing.activations import (
 )
 from cmae_scale.sizing.flops import count_kept
 from cmae_scale.sizing.parameters import count_encoder, count_parameters
-from cmae_scale.sizing.sizes import count_prefix
 from cmae_scale.sizing.zero import Device, Job, Standing, count_standing
 
 _FP32 = 4

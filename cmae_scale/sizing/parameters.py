@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from cmae_scale.core.settings import CmaeConfig, DecoderConfig, ModelConfig
-from cmae_scale.sizing.sizes import COARSE, FINE, KERNEL, ConvStages, count_prefix, read_size, read_stages
+from cmae_scale.config.cmae import CmaeConfig, DecoderConfig, ModelConfig
+from cmae_scale.config.sizes import COARSE, FINE, KERNEL, ConvStages, count_prefix, read_size, read_stages
 
 
 class ParameterCounts(NamedTuple):

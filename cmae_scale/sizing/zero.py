@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-from cmae_scale.core.batches import BatchSizes
-from cmae_scale.core.precision import NumberFormats
-from cmae_scale.core.settings import CmaeConfig
+from cmae_scale.config.batches import BatchSizes
+from cmae_scale.config.cmae import CmaeConfig
+from cmae_scale.config.precision import NumberFormats
 from cmae_scale.sizing.activations import Kernel, Method
 from cmae_scale.sizing.parameters import (
     count_buffers,

@@ -5,7 +5,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cmae_scale.core.config import Run
+from cmae_scale.config.run_file import Run
 from cmae_scale.core.errors import ConfigError
 from cmae_scale.states.commit import find_damage, list_states, read_description
 from cmae_scale.states.description import STATE_FORMAT

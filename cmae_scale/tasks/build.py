@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from cmae_scale.core.batches import BatchSizes
+from cmae_scale.config.batches import BatchSizes
+from cmae_scale.config.cmae import Pool
+from cmae_scale.config.transfer import TransferConfig
 from cmae_scale.core.errors import ConfigError
-from cmae_scale.core.settings import Pool
-from cmae_scale.core.transfer_settings import TransferConfig
 from cmae_scale.core.world import World
 from cmae_scale.data.bad_samples import BadSamples
 from cmae_scale.data.decoding import TrainingCrops

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from cmae_scale.augment.plain import normalise
+from cmae_scale.config.transfer import CropConfig
 from cmae_scale.core.errors import ConfigError, DataError
-from cmae_scale.core.transfer_settings import CropConfig
 from cmae_scale.data.decoding import CentreCrops, SamplePlace
 from cmae_scale.data.image_formats import IMAGE_ENDINGS
 from cmae_scale.data.masters import empty_crops

@@ -1,6 +1,6 @@
 """The encoder of a run at any point, for others: no data, no engine and no GPU are needed."""
 
-from cmae_scale.core.config import Run
+from cmae_scale.config.run_file import Run
 from cmae_scale.core.errors import ConfigError
 from cmae_scale.core.terminal import tell
 from cmae_scale.core.world import read_world

@@ -9,9 +9,9 @@ from jaxtyping import Float, Int64, UInt8
 from torch import Tensor, nn
 
 from cmae_scale.augment.plain import normalise
+from cmae_scale.config.cmae import Pool
+from cmae_scale.config.transfer import CropConfig
 from cmae_scale.core.collectives import gather_objects, gather_rows
-from cmae_scale.core.settings import Pool
-from cmae_scale.core.transfer_settings import CropConfig
 from cmae_scale.data.stream import MasterBatch
 from cmae_scale.layers.attention import TORCHS_PICK, AttentionChoice, set_attention_, use_attention
 from cmae_scale.models.networks import build_network

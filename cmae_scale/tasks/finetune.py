@@ -13,9 +13,9 @@ from torch import Tensor
 
 from cmae_scale.augment.erasing import ErasedBoxes, draw_boxes, erase_
 from cmae_scale.augment.mixing import MixNumbers, draw_mixes, mix_images, mix_labels
+from cmae_scale.config.transfer import CropConfig, FinetuneConfig
 from cmae_scale.core.draws import step_generator
 from cmae_scale.core.errors import DataError
-from cmae_scale.core.transfer_settings import CropConfig, FinetuneConfig
 from cmae_scale.data.stream import MasterBatch
 from cmae_scale.layers.attention import set_attention_
 from cmae_scale.layers.drop_path import GivenDropPath, set_drop_paths_, take_over_drop_paths_

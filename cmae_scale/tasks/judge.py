@@ -6,10 +6,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from cmae_scale.config.cmae import DataConfig, KnnConfig
+from cmae_scale.config.transfer import CropConfig
 from cmae_scale.core.collectives import gather_objects
 from cmae_scale.core.errors import DataError
-from cmae_scale.core.settings import DataConfig, KnnConfig
-from cmae_scale.core.transfer_settings import CropConfig
 from cmae_scale.core.world import World
 from cmae_scale.data.bad_samples import BadSamples
 from cmae_scale.data.decoding import CentreCrops

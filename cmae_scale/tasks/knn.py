@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from cmae_scale.config.cmae import KnnConfig
 from cmae_scale.core.collectives import gather_objects, gather_rows, world_size
 from cmae_scale.core.errors import DataError
-from cmae_scale.core.settings import KnnConfig
 from cmae_scale.tasks.features import Features
 
 CHUNK = 1024  # questions of a rank at a time

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cmae_scale.core.durations import Clock, read_steps
-from cmae_scale.core.settings import CmaeConfig, KnnMonitorConfig
-from cmae_scale.core.transfer_settings import CropConfig
+from cmae_scale.config.cmae import CmaeConfig, KnnMonitorConfig
+from cmae_scale.config.durations import Clock, read_steps
+from cmae_scale.config.transfer import CropConfig
 from cmae_scale.core.world import World
 from cmae_scale.data.labelled import open_labelled, place_monitored
 from cmae_scale.layers.attention import AttentionChoice

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from cmae_scale.core.transfer_settings import CropConfig, LinearConfig
+from cmae_scale.config.transfer import CropConfig, LinearConfig
 from cmae_scale.data.counter_rng import Purpose, draw_permutation
 from cmae_scale.data.stream import MasterBatch
 from cmae_scale.layers.attention import set_attention_

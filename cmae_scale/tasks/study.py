@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cmae_scale.config.study import CellConfig, StudyConfig
 from cmae_scale.core.errors import DataError
 from cmae_scale.core.strict_json import parse_json
-from cmae_scale.core.study_settings import CellConfig, StudyConfig
 from cmae_scale.report.convergence import Curve, find_overtake
 from cmae_scale.report.plots import read_metrics
 from cmae_scale.tasks.results import format_table

@@ -11,8 +11,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
+from cmae_scale.config.cmae import DataConfig, ViewsConfig
 from cmae_scale.core.errors import ConfigError, DataError
-from cmae_scale.core.settings import DataConfig, ViewsConfig
 from cmae_scale.core.terminal import tell
 
 if TYPE_CHECKING:
@@ -117,11 +117,10 @@ def measure_hybrid(args: argparse.Namespace) -> None:
     """Print and record what leaving hidden patches out saves the hybrid encoder."""
     import torch
 
-    from cmae_scale.core.config import read_run
-    from cmae_scale.engine.precision import Product, settle_precision
-    from cmae_scale.engine.start import read_precision
+    from cmae_scale.config.run_file import read_run
+    from cmae_scale.config.sizes import read_size
+    from cmae_scale.engine.precision import Product, read_precision, settle_precision
     from cmae_scale.report.records import summarise_laps, write_record
-    from cmae_scale.sizing.sizes import read_size
     from cmae_scale.trials.hybrid_race import KEPT, WHOLE, race_encoders
 
     run = read_run(args.deepspeed_config, args.set)

@@ -21,14 +21,14 @@ from typing import Any, NamedTuple
 
 import torch
 
-from cmae_scale.core.batches import BatchSizes, plan_batch
-from cmae_scale.core.config import Run, read_run, resolve_run
-from cmae_scale.core.schedules import TargetMomentum
-from cmae_scale.core.settings import Attention, CmaeConfig
+from cmae_scale.config.batches import BatchSizes, plan_batch
+from cmae_scale.config.cmae import Attention, CmaeConfig
+from cmae_scale.config.run_file import Run, read_run, resolve_run
+from cmae_scale.config.schedules import TargetMomentum
 from cmae_scale.data.stream import MasterBatch
 from cmae_scale.engine.pretraining import Pretraining, start_pretraining, watch_health
+from cmae_scale.engine.process.group import Place, start_processes, stop_processes
 from cmae_scale.engine.session import Session
-from cmae_scale.engine.start import Place, start_processes, stop_processes
 from cmae_scale.planning.forecast import assume_precision, choose_kernel, describe_job
 from cmae_scale.sizing.memory import Moment, predict_peak
 from cmae_scale.sizing.zero import Device

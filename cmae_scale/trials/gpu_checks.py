@@ -13,13 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import sdpa_kernel
 
-from cmae_scale.core.batches import plan_batch
-from cmae_scale.core.config import Run
+from cmae_scale.config.batches import plan_batch
+from cmae_scale.config.run_file import Run
 from cmae_scale.engine.ema import TargetEma
 from cmae_scale.engine.inputs import StepImages, draw_step
-from cmae_scale.engine.start import start_processes, stop_processes
+from cmae_scale.engine.metrics.step_timer import Spans
+from cmae_scale.engine.process.group import start_processes, stop_processes
 from cmae_scale.engine.step import accumulate_gradients
-from cmae_scale.engine.watch.spans import Spans
 from cmae_scale.layers.attention import KERNELS
 from cmae_scale.models import CMAE, build_cmae
 from cmae_scale.trials.noise import NoiseTraining, Size, Stage, make_noise, read_noise_run

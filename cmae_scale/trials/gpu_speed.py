@@ -8,15 +8,15 @@ from typing import Any
 
 import torch
 
-from cmae_scale.core.batches import plan_batch
-from cmae_scale.core.config import Run
-from cmae_scale.core.settings import DataConfig
+from cmae_scale.config.batches import plan_batch
+from cmae_scale.config.cmae import DataConfig
+from cmae_scale.config.run_file import Run
 from cmae_scale.data.bad_samples import BadSamples
 from cmae_scale.data.mix import plan_data
 from cmae_scale.data.shard_set import open_shards
 from cmae_scale.data.stream import BatchStream, MasterBatch, open_batches
 from cmae_scale.engine.hardware import read_peak_flops
-from cmae_scale.engine.start import Place, start_processes, stop_processes
+from cmae_scale.engine.process.group import Place, start_processes, stop_processes
 from cmae_scale.layers.attention import describe_attention
 from cmae_scale.planning.forecast import describe_job
 from cmae_scale.sizing.memory import predict_peak

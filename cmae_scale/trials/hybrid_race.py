@@ -7,7 +7,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from cmae_scale.core.settings import CmaeConfig
+from cmae_scale.config.cmae import CmaeConfig
+from cmae_scale.config.sizes import COARSE, FINE
 from cmae_scale.layers.masking import TokenMask, mask_from_noise, take_tokens
 from cmae_scale.layers.patches import patchify
 from cmae_scale.layers.sites import place_sites
@@ -15,7 +16,6 @@ from cmae_scale.models.build import build_encoder
 from cmae_scale.models.hybrid import HybridEncoder
 from cmae_scale.models.init import init_transformer_
 from cmae_scale.report.records import Lap
-from cmae_scale.sizing.sizes import COARSE, FINE
 
 KEPT, WHOLE = "kept sites", "whole maps"
 

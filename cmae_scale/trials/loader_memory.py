@@ -5,7 +5,7 @@ import os
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from cmae_scale.core.settings import DataConfig, ViewsConfig
+from cmae_scale.config.cmae import DataConfig, ViewsConfig
 from cmae_scale.data.bad_samples import BadSamples
 from cmae_scale.data.mix import plan_data
 from cmae_scale.data.shard_set import open_shards

@@ -5,14 +5,14 @@ from typing import NamedTuple
 
 import torch
 
-from cmae_scale.core.batches import BatchSizes, plan_batch
-from cmae_scale.core.config import Run, read_run, resolve_run
-from cmae_scale.core.schedules import TargetMomentum
+from cmae_scale.config.batches import BatchSizes, plan_batch
+from cmae_scale.config.run_file import Run, read_run, resolve_run
+from cmae_scale.config.schedules import TargetMomentum
 from cmae_scale.data.stream import MasterBatch
 from cmae_scale.engine.pretraining import Pretraining, start_pretraining
-from cmae_scale.engine.safety.guard import Guard
-from cmae_scale.engine.start import Place
+from cmae_scale.engine.process.group import Place
 from cmae_scale.engine.step import METRIC_NAMES
+from cmae_scale.engine.step_guard import Guard
 
 _STEPS = 1000  # of the schedules: none of the trials comes so far
 # a model that takes no time, for a rehearsal

@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Iterator
 
-from cmae_scale.core.settings import DataConfig, ViewsConfig
+from cmae_scale.config.cmae import DataConfig, ViewsConfig
 from cmae_scale.data.bad_samples import BadSamples
 from cmae_scale.data.mix import MixPlan
 from cmae_scale.data.shard_set import ShardSet

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from cmae_scale.core.settings import DataConfig, ViewsConfig
+from cmae_scale.config.cmae import DataConfig, ViewsConfig
 from cmae_scale.data.bad_samples import BadSamples
 from cmae_scale.data.counter_rng import Purpose, draw_uniforms
 from cmae_scale.data.decode import CROP_DRAWS

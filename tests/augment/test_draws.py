@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from cmae_scale.augment import ViewNumbers, draw_views
-from cmae_scale.core.settings import ColorConfig, ViewsConfig
+from cmae_scale.config.cmae import ColorConfig, ViewsConfig
 
 MANY = 20_000
 

@@ -5,7 +5,7 @@ import torch
 from timm.data.mixup import cutmix_bbox_and_lam, mixup_target
 
 from cmae_scale.augment.mixing import MixNumbers, cut_box, draw_mixes, mix_images, mix_labels, swap_pairs
-from cmae_scale.core.transfer_settings import FinetuneConfig
+from cmae_scale.config.transfer import FinetuneConfig
 
 SIDE, CLASSES = 16, 5
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 import cmae_scale.augment.views as views_module
 from cmae_scale.augment import ViewNumbers, denormalise, draw_views, online_view, target_view
-from cmae_scale.core.settings import ColorConfig, ViewsConfig
+from cmae_scale.config.cmae import ColorConfig, ViewsConfig
 
 TOLERANCE = 2e-5  # roundings of at most 5e-6 in [0, 1] (see test_color), divided by a std of at least 0.22
 SMALL = ViewsConfig(img_px=28, master_px=32, shift_px=5)

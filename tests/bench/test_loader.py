@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from cmae_scale.bench import main
-from cmae_scale.core.settings import DataConfig, ViewsConfig
+from cmae_scale.config.cmae import DataConfig, ViewsConfig
 from cmae_scale.trials.loader_memory import measure_footprint
 from data_prep.make_shards import main as make_shards
 

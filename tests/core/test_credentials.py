@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cmae_scale.core.config import dump_run, read_run
+from cmae_scale.config.run_file import dump_run, read_run
 from cmae_scale.core.credentials import MASK, fill_in, list_masked, mask, mask_tree, write_settings
 from cmae_scale.core.errors import ConfigError
 from cmae_scale.data.places import show_place

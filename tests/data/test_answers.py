@@ -10,8 +10,8 @@ from email.utils import format_datetime
 
 import pytest
 
+from cmae_scale.config.cmae import DataConfig
 from cmae_scale.core.errors import DataError
-from cmae_scale.core.settings import DataConfig
 from cmae_scale.data.answers import read_wait, understand_error
 from cmae_scale.data.remote import Remote
 from cmae_scale.data.storage import open_storage, read_text

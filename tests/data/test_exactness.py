@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cmae_scale.core.settings import DataConfig
+from cmae_scale.config.cmae import DataConfig
 from cmae_scale.data.blocks import read_raw_batches
 from cmae_scale.data.mix import MixPlan, plan_data
 from cmae_scale.data.offsets import write_offsets

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from cmae_scale.config.cmae import ViewsConfig
 from cmae_scale.core.errors import DataError
-from cmae_scale.core.settings import ViewsConfig
 from cmae_scale.data.decode import decode_centre
 from cmae_scale.data.held_out import read_held_out
 from cmae_scale.data.index import ShardInfo

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from cmae_scale.config.cmae import DataConfig, ViewsConfig
 from cmae_scale.core.errors import DataError
-from cmae_scale.core.settings import DataConfig, ViewsConfig
 from cmae_scale.data import storage
 from cmae_scale.data.bad_samples import BadSamples
 from cmae_scale.data.mix import plan_data

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cmae_scale.config.cmae import DataConfig
 from cmae_scale.core.errors import ConfigError
-from cmae_scale.core.settings import DataConfig
 from cmae_scale.data.mix import MixPlan, deal_streams, plan_data
 from cmae_scale.data.plan import block_order, run_pieces
 from cmae_scale.data.shard_set import ShardSet, open_shards

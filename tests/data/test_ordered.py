@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from cmae_scale.core.settings import DataConfig
-from cmae_scale.core.transfer_settings import CropConfig
+from cmae_scale.config.cmae import DataConfig
+from cmae_scale.config.transfer import CropConfig
 from cmae_scale.data.bad_samples import BadSamples
 from cmae_scale.data.decoding import CentreCrops
 from cmae_scale.data.masters import empty_crops

@@ -5,8 +5,8 @@ import pytest
 import torch
 from PIL import Image
 
+from cmae_scale.config.transfer import CropConfig
 from cmae_scale.core.errors import ConfigError
-from cmae_scale.core.transfer_settings import CropConfig
 from cmae_scale.data.decoding import SamplePlace, TrainingCrops
 from cmae_scale.data.masters import empty_crops
 from cmae_scale.data.rand_augment import apply_operation, build_rand_augment, draw_magnitude

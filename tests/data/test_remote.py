@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 import torch
 
+from cmae_scale.config.cmae import DataConfig, ViewsConfig
 from cmae_scale.core.errors import ConfigError, DataError
-from cmae_scale.core.settings import DataConfig, ViewsConfig
 from cmae_scale.data import remote
 from cmae_scale.data.bad_samples import BadSamples
 from cmae_scale.data.cache import ChunkCache

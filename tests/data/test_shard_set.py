@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from cmae_scale.config.cmae import DataConfig
 from cmae_scale.core.errors import ConfigError, DataError
-from cmae_scale.core.settings import DataConfig
 from cmae_scale.data.index import read_index
 from cmae_scale.data.offsets import offsets_name, write_offsets
 from cmae_scale.data.shard_set import ShardSet, open_shards

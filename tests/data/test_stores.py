@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
+from cmae_scale.config.cmae import DataConfig
 from cmae_scale.core.errors import ConfigError, DataError
-from cmae_scale.core.settings import DataConfig
 from cmae_scale.data import remote
 from cmae_scale.data.index import read_index
 from cmae_scale.data.offsets import write_offsets

@@ -15,8 +15,8 @@ import pytest
 import torch
 from PIL import Image
 
+from cmae_scale.config.cmae import DataConfig, ViewsConfig
 from cmae_scale.core.errors import DataError
-from cmae_scale.core.settings import DataConfig, ViewsConfig
 from cmae_scale.data.bad_samples import BadSamples
 from cmae_scale.data.batch_memory import BatchMemory
 from cmae_scale.data.blocks import BlockReader, Part

@@ -87,7 +87,7 @@ def test_a_damaged_tar_is_not_listed(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 
 def test_offsets_of_our_own_shards_let_reading_begin_anywhere(shards: Path) -> None:
-    from cmae_scale.core.settings import DataConfig
+    from cmae_scale.config.cmae import DataConfig
     from cmae_scale.data.shard_set import open_shards
 
     assert run_command(main, ["--write_index", str(shards)]) == 0

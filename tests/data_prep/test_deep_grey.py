@@ -11,10 +11,10 @@ import pytest
 import torch
 from PIL import Image
 
+from cmae_scale.config.cmae import DataConfig
+from cmae_scale.config.transfer import CropConfig
 from cmae_scale.core.cli import run_command
 from cmae_scale.core.errors import DataError
-from cmae_scale.core.settings import DataConfig
-from cmae_scale.core.transfer_settings import CropConfig
 from cmae_scale.data.bad_samples import BadSamples
 from cmae_scale.data.decode import decode_image
 from cmae_scale.data.decoding import CentreCrops

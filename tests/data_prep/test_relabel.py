@@ -62,7 +62,7 @@ def test_a_val_set_that_lacks_a_class_is_numbered_as_the_train_set(
 
 
 def test_shards_with_other_classes_say_which_and_what_to_do(tmp_path: Path) -> None:
-    from cmae_scale.core.settings import DataConfig
+    from cmae_scale.config.cmae import DataConfig
     from cmae_scale.data.labelled import open_labelled
     from cmae_scale.data.shard_set import open_shards
 

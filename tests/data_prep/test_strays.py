@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from cmae_scale.config.cmae import DataConfig
 from cmae_scale.core.cli import run_command
-from cmae_scale.core.settings import DataConfig
 from cmae_scale.data.index import read_index
 from cmae_scale.data.shard_set import open_shards
 from data_prep.check_shards import main

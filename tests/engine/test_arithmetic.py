@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 import torch
 
-from cmae_scale.core.config import Run, dump_run, read_run
+from cmae_scale.config.precision import leave_to_machine_, read_formats
+from cmae_scale.config.run_file import Run, dump_run, read_run
 from cmae_scale.core.errors import ConfigError
-from cmae_scale.core.precision import leave_to_machine_, read_formats
 from cmae_scale.engine import arithmetic, precision
 from cmae_scale.engine.arithmetic import settle_arithmetic
+from cmae_scale.engine.checkpoint.metadata import build_stamp
 from cmae_scale.engine.precision import Product, name_half, settle_precision
 from cmae_scale.engine.pretraining import find_product, list_attention
-from cmae_scale.engine.states.stamp import build_stamp
 from cmae_scale.layers.attention import Arithmetic, AttentionChoice, AttentionShape
 from cmae_scale.states import commit
 
@@ -201,7 +201,7 @@ def test_the_first_rank_decides_for_all(
     run = open_run(ranks=2)
 
     def settle() -> Any:
-        from cmae_scale.engine.start import start_processes
+        from cmae_scale.engine.process.group import start_processes
 
         place = start_processes()
         shapes = list_attention(run)
@@ -313,7 +313,7 @@ def test_each_part_of_the_model_runs_its_own_kernel(
 
     def look() -> Any:
         from cmae_scale.engine.pretraining import start_pretraining
-        from cmae_scale.engine.start import start_processes
+        from cmae_scale.engine.process.group import start_processes
 
         session = start_pretraining(run, place=start_processes(), data_order={})
         fused = {
@@ -345,8 +345,8 @@ def settle_quickstart(repository: Path, **environment: str) -> str:
     """Which format the quickstart's products have on this machine, in a fresh process."""
     code = (
         "import sys, torch\n"
-        "from cmae_scale.core.config import read_run\n"
-        "from cmae_scale.core.precision import read_formats\n"
+        "from cmae_scale.config.run_file import read_run\n"
+        "from cmae_scale.config.precision import read_formats\n"
         "from cmae_scale.engine.precision import Product, settle_precision\n"
         "run = read_run('ds_configs/quickstart.json', ['cmae.checkpoint.resume=never'])\n"
         "product = Product(64 * 23, 192, 768)\n"

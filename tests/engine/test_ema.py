@@ -108,8 +108,8 @@ def test_the_average_is_bit_equal_under_every_zero_stage(
     def follow(stage: int) -> Callable[[], Any]:
         def inside() -> Any:
             from cmae_scale.engine.pretraining import start_pretraining
-            from cmae_scale.engine.start import start_processes
-            from cmae_scale.engine.weights import gather_weights
+            from cmae_scale.engine.process.group import start_processes
+            from cmae_scale.engine.zero.gather import gather_weights
 
             zero = {
                 "stage": stage,

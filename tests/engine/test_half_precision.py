@@ -20,12 +20,12 @@ def support_fp16() -> None:
 
 def overflow_once(run: Any) -> list[dict[str, Any]]:
     """Applied or not, and how far online and target weights moved, for each of some steps."""
-    from cmae_scale.core.batches import plan_batch
-    from cmae_scale.core.schedules import TargetMomentum
+    from cmae_scale.config.batches import plan_batch
+    from cmae_scale.config.schedules import TargetMomentum
     from cmae_scale.data.stream import MasterBatch
     from cmae_scale.engine.pretraining import Pretraining, start_pretraining
-    from cmae_scale.engine.shards import shard_of
-    from cmae_scale.engine.start import start_processes
+    from cmae_scale.engine.process.group import start_processes
+    from cmae_scale.engine.zero.shards import shard_of
 
     support_fp16()
     place = start_processes()

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from cmae_scale.core.batches import plan_batch
-from cmae_scale.core.config import Run
-from cmae_scale.core.precision import read_formats
-from cmae_scale.core.settings import Attention
+from cmae_scale.config.batches import plan_batch
+from cmae_scale.config.cmae import Attention
+from cmae_scale.config.precision import read_formats
+from cmae_scale.config.run_file import Run
 from cmae_scale.sizing.activations import Kernel
 from cmae_scale.sizing.memory import plan_moments, predict_peak
 from cmae_scale.sizing.zero import Job, is_optimizer_fused, read_zero
@@ -38,7 +38,7 @@ KERNELS: dict[Kernel, Attention] = {"fused": "flash", "explicit": "explicit"}
 
 def measure(run: Run, live: Any, *, steps: int = 2) -> dict[str, int]:
     """Peak of the tensors alive over all steps and what stays between two, on this rank."""
-    from cmae_scale.engine.start import start_processes
+    from cmae_scale.engine.process.group import start_processes
     from cmae_scale.trials.footprint import train_on_noise
 
     place = start_processes()

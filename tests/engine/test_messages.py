@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from cmae_scale.core.config import Run, RunKind, name_settings
+from cmae_scale.config.run_file import Run, RunKind, name_settings
+from cmae_scale.config.transfer import TransferConfig
 from cmae_scale.core.errors import DataError
-from cmae_scale.core.transfer_settings import TransferConfig
 
 # what only a pre-training run has, and only its code speaks of
 PRETRAINING = r"cmae\.(compile|model|monitor\.knn)\b"
@@ -68,8 +68,8 @@ def test_an_error_of_a_transfer_run_reaches_people_with_its_own_settings(
     )
 
     def fail() -> str:
-        from cmae_scale.engine.safety.attend import attend
-        from cmae_scale.engine.safety.signals import StopRequest
+        from cmae_scale.engine.process.lifecycle import attend
+        from cmae_scale.engine.process.signals import StopRequest
 
         with pytest.raises(DataError) as error, attend(Run(Path("run.json"), settings, {}), StopRequest()):
             raise DataError("nothing matches x: look at the pattern in cmae.data.shards")

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cmae_scale.core.settings import Remat
+from cmae_scale.config.cmae import Remat
+from cmae_scale.engine.process.group import start_processes
 from cmae_scale.engine.remat import choose_block_runner
-from cmae_scale.engine.start import start_processes
 from cmae_scale.layers.blocks import BlockRunner, build_blocks, run_block
 
 

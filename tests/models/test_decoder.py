@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cmae_scale.core.settings import DecoderConfig, FeatureDecoderConfig, PixelDecoderConfig
+from cmae_scale.config.cmae import DecoderConfig, FeatureDecoderConfig, PixelDecoderConfig
 from cmae_scale.layers.masking import TokenMask, mask_from_noise
 from cmae_scale.models.decoder import FeatureDecoder, FeatureHead, PixelDecoder, TokenCompletion
 from cmae_scale.models.init import init_transformer_

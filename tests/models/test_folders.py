@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
+from cmae_scale.config.cmae import CmaeConfig, ConvConfig, ModelConfig, ViewsConfig
 from cmae_scale.core.errors import ConfigError
-from cmae_scale.core.settings import CmaeConfig, ConvConfig, ModelConfig, ViewsConfig
 from cmae_scale.layers.masking import take_tokens
 from cmae_scale.layers.patches import patchify
 from cmae_scale.losses import pixel_loss

@@ -12,8 +12,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from cmae_scale.config.cmae import CmaeConfig
+from cmae_scale.config.sizes import read_size
 from cmae_scale.core.errors import ConfigError
-from cmae_scale.core.settings import CmaeConfig
 from cmae_scale.layers.masking import take_tokens
 from cmae_scale.layers.patches import patchify
 from cmae_scale.losses import infonce, pixel_loss
@@ -25,7 +26,6 @@ from cmae_scale.models.formats.model_file import ModelFile, check_whole, read_mo
 from cmae_scale.models.formats.names import find_layout, to_ours
 from cmae_scale.models.formats.shapes import HeadCounts, ShapeReader
 from cmae_scale.models.initial import start_from_
-from cmae_scale.sizing.sizes import read_size
 
 BATCH, SIDE, PATCH, GRID = 4, 24, 4, 6
 HEADS = HeadCounts(encoder=3, pixel_decoder=4, feature_decoder=4)

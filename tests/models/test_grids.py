@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 
+from cmae_scale.config.cmae import CmaeConfig, ConvConfig, ModelConfig
 from cmae_scale.core.errors import ConfigError
-from cmae_scale.core.settings import CmaeConfig, ConvConfig, ModelConfig
 from cmae_scale.models import CMAE, build_cmae, read_description
 from cmae_scale.models.formats import folders
 from cmae_scale.models.formats.model_file import ModelFile, read_model_file

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from cmae_scale.core.settings import HeadsConfig
+from cmae_scale.config.cmae import HeadsConfig
 from cmae_scale.models.heads import Predictor, Projector
 
 SMALL = HeadsConfig(hidden_dim=10, out_dim=6)

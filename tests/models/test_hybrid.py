@@ -7,8 +7,9 @@ from timm.layers import DropPath
 from timm.optim._param_groups import param_groups_layer_decay
 from torch import Tensor, nn
 
+from cmae_scale.config.cmae import CmaeConfig, ConvConfig, ModelConfig, ViewsConfig
+from cmae_scale.config.sizes import ConvStages, EncoderSize
 from cmae_scale.core.errors import ConfigError
-from cmae_scale.core.settings import CmaeConfig, ConvConfig, ModelConfig, ViewsConfig
 from cmae_scale.layers.masking import TokenMask, mask_from_noise
 from cmae_scale.models import CMAE, build_cmae
 from cmae_scale.models.hybrid import HybridEncoder
@@ -16,7 +17,6 @@ from cmae_scale.models.hybrid_classifier import HybridClassifier
 from cmae_scale.models.init import init_transformer_
 from cmae_scale.models.networks import build_network, draw_weights
 from cmae_scale.models.pretrained import PretrainedEncoder, online_encoder
-from cmae_scale.sizing.sizes import ConvStages, EncoderSize
 
 BATCH, SIDE, PATCH, GRID, HEADS = 3, 48, 8, 6, 3
 SIZE, STAGES = EncoderSize(24, 2, HEADS), ConvStages((8, 12), (2, 1), 3.0)

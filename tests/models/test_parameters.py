@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from cmae_scale.core.settings import EncoderName, LossConfig, ModelConfig, NetworkConfig
+from cmae_scale.config.cmae import EncoderName, LossConfig, ModelConfig, NetworkConfig
+from cmae_scale.config.sizes import read_size, read_stages
 from cmae_scale.models import CMAE
 from cmae_scale.models.hybrid_classifier import HybridClassifier
-from cmae_scale.sizing.sizes import read_size, read_stages
 
 
 def build(encoder: EncoderName, *, patch_size: int = 16, weight: float = 1.0) -> CMAE:

@@ -8,8 +8,8 @@ import torch
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 
+from cmae_scale.config.cmae import CmaeConfig
 from cmae_scale.core.errors import ConfigError
-from cmae_scale.core.settings import CmaeConfig
 from cmae_scale.layers.positions import sincos_positions
 from cmae_scale.models import CMAE, build_cmae
 from cmae_scale.models.formats.folders import write_whole

@@ -8,16 +8,16 @@ import timm
 import torch
 from timm.optim import param_groups_layer_decay
 
+from cmae_scale.config.cmae import ModelConfig, ViewsConfig
+from cmae_scale.config.sizes import read_size
+from cmae_scale.config.transfer import CropConfig, FinetuneConfig
 from cmae_scale.core.errors import ConfigError
-from cmae_scale.core.settings import ModelConfig, ViewsConfig
-from cmae_scale.core.transfer_settings import CropConfig, FinetuneConfig
 from cmae_scale.models.classifier import LinearProbe, build_classifier, export_classifier, fold_probe
 from cmae_scale.models.encoder import Encoder
 from cmae_scale.models.init import init_transformer_
 from cmae_scale.models.networks import build_network, draw_weights
 from cmae_scale.models.pretrained import open_encoder
 from cmae_scale.models.weights import export_encoder
-from cmae_scale.sizing.sizes import read_size
 
 MODEL = ModelConfig(embed_dim=24, depth=3, num_heads=2, patch_size=4)
 

@@ -5,8 +5,8 @@ from typing import Any, get_args
 import pytest
 import torch
 
-from cmae_scale.core.precision import NumberFormats
-from cmae_scale.core.settings import CmaeConfig, Remat
+from cmae_scale.config.cmae import CmaeConfig, Remat
+from cmae_scale.config.precision import NumberFormats
 from cmae_scale.engine.remat import choose_block_runner
 from cmae_scale.engine.step import _hidden_patches
 from cmae_scale.layers.attention import AttentionChoice, set_attention_, use_attention

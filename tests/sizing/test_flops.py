@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from cmae_scale.core.settings import CmaeConfig
+from cmae_scale.config.cmae import CmaeConfig
 from cmae_scale.layers.attention import AttentionChoice, set_attention_
 from cmae_scale.models import build_cmae
 from cmae_scale.sizing.flops import count_flops

@@ -10,12 +10,12 @@ import pytest
 import torch
 from PIL import Image
 
-from cmae_scale.core.settings import ConvConfig, ModelConfig, ViewsConfig
+from cmae_scale.config.cmae import ConvConfig, ModelConfig, ViewsConfig
+from cmae_scale.config.sizes import read_size
 from cmae_scale.models.build import build_encoder
 from cmae_scale.models.encoder import Encoder
 from cmae_scale.models.init import init_transformer_
 from cmae_scale.models.weights import export_encoder
-from cmae_scale.sizing.sizes import read_size
 
 MODEL = ModelConfig(embed_dim=32, depth=3, num_heads=2, patch_size=4)
 VIEWS = ViewsConfig(img_px=16, master_px=20, shift_px=5, mean=(0.4, 0.5, 0.6), std=(0.2, 0.25, 0.3))

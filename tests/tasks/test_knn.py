@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 
+from cmae_scale.config.cmae import KnnConfig
 from cmae_scale.core.errors import DataError
-from cmae_scale.core.settings import KnnConfig
 from cmae_scale.tasks.features import Features
 from cmae_scale.tasks.knn import build_bank, find_neighbours, search, vote
 
@@ -52,7 +52,7 @@ def test_ranks_share_the_voters_and_change_no_vote(on_ranks: Callable[..., list[
     train, val, cfg = draw(101, seed=1), draw(50, seed=2), KnnConfig(k=20)
 
     def run() -> torch.Tensor:
-        from cmae_scale.engine.start import start_processes
+        from cmae_scale.engine.process.group import start_processes
 
         rank = start_processes().world.rank
         bank = build_bank(part_of(train, rank=rank, ranks=ranks))

@@ -53,7 +53,7 @@ def test_its_accuracy_is_logistic_regressions_on_the_same_features(
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    from cmae_scale.core.transfer_settings import TransferConfig
+    from cmae_scale.config.transfer import TransferConfig
     from cmae_scale.core.world import World
     from cmae_scale.tasks.build import open_bench
     from cmae_scale.tasks.features import encode_with

@@ -37,7 +37,7 @@ def test_ranks_with_unequal_shares_agree_on_the_exact_counts(
     votes, labels = draw(rng)
 
     def run() -> Scores:
-        from cmae_scale.engine.start import start_processes
+        from cmae_scale.engine.process.group import start_processes
 
         rows = slice(0, 3) if start_processes().world.rank == 0 else slice(3, None)
         return score(votes[rows], labels[rows])

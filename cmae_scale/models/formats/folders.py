@@ -4,14 +4,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+from cmae_scale.config.cmae import ModelConfig, NetworkConfig, ViewsConfig
+from cmae_scale.config.sizes import NAMED_SIZES, NAMED_STAGES, read_size, read_stages
 from cmae_scale.core.errors import ConfigError
 from cmae_scale.core.files import write_text
-from cmae_scale.core.settings import ModelConfig, NetworkConfig, ViewsConfig
 from cmae_scale.layers.blocks import NORM_EPS
 from cmae_scale.models.formats.model_file import PRETRAINING_ONLY, ModelFile
 from cmae_scale.models.formats.names import to_huggingface
 from cmae_scale.models.weights import PROCESSOR_FILE, describe_encoder, export_encoder, write_model
-from cmae_scale.sizing.sizes import NAMED_SIZES, NAMED_STAGES, read_size, read_stages
 
 
 def write_encoder(file: ModelFile, folder: Path) -> None:

@@ -9,8 +9,8 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+from cmae_scale.config.cmae import NetworkConfig
 from cmae_scale.core.errors import ConfigError
-from cmae_scale.core.settings import NetworkConfig
 from cmae_scale.core.strict_json import parse_json
 from cmae_scale.layers.blocks import NORM_EPS
 from cmae_scale.models.cmae import CMAE

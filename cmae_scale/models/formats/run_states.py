@@ -10,9 +10,9 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from cmae_scale.core.config import Run
+from cmae_scale.config.cmae import CmaeConfig, NetworkConfig
+from cmae_scale.config.run_file import Run
 from cmae_scale.core.errors import ConfigError
-from cmae_scale.core.settings import CmaeConfig, NetworkConfig
 from cmae_scale.models.cmae import CMAE
 from cmae_scale.models.weights import CONFIG_FILE, WEIGHTS_FILE
 from cmae_scale.states.commit import DESCRIPTION, list_states

@@ -6,8 +6,7 @@ from typing import TypeVar
 
 from torch import Tensor
 
-from cmae_scale.core.errors import ConfigError
-from cmae_scale.core.settings import (
+from cmae_scale.config.cmae import (
     ConvConfig,
     FeatureDecoderConfig,
     HeadsConfig,
@@ -18,7 +17,8 @@ from cmae_scale.core.settings import (
     TargetConfig,
     ViewsConfig,
 )
-from cmae_scale.sizing.sizes import NAMED_SIZES
+from cmae_scale.config.sizes import NAMED_SIZES
+from cmae_scale.core.errors import ConfigError
 
 Tensors = Mapping[str, Tensor]
 Key = TypeVar("Key", int, tuple[int, int])

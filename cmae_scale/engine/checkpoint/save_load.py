@@ -1,0 +1,181 @@
+"""Saving and taking up a run's state, by all ranks together: what one rank finds out, all ranks know.
+
+There is one kind of state. Every rank writes only what it holds, so saving needs no communication; a
+parameter's elements are stored by name and range, so any number of ranks at any ZeRO stage can take them up.
+Source: the need is DeepSpeed's: its own checkpoints are bound to rank count and stage, its universal ones do
+not cross between stages 1/2 and 3, and both are pickles.
+"""
+
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from cmae_scale.core.collectives import gather_objects
+from cmae_scale.core.errors import ConfigError
+from cmae_scale.core.world import World
+from cmae_scale.engine.checkpoint.metadata import Stamp
+from cmae_scale.engine.checkpoint.state import read_content, read_counters, write_content, write_counters
+from cmae_scale.engine.zero.pieces import count_elements, list_pieces
+from cmae_scale.states import commit
+from cmae_scale.states.newest import Found, check_files, choose_state
+from cmae_scale.states.shards import ShardReader, shard_name, write_shard
+
+# what PyTorch and the file system raise when a disk is full, read-only or gone
+_SAVE_ERRORS = (OSError, RuntimeError)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A state that was taken up. `notices` say what else the user should know about it."""
+
+    step: int
+    extra: dict[str, Any]
+    notices: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Keeping:
+    """Which states stay: the `newest`, and those at multiples of `every_steps`."""
+
+    newest: int
+    every_steps: int | None = None
+
+
+def save_state(
+    engine: Any,
+    folder: Path,
+    *,
+    step: int,
+    stamp: Stamp,
+    masters: Mapping[str, Tensor],
+    averages: Mapping[str, Tensor],
+    extra: Mapping[str, Any],
+    keeping: Keeping,
+    world: World,
+) -> str | None:
+    """Write the state after `step` optimizer steps and drop older ones. None, or what failed.
+
+    `masters` and `averages` are those of `list_pieces`, `extra` is JSON that `load_newest` gives back. A full
+    or lost disk on any rank leaves the previous states as they are.
+    """
+    part = commit.name_part(folder, step=step)
+    failed = _on_first(world, lambda: _open_part(part))
+    if failed:
+        return failed
+    pieces = list_pieces(engine, masters=masters, averages=averages)
+    failure, entry = _try(lambda: _write_share(engine, pieces, part, world=world))
+    shares = gather_objects((failure, entry))
+    failed = _join(failure for failure, _ in shares)
+    if failed:
+        _on_first(world, lambda: shutil.rmtree(part, ignore_errors=True))
+        return failed
+    description = {
+        "step": step,
+        "stamp": asdict(stamp),
+        "counters": read_counters(engine),
+        "extra": dict(extra),
+        "files": {shard_name(rank): entry for rank, (_, entry) in enumerate(shares)},
+    }
+    return _on_first(world, lambda: _commit(part, description, keeping=keeping))
+
+
+def load_newest(
+    engine: Any,
+    folder: Path,
+    *,
+    stamp: Stamp,
+    masters: Mapping[str, Tensor],
+    averages: Mapping[str, Tensor],
+    changes_allowed: bool,
+    world: World,
+) -> Loaded | None:
+    """Take up the newest state in `folder` that is whole; None when there is none at all.
+
+    Every file's size and SHA-256 is checked before anything is read from it. Raises ConfigError when a state
+    belongs to another kind of run, or when there are states but all are damaged: starting over silently would
+    lose them.
+    """
+    chosen = choose_state(
+        folder,
+        remedy="restore one, or start over with --set cmae.checkpoint.resume=never",
+        check=lambda path: check_state(path, world=world),
+    )
+    if chosen is None:
+        return None
+    path, description = chosen.path, chosen.description
+    notices = [f"warning: {damage}, so an older state was taken" for damage in chosen.passed_over]
+    notices += stamp.compare(description["stamp"], path=path, changes_allowed=changes_allowed)
+    _take_up(engine, path, description, masters=masters, averages=averages)
+    return Loaded(description["step"], description["extra"], tuple(notices))
+
+
+def check_state(path: Path, *, world: World) -> Found:
+    """What is wrong with the state at `path`, or None, and its description. Ranks share the hashing."""
+    damage, description = check_files(path, rank=world.rank, ranks=world.size)
+    return next((found for found in gather_objects(damage) if found), None), description
+
+
+def _take_up(
+    engine: Any,
+    path: Path,
+    description: dict[str, Any],
+    *,
+    masters: Mapping[str, Tensor],
+    averages: Mapping[str, Tensor],
+) -> None:
+    state = ShardReader([path / name for name in sorted(description["files"])])
+    parameters = {name: count_elements(parameter) for name, parameter in engine.module.named_parameters()}
+    if state.parameters != parameters:
+        different = sorted(name for name, _ in set(state.parameters.items()) ^ set(parameters.items()))
+        raise ConfigError(
+            f"{path} is of another model (it differs in {', '.join(dict.fromkeys(different[:6]))}): "
+            "go on with the old settings, or start anew with --out or --set cmae.checkpoint.resume=never"
+        )
+    write_content(engine, list_pieces(engine, masters=masters, averages=averages), state=state)
+    try:
+        write_counters(engine, description["counters"])
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise ConfigError(
+            f"{path / commit.DESCRIPTION} has counters that cannot be taken up ({error!r}): move its folder "
+            "away to go on from an older state, or start over with --set cmae.checkpoint.resume=never"
+        ) from None
+
+
+def _open_part(part: Path) -> None:
+    part.parent.mkdir(parents=True, exist_ok=True)
+    commit.clear_leftovers(part.parent)
+    part.mkdir()
+
+
+def _write_share(engine: Any, pieces: Any, part: Path, *, world: World) -> commit.FileEntry:
+    path = part / shard_name(world.rank)
+    write_shard(path, read_content(engine, pieces, rank=world.rank, ranks=world.size))
+    return commit.describe_file(path)
+
+
+def _commit(part: Path, description: dict[str, Any], *, keeping: Keeping) -> None:
+    commit.write_description(part, description)
+    final = commit.commit(part)
+    commit.point_latest(final)
+    commit.drop_old(final.parent, keep=keeping.newest, keep_every_steps=keeping.every_steps)
+
+
+def _try(work: Callable[[], Any]) -> tuple[str | None, Any]:
+    """What `work` returns, or the first line of why it failed."""
+    try:
+        return None, work()
+    except _SAVE_ERRORS as error:
+        return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__, None
+
+
+def _on_first(world: World, work: Callable[[], Any]) -> str | None:
+    """Let the first rank do it. None, or what failed there; every rank gets the same answer."""
+    return _join(gather_objects(_try(work)[0] if world.is_first else None))
+
+
+def _join(failures: Any) -> str | None:
+    return "; ".join(dict.fromkeys(failure for failure in failures if failure)) or None

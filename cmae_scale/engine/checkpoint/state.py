@@ -1,0 +1,151 @@
+"""What a training state holds, taken from a running engine and put back into one of another topology.
+
+Tensors are named "KIND/PARAMETER@START": the elements of a parameter from START on, of its weight, of one of
+the optimizer's states ("exp_avg", "step", ...), or of its moving "average"; buffers are "buffer/NAME". All
+else is a few numbers: `Counters`.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cmae_scale.core.errors import ConfigError
+from cmae_scale.engine.zero.pieces import Piece, spread_weights
+from cmae_scale.states.shards import ShardReader
+
+Counters = dict[str, Any]  # JSON values
+
+BUFFER = "buffer"
+# of DeepSpeed's loss scalers, which differ by stage but share these. Source: runtime/fp16/loss_scaler.py
+_SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
+
+def read_content(engine: Any, pieces: Sequence[Piece], *, rank: int, ranks: int) -> dict[str, Tensor]:
+    """This rank's share of the state, on the CPU or as views; what all ranks hold alike is dealt out."""
+    states = engine.basic_optimizer.state
+    content: dict[str, Tensor] = {}
+    for piece in _deal(pieces, rank=rank, ranks=ranks):
+        suffix = f"{piece.name}@{piece.start}"
+        content[f"{piece.kind}/{suffix}"] = piece.of(piece.holder).cpu()
+        for kind, value in states.get(piece.holder, {}).items():
+            if value is not None:
+                content[f"{kind}/{suffix}"] = _read_state(value, piece, kind=kind).cpu()
+    if rank == 0:
+        for name, buffer in engine.module.named_buffers():
+            content[f"{BUFFER}/{name}"] = buffer.detach().cpu().contiguous()
+    return content
+
+
+@torch.no_grad()
+def write_content(engine: Any, pieces: Sequence[Piece], *, state: ShardReader) -> None:
+    """Put `state` into the engine, in place. All ranks together."""
+    for piece in pieces:
+        piece.of(piece.holder).copy_(state.read(piece.kind, piece.name, piece.start, piece.stop))
+    optimized = _optimized(engine)
+    by_holder: dict[int, list[Piece]] = {}
+    for piece in pieces:
+        if id(piece.holder) in optimized:
+            by_holder.setdefault(id(piece.holder), []).append(piece)
+    for shared in by_holder.values():
+        _write_states(engine.basic_optimizer, shared, state=state)
+    for name, buffer in engine.module.named_buffers():
+        buffer.copy_(state.read_buffer(name, shape=buffer.shape))
+    spread_weights(engine)
+
+
+def read_counters(engine: Any) -> Counters:
+    """The engine's numbers, equal on all ranks."""
+    scheduler, scaler = engine.lr_scheduler, _find_scaler(engine)
+    grad_scaler = getattr(engine, "torch_autocast_z0_gradscaler", None)
+    return {
+        "global_steps": engine.global_steps,
+        "global_samples": engine.global_samples,
+        "skipped_steps": engine.skipped_steps,
+        "lr": [float(group["lr"]) for group in engine.optimizer.param_groups],
+        "scheduler": None if scheduler is None else scheduler.state_dict(),
+        "scaler": {name: getattr(scaler, name) for name in _SCALER_FIELDS if hasattr(scaler, name)},
+        "grad_scaler": None if grad_scaler is None else grad_scaler.state_dict(),
+    }
+
+
+def write_counters(engine: Any, counters: Counters) -> None:
+    """Set the engine's numbers as `read_counters` gave them; those it has no place for are left out."""
+    engine.global_steps = counters["global_steps"]
+    engine.global_samples = counters["global_samples"]
+    engine.skipped_steps = counters["skipped_steps"]
+    engine.micro_steps = engine.global_steps * engine.gradient_accumulation_steps()
+    for group, lr in zip(engine.optimizer.param_groups, counters["lr"], strict=False):
+        group["lr"] = lr
+    if engine.lr_scheduler is not None and counters["scheduler"] is not None:
+        engine.lr_scheduler.load_state_dict(counters["scheduler"])
+    scaler = _find_scaler(engine)
+    for name, value in counters["scaler"].items():
+        if hasattr(scaler, name):
+            setattr(scaler, name, value)
+    grad_scaler = getattr(engine, "torch_autocast_z0_gradscaler", None)
+    if grad_scaler is not None and counters["grad_scaler"]:
+        grad_scaler.load_state_dict(counters["grad_scaler"])
+
+
+def _deal(pieces: Sequence[Piece], *, rank: int, ranks: int) -> Iterator[Piece]:
+    """The pieces that `rank` writes: its own, and of the replicated ones an even share by size."""
+    loads = [0] * ranks
+    for piece in pieces:
+        if not piece.is_replicated:
+            yield piece
+            continue
+        writer = loads.index(min(loads))
+        loads[writer] += piece.stop - piece.start
+        if writer == rank:
+            yield piece
+
+
+def _read_state(value: Any, piece: Piece, *, kind: str) -> Tensor:
+    if isinstance(value, Tensor) and value.shape == piece.holder.shape:
+        return piece.of(value)
+    if isinstance(value, int | float) or (isinstance(value, Tensor) and value.numel() == 1):
+        return torch.as_tensor(value, dtype=torch.float64).detach().reshape(())
+    raise ConfigError(
+        f'optimizer.type: this optimizer keeps a "{kind}" that has not one number per weight, which a '
+        "training state cannot hold: use Adam or AdamW, or another optimizer of that kind"
+    )
+
+
+def _write_states(inner: Any, pieces: Sequence[Piece], *, state: ShardReader) -> None:
+    """All optimizer states of the one holder that `pieces` share; none if it had not taken a step yet."""
+    holder = pieces[0].holder
+    for kind in state.optimizer_kinds:
+        known = [piece for piece in pieces if state.has(kind, piece.name)]
+        if not known:
+            continue
+        first = state.read(kind, known[0].name, known[0].start, known[0].stop)
+        if first.dim() == 0:
+            inner.state[holder][kind] = _as_counter(inner, holder, float(first))
+            continue
+        values = torch.zeros_like(holder, dtype=first.dtype, requires_grad=False)
+        for piece in known:
+            piece.of(values).copy_(state.read(kind, piece.name, piece.start, piece.stop))
+        inner.state[holder][kind] = values
+
+
+def _as_counter(inner: Any, holder: Tensor, value: float) -> Any:
+    """A count of steps as the optimizer keeps it: PyTorch's in a tensor, DeepSpeed's as a whole number."""
+    if not type(inner).__module__.startswith("torch."):
+        return int(value)
+    on_device = any(inner.param_groups[0].get(option) for option in ("fused", "capturable"))
+    return torch.tensor(value, dtype=torch.float32, device=holder.device if on_device else "cpu")
+
+
+def _optimized(engine: Any) -> set[int]:
+    """ids of the tensors that the optimizer moves."""
+    flat = getattr(engine.optimizer, "fp32_partitioned_groups_flat", None)  # stage 3 shows them one at a time
+    if flat is not None:
+        return {id(tensor) for tensor in flat}
+    return {id(tensor) for group in engine.basic_optimizer.param_groups for tensor in group["params"]}
+
+
+def _find_scaler(engine: Any) -> Any:
+    optimizer = engine.optimizer
+    return getattr(optimizer, "loss_scaler", None) or getattr(optimizer, "loss_scale_config", None)

@@ -1,0 +1,76 @@
+"""Whether the network learns: gradient norms of its parts, and signs of a collapse long before the end."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from cmae_scale.core.collectives import gather_rows
+from cmae_scale.engine.zero.gradients import measure_gradients
+
+
+class Health:
+    """What is looked at in the last step before each log line. All ranks look together.
+
+    `is_due` says that this step is such a one; in all others nothing is measured. `parts` are all trained
+    parameters under the names they are told by; `distance` measures how far the target is from what it
+    follows, `chance` is the contrast loss of blind guessing, if there are such.
+    """
+
+    def __init__(
+        self,
+        parts: Mapping[str, Sequence[nn.Parameter]],
+        *,
+        distance: Callable[[], Tensor] | None,
+        chance: float | None,
+    ) -> None:
+        self.is_due = False
+        self._parts = {name: part for name, part in parts.items() if part}
+        self._distance = distance
+        self._chance = chance
+        self._gradients: Tensor | None = None
+        self._spreads: dict[str, Tensor] = {}
+
+    def look_at_features(self, queries: Float[Tensor, "local dim"], keys: Float[Tensor, "total dim"]) -> None:
+        """This rank's queries and the keys of the whole batch, at a step that is due."""
+        if self.is_due:
+            self._spreads = {
+                "query_spread": measure_spread(gather_rows(queries)),
+                "key_spread": measure_spread(keys),
+            }
+
+    def look_at_gradients(self, engine: Any) -> None:
+        """The gradients of a whole step, before the update."""
+        if self.is_due:
+            self._gradients = measure_gradients(engine, self._parts)
+
+    def read(self, *, contrast: float | None) -> dict[str, float]:
+        """What was seen, for a log line, and `contrast` as a share of chance. Empty where nothing was due."""
+        figures = (
+            {} if contrast is None or not self._chance else {"contrast_vs_chance": contrast / self._chance}
+        )
+        if self._gradients is not None:
+            norms = self._gradients.tolist()
+            figures |= {f"grad_norm_{name}": norm for name, norm in zip(self._parts, norms, strict=True)}
+            figures["grad_norm"] = float(self._gradients.square().sum().sqrt())
+            if self._distance is not None:
+                figures["target_distance"] = float(self._distance())
+        figures |= {name: float(spread) for name, spread in self._spreads.items()}
+        self._gradients, self._spreads = None, {}
+        return figures
+
+
+@torch.no_grad()
+def measure_spread(vectors: Float[Tensor, "rows dim"]) -> Float[Tensor, ""]:
+    """How far vectors of different images point apart: 1 = evenly all around, 0 = all the same way.
+
+    Mean standard deviation of the dimensions of the L2-normalised vectors, times the square root of their
+    number, with which it is 1 for a sphere evenly filled. Source: SimSiam (arXiv:2011.10566) section 4.1.
+    """
+    directions = F.normalize(vectors.float(), dim=1)
+    spread: Tensor = directions.std(dim=0, unbiased=False).mean() * math.sqrt(directions.shape[1])
+    return spread

@@ -1,0 +1,297 @@
+"""What a run says while it goes on: metrics.jsonl, DeepSpeed's monitors and the progress line."""
+
+import json
+import math
+import resource
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from cmae_scale.config.durations import Timetable
+from cmae_scale.config.run_file import name_settings
+from cmae_scale.core.collectives import sum_of_ranks
+from cmae_scale.core.files import LineFile, write_whole
+from cmae_scale.core.progress import Progress, format_seconds
+from cmae_scale.core.strict_json import parse_line
+from cmae_scale.data.bad_samples import BadSamples
+from cmae_scale.engine.hardware import read_peak_flops
+from cmae_scale.engine.metrics.advice import Advisor
+from cmae_scale.engine.metrics.average import Meter
+from cmae_scale.engine.metrics.bad_samples import BadList
+from cmae_scale.engine.metrics.health import Health
+from cmae_scale.engine.metrics.profiler import StepTrace, read_steps
+from cmae_scale.engine.metrics.writers import Event, Monitors
+from cmae_scale.engine.optim import read_learning_rate
+from cmae_scale.engine.session import Session
+
+Metrics = dict[str, float | int | None]
+
+# not for wandb, tensorboard and csv: what their axis says already, and what a run file can tell
+_UNMONITORED = frozenset({"step", "samples", "epoch"})
+
+
+class Journal:
+    """Collects every step and writes a line when asked. All ranks call its methods; the first one writes."""
+
+    def __init__(
+        self,
+        session: Session,
+        *,
+        times: Timetable,
+        metric_names: Sequence[str],
+        image_flops: int,
+        health: Health | None = None,
+    ) -> None:
+        self.session = session
+        self.times = times
+        self.batch_samples: int = session.run.deepspeed["train_batch_size"]
+        self.path = session.run.out / "metrics.jsonl"
+        self._lines = LineFile(self.path)
+        self.meter = Meter(metric_names)
+        self.image_flops = image_flops
+        self.health = health
+        self._advisor = Advisor(warmup_steps=times.warmup_steps)
+        peak = read_peak_flops(session.place.device)
+        self.peak_flops = None if peak is None else peak * session.place.world.size
+        self.last: Metrics = {}
+        self.bad_list = BadList(session.run.out / "bad_samples.jsonl", is_first=session.place.world.is_first)
+        self._listed = 0  # bad samples of all ranks at the last line
+        self.progress: Progress | None = None
+        if session.place.world.is_first:
+            self.progress = Progress(times.total_steps, first_step=session.first_step)
+        self.monitors = Monitors(
+            session.run.deepspeed,
+            is_first=session.place.world.is_first,
+            say=self.say,
+            kept=session.extra,
+        )
+        self._opened_s = time.monotonic()
+        self.go_to(session.first_step)
+
+    def say(self, text: str) -> None:
+        """Lines for people."""
+        if self.progress is not None:
+            self.progress.say(name_settings(text, self.session.run.kind))
+
+    def watch(self, steps: range) -> Iterator[int]:
+        """The same steps, looked at closely where the run file asks: for a log line, for a profiler."""
+        trace = self._open_trace()
+        log_every = self.session.run.settings.monitor.log_every
+        try:
+            for step in steps:
+                if self.health is not None:
+                    self.health.is_due = (step + 1) % log_every == 0 or step + 1 == steps.stop
+                if trace is not None:
+                    trace.before(step)
+                yield step
+                if trace is not None and (told := trace.after(step)):
+                    self.say(told)
+        finally:
+            if trace is not None and (told := trace.close()):
+                self.say(told)
+
+    def look_at_gradients(self) -> None:
+        """Between a step's backward passes and its update."""
+        if self.health is not None:
+            self.health.look_at_gradients(self.session.engine)
+
+    @contextmanager
+    def waiting_for_data(self) -> Iterator[None]:
+        """Count the time spent inside as time the model waited for images."""
+        started_s = time.perf_counter()
+        with self.session.spans.span("data"):
+            yield
+        self._waited_s += time.perf_counter() - started_s
+
+    def go_to(self, step: int) -> None:
+        """Begin, or begin again, after `step` steps: what was told of later ones is taken back."""
+        if self.session.place.world.is_first:
+            if step == 0 and (kept := set_aside(self.path)):
+                self.say(f"no state to go on from: the metrics of an earlier start are kept in {kept}")
+            if damaged := drop_later_lines(self.path, step=step):
+                self.say(f"warning: {damaged} lines of {self.path} were no lines of metrics and are left out")
+        self.meter = Meter(self.meter.names)
+        self._start_interval(step)
+
+    def add(self, losses: Float[Tensor, " metrics"]) -> None:
+        """Remember a step. Waits for nothing."""
+        self.meter.add(losses)
+
+    def write(self, done: int, *, scheduled: Mapping[str, float], bad: BadSamples) -> None:
+        """The line of the steps since the last one; `done` optimizer steps are done.
+
+        The host waits for the device here, else only where an update needs its norm. Raises DataError on all
+        ranks when too many samples of all of them are bad.
+        """
+        with self.session.spans.span("log"):
+            self._write(done, scheduled=scheduled, bad=bad)
+
+    def _write(self, done: int, *, scheduled: Mapping[str, float], bad: BadSamples) -> None:
+        means = self.meter.read()
+        elapsed_s = time.perf_counter() - self._started_s
+        samples = (done - self.written) * self.batch_samples
+        totals = sum_of_ranks(
+            torch.tensor([float(bad.count), self._waited_s], device=self.session.place.device)
+        )
+        bad_samples, waited_s = int(totals[0]), float(totals[1])
+        images_per_s = samples / elapsed_s
+        health = {} if self.health is None else self.health.read(contrast=means.get("contrast"))
+        metrics: Metrics = {
+            "step": done,
+            "samples": done * self.batch_samples,
+            "epoch": round(done / self.times.steps_per_epoch, 4),
+            **means,
+            "lr": read_learning_rate(self.session.engine),
+            **scheduled,
+            "grad_norm": read_grad_norm(self.session.engine),
+            **health,
+            "samples_per_s": round(images_per_s, 2),
+            "mfu": self.peak_flops and round(images_per_s * self.image_flops / self.peak_flops, 4),
+            "data_wait_s": round(waited_s / self.session.place.world.size, 4),
+            "peak_gib": round(read_peak_gib(self.session.place.device), 3),
+            "bad_samples": bad_samples,
+            **self.session.spans.read(done - self.written),
+        }
+        self.last = metrics
+        if self.progress is not None:
+            if failed := self._lines.add(json.dumps(metrics) + "\n"):
+                self.say(f"warning: {self.path} cannot be written ({failed}); its lines wait in memory")
+            self.monitors.write(list_events(metrics))
+            self.progress.report(done, self._figures(metrics))
+            for advice in self._advisor.hear(metrics):
+                self.say(advice)
+        self._start_interval(done)
+        if bad_samples > self._listed:
+            self.bad_list.add(bad.take_new())
+            self._listed = bad_samples
+        bad.check(bad_samples, seen=(done - self.session.first_step) * self.batch_samples)
+
+    def note(self, done: int, found: Mapping[str, Any]) -> None:
+        """A line of its own for what an evaluation found after `done` steps; training's clock starts anew."""
+        if self.progress is not None:
+            metrics = {
+                "step": done,
+                "samples": done * self.batch_samples,
+                "epoch": round(done / self.times.steps_per_epoch, 4),
+                **found,
+            }
+            if failed := self._lines.add(json.dumps(metrics) + "\n"):
+                self.say(f"warning: {self.path} cannot be written ({failed}); its lines wait in memory")
+            self.monitors.write(list_events(flatten_metrics(metrics)))
+            shown = [f"{name} {value:.4f}" for name, value in found.items() if isinstance(value, float)]
+            self.say(f"step {done}: {', '.join(shown)}")
+        self._start_interval(done)
+
+    def summarise(self) -> str:
+        """The closing line."""
+        seconds = format_seconds(time.monotonic() - self._opened_s)
+        steps = f"{self.times.total_steps} steps"
+        if not self.last:
+            return f"{steps} were done already"
+        figures = ", ".join(f"{name} {_show(self.last[name])}" for name in self.meter.names)
+        return f"done: {steps}, {self.last['samples']:,} images, {seconds}; at the end {figures}"
+
+    def close(self) -> None:
+        """End the progress line, and what the monitors still have to write."""
+        self.monitors.close()
+        if self.progress is not None:
+            self.progress.close()
+
+    def _open_trace(self) -> StepTrace | None:
+        profile = self.session.run.settings.monitor.profile
+        if profile is None or not self.session.place.world.is_first:
+            return None
+        return StepTrace(
+            read_steps(profile),
+            folder=self.session.run.out / "profile",
+            device=self.session.place.device,
+            spans=self.session.spans,
+        )
+
+    def _figures(self, metrics: Metrics) -> dict[str, str]:
+        return {
+            **{name: _show(metrics[name]) for name in self.meter.names},
+            "lr": f"{metrics['lr']:.2e}",
+            "images/s": f"{metrics['samples_per_s']:.1f}",
+        }
+
+    def _start_interval(self, done: int) -> None:
+        self.written = done  # steps that lines have told of
+        self._started_s = time.perf_counter()
+        self._waited_s = 0.0
+
+
+def set_aside(path: Path) -> Path | None:
+    """The new name of the metrics of a run that begins anew: they stay, also where its states are lost."""
+    if not path.is_file() or not path.stat().st_size:
+        return None
+    names = (path.with_name(f"{path.stem}_{number}{path.suffix}") for number in count(1))
+    kept = next(name for name in names if not name.exists())
+    path.rename(kept)
+    return kept
+
+
+def drop_later_lines(path: Path, *, step: int) -> int:
+    """Cut metrics.jsonl back to the state of `step`, so that a resumed run writes no line twice.
+
+    Returns how many lines were damaged, which go too; the last one may be torn by a kill and does not count.
+    """
+    if not path.is_file():
+        return 0
+    lines = path.read_bytes().splitlines()
+    steps = [read_line_step(line) for line in lines]
+    kept = [line + b"\n" for line, at in zip(lines, steps, strict=True) if at is not None and at <= step]
+    with write_whole(path) as file:
+        file.writelines(kept)
+    return steps[:-1].count(None)
+
+
+def read_line_step(line: bytes) -> int | None:
+    """The step that a line of metrics tells of; None for one that is damaged."""
+    entry = parse_line(line) or {}
+    return step if type(step := entry.get("step")) is int else None
+
+
+def flatten_metrics(metrics: Mapping[str, Any]) -> Metrics:
+    """Numbers by class as metrics of their own ("knn_per_class/dog"), as monitors want them."""
+    flat: Metrics = {}
+    for name, value in metrics.items():
+        if isinstance(value, Mapping):
+            flat.update({f"{name}/{inner}": number for inner, number in value.items()})
+        else:
+            flat[name] = value
+    return flat
+
+
+def read_grad_norm(engine: Any) -> float | None:
+    """Norm of the last step's whole gradient before clipping; None where unknown or not finite."""
+    norm = engine.get_global_grad_norm()
+    return None if norm is None or not math.isfinite(norm) else float(norm)
+
+
+def read_peak_gib(device: torch.device) -> float:
+    """Most memory used so far: allocated on a GPU, resident on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts KiB
+
+
+def list_events(metrics: Metrics) -> list[Event]:
+    """The metrics as DeepSpeed's monitors take them."""
+    samples = int(metrics["samples"] or 0)
+    return [
+        (f"Train/Samples/{name}", value, samples)
+        for name, value in metrics.items()
+        if name not in _UNMONITORED and value is not None
+    ]
+
+
+def _show(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"

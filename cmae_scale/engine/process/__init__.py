@@ -1,0 +1,1 @@
+"""Ranks as processes: how they come together, watch one another, agree, and end."""

@@ -1,0 +1,119 @@
+"""The group of all processes of a run, however they were started, and this one's place in it."""
+
+import logging
+import os
+import socket
+import time
+from dataclasses import dataclass, field
+from datetime import timedelta
+
+import deepspeed
+import torch
+from deepspeed.accelerator import get_accelerator
+
+from cmae_scale.core.errors import ConfigError, UserError
+from cmae_scale.core.slurm import describe_task
+from cmae_scale.core.world import World, read_world
+from cmae_scale.engine.process.cores import settle_threads
+from cmae_scale.engine.process.devices import take_device
+from cmae_scale.engine.process.heartbeat import Pulse
+from cmae_scale.engine.process.signals import StopRequest
+
+# DeepSpeed's compiled shared-memory all-reduce serves tensor-parallel inference. Training does not need it,
+# and building it would cost minutes and a C++ compiler at the first start on a CPU.
+_UNUSED_OP = "deepspeed_shm_comm"
+
+_NEEDED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+class PeerMissingError(UserError):
+    """Not all ranks came together."""
+
+    exit_status = 1
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where this process computes, what it is doing, and whether it was asked to leave."""
+
+    world: World
+    device: torch.device
+    pulse: Pulse = field(default_factory=Pulse)
+    stop: StopRequest = field(default_factory=StopRequest)
+
+
+def start_processes(*, timeout_s: float = 600.0, stop: StopRequest | None = None) -> Place:
+    """This rank's place in the group that a launcher or `srun` prepared, or in a group of one.
+
+    The processors of a machine are shared out among its ranks, unless OMP_NUM_THREADS is the user's own.
+    """
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    settle_environment()
+    world = read_world()
+    device = take_device(world)
+    join_group(world, device, timeout_s=timeout_s)
+    settle_threads()
+    return Place(world=world, device=device, stop=stop or StopRequest())
+
+
+def stop_processes() -> None:
+    """Leave the process group, so that the interpreter ends without warnings."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def settle_environment() -> None:
+    """Set what a launcher would have set, for a task of Slurm's or a lone process: else DeepSpeed wants MPI.
+
+    Raises ConfigError when only a part of it is set.
+    """
+    found = {**describe_task(os.environ), **os.environ}
+    if "RANK" not in found:
+        found.update(_describe_lone_process())
+    if missing := [name for name in _NEEDED if name not in found]:
+        raise ConfigError(
+            f"RANK is set without {', '.join(missing)}: start through deepspeed, torchrun or srun"
+        )
+    os.environ.update({name: found[name] for name in _NEEDED})
+
+
+def join_group(world: World, device: torch.device, *, timeout_s: float) -> None:
+    """Start the process group. Raises PeerMissingError when not all ranks come within `timeout_s`."""
+    deepspeed.ops.__compatible_ops__[_UNUSED_OP] = False
+    started_s = time.monotonic()
+    try:
+        deepspeed.init_distributed(
+            dist_backend="gloo" if device.type == "cpu" else get_accelerator().communication_backend_name(),
+            timeout=timedelta(seconds=timeout_s),
+            verbose=False,
+        )
+    except torch.distributed.DistError as error:
+        why = explain_failure(str(error), world, waited_s=time.monotonic() - started_s)
+        raise PeerMissingError(why) from None
+
+
+def explain_failure(text: str, world: World, *, waited_s: float) -> str:
+    """What the user can do about torch's complaint `text`."""
+    address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+    if "EADDRINUSE" in text:
+        return (
+            f"port {port} of {socket.gethostname()} is taken, perhaps by another run: give deepspeed or "
+            "torchrun another --master_port, srun another MASTER_PORT in its environment"
+        )
+    if "Duplicate GPU" in text:
+        return (
+            f"rank {world.rank} computes on the same GPU as another rank: start at most one rank per GPU, "
+            "and let each see its own (srun --gpus-per-task=1) or all of its machine"
+        )
+    complaint = next(iter(text.strip().splitlines()), "no more is known")
+    return (
+        f"rank {world.rank} waited {waited_s:.0f} s for all {world.size} ranks to come to {address}:{port} "
+        f"({complaint}): look for one that did not start, or for a firewall"
+    )
+
+
+def _describe_lone_process() -> dict[str, str]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    return dict(zip(_NEEDED, ("0", "1", "0", "127.0.0.1", str(port)), strict=True))

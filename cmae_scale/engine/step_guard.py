@@ -1,0 +1,218 @@
+"""A step that goes wrong moves nothing: neither weights nor target, moments, statistics nor counters.
+
+DeepSpeed looks at the norm of the whole gradient before it updates, on all ranks alike, and drops a step
+whose norm is not finite (ZeRO 1-3 and bf16, with a wait for the device that is there anyway). The guard makes
+everything that is wrong with a step show in that norm, gives plain fp32 at stage 0 the same check, and says
+what happened. Source: DeepSpeed 0.19.8, `_take_model_step` and the optimizers' `step`; at stage 0 in fp32 it
+updates with whatever it has.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from cmae_scale.core.collectives import gather_objects, mean_of_ranks
+from cmae_scale.core.errors import DivergedError
+from cmae_scale.engine.loss_trend import Trend
+
+SHOWN_SAMPLES = 8
+MAX_OVERFLOWS = (
+    64  # from the largest scale that fp16 can use, halving each time, to one far below its smallest
+)
+
+
+class BadStep(NamedTuple):
+    """What was wrong with a step, as all ranks know it. `ranks` is empty where no rank could be told."""
+
+    step: int
+    cause: str  # "loss is not finite", "gradient is not finite", "loss jumped"
+    ranks: tuple[int, ...]
+    losses: dict[str, dict[str, float]]  # by rank, of the ranks concerned
+    samples: tuple[str, ...]
+
+    def __str__(self) -> str:
+        """For instance: the loss is not finite at step 7 on rank 1 (loss nan, pixel 0.9), samples a, b."""
+        shown = ", ".join(self.samples[:SHOWN_SAMPLES])
+        more = len(self.samples) - SHOWN_SAMPLES
+        values = "; ".join(
+            ", ".join(f"{name} {value:g}" for name, value in losses.items())
+            for losses in list(self.losses.values())[:2]
+        )
+        where = f"on rank {', '.join(map(str, self.ranks))}" if self.ranks else "on no single rank"
+        return f"the {self.cause} at step {self.step} {where} ({values}), samples {shown}" + (
+            f" and {more} more" if more > 0 else ""
+        )
+
+
+class Guard:
+    """Stands between a rank's gradients and its weights. All ranks call its methods together.
+
+    Per step it copies the model's buffers (running statistics, a few kB), multiplies the loss by a 1 that is
+    NaN when something is wrong, and looks at the gradient of one parameter per part of the model, so that a
+    NaN can be traced to its rank. None of that waits for the device.
+    """
+
+    def __init__(
+        self, engine: Any, *, metric_names: Sequence[str], device: torch.device, spike: float | None = None
+    ) -> None:
+        self.engine = engine
+        self.names = tuple(metric_names)
+        self.spike = spike
+        self.trend = Trend(torch.zeros(3, dtype=torch.float64, device=device))
+        self._buffers = list(engine.module.buffers())
+        self._kept = [torch.empty_like(buffer) for buffer in self._buffers]
+        self._bad_gradient = torch.zeros((), dtype=torch.bool, device=device)
+        self._spiked = torch.zeros((), dtype=torch.bool, device=device)
+        self._losses: list[Tensor] = []
+        self._step_loss: Tensor | None = None
+        self._overflows = 0
+        # a plain torch optimizer, at stage 0 in fp32; under fp16 autocast torch's own scaler looks
+        self._norm_is_ours = (
+            not hasattr(engine.optimizer, "overflow") and engine.torch_autocast_z0_gradscaler is None
+        )
+        self._scales_loss = bool(
+            engine.fp16_enabled()
+            or engine.torch_autocast_z0_gradscaler
+            or getattr(engine.optimizer, "dynamic_loss_scale", False)  # fp16 autocast under ZeRO
+        )
+        self._insist_on_checks()
+        self._watch_backward()
+
+    @torch.no_grad()
+    def open(self) -> None:
+        """A step begins."""
+        if self._buffers:
+            torch._foreach_copy_(self._kept, self._buffers)
+        self._bad_gradient.zero_()
+        self._spiked.zero_()
+        self._losses = []
+
+    def apply(self, step: int, losses: Float[Tensor, " metrics"], *, keys: Sequence[str]) -> BadStep | None:
+        """Update the weights with the gradients that are there, or leave everything as it was and say why.
+
+        `engine.was_step_applied()` then tells the two apart: an fp16 step that overflows its loss scale is no
+        bad step, but is not applied either.
+        """
+        try:
+            self._step_engine()
+        except Exception as error:
+            if "loss scale" not in str(error):
+                raise
+            raise DivergedError(f"fp16 overflows at step {step} at any loss scale: use bf16") from error
+        if self.engine.was_step_applied():
+            self._overflows = 0
+            if self.spike is not None and self._step_loss is not None:
+                self.trend.add_(self._step_loss)
+            return None
+        self._undo()
+        bad = self._explain(step, losses, keys)
+        if bad is None:
+            self._overflows += 1
+            if self._overflows > MAX_OVERFLOWS:
+                raise DivergedError(
+                    f"fp16 overflowed {self._overflows} steps in a row, the last at step {step}: use bf16"
+                )
+        return bad
+
+    def pass_over(self) -> None:
+        """A step that is left out from the start: what is told of it is what is told of a bad one."""
+        self.engine._global_grad_norm = math.inf
+
+    @torch.no_grad()
+    def _undo(self) -> None:
+        if self._buffers:
+            torch._foreach_copy_(self._buffers, self._kept)
+        # ZeRO-3 has split the parameters that it keeps whole, and gathers them again only after an update
+        if whole := getattr(self.engine.optimizer, "persistent_parameters", []):
+            whole[0].all_gather(whole)
+
+    def _step_engine(self) -> None:
+        if not self._norm_is_ours:
+            self.engine.step()
+            return
+        optimizer = self.engine.optimizer
+        gradients = [p.grad for p in self.engine.module.parameters() if p.grad is not None]
+        norm = float(nn.utils.get_total_norm(gradients))
+        optimizer.overflow = not math.isfinite(norm)  # DeepSpeed asks every optimizer that has it
+        self.engine._global_grad_norm = norm
+        self.engine.step()
+
+    def _explain(self, step: int, losses: Tensor, keys: Sequence[str]) -> BadStep | None:
+        """Why no update came, asked of all ranks. None: an fp16 overflow."""
+        own = (losses.tolist(), bool(self._bad_gradient), bool(self._spiked))
+        everywhere = gather_objects(own)
+        bad_parts = [sum(not math.isfinite(value) for value in values) for values, _, _ in everywhere]
+        ranks: list[int] = []
+        if any(bad_parts):
+            cause = "loss is not finite"
+            # statistics over all ranks carry a NaN to the losses of the others, but not to all of their parts
+            ranks = [rank for rank, count in enumerate(bad_parts) if count == max(bad_parts)]
+        elif any(spiked for _, _, spiked in everywhere):
+            cause = "loss jumped"
+        elif self._scales_loss:
+            return None
+        else:
+            cause = "gradient is not finite"
+            ranks = [rank for rank, (_, bad, _) in enumerate(everywhere) if bad]
+            if len(ranks) == len(everywhere) > 1:
+                ranks = []
+        concerned = ranks or range(len(everywhere))
+        own_keys = list(keys) if self._rank() in concerned else []
+        return BadStep(
+            step=step,
+            cause=cause,
+            ranks=tuple(ranks),
+            losses={str(rank): dict(zip(self.names, everywhere[rank][0], strict=True)) for rank in concerned},
+            samples=tuple(key for share in gather_objects(own_keys) for key in share),
+        )
+
+    def _rank(self) -> int:
+        return int(self.engine.global_rank)
+
+    def _insist_on_checks(self) -> None:
+        """Have DeepSpeed look for NaN where a run file could have told it not to, and at stage 0 at all."""
+        optimizer = self.engine.optimizer
+        if hasattr(optimizer, "check_grad_overflow") and self.engine.bfloat16_enabled():
+            optimizer.check_grad_overflow = True
+        if not getattr(optimizer, "compute_grad_norm", True):
+            optimizer.check_grad_overflow = True
+        if self._norm_is_ours:
+            original = optimizer.step
+
+            def step(*args: Any) -> Any:
+                return None if getattr(optimizer, "overflow", False) else original(*args)
+
+            optimizer.step = step
+
+    def _watch_backward(self) -> None:
+        original = self.engine.backward
+
+        def backward(loss: Tensor, retain_graph: bool = False) -> Tensor:
+            scaled: Tensor = original(loss * self._one_or_nan(loss.detach()), retain_graph=retain_graph)
+            return scaled
+
+        self.engine.backward = backward
+
+        def look(gradient: Tensor) -> None:
+            self._bad_gradient.logical_or_(~gradient.isfinite().all())
+
+        for part in self.engine.module.children():
+            first = next((p for p in part.parameters() if p.requires_grad), None)
+            if first is not None:
+                first.register_hook(look)
+
+    def _one_or_nan(self, loss: Tensor) -> Tensor:
+        """1, or NaN for a loss that must not reach the weights: then no gradient of the step is finite."""
+        factor = 1 + 0 * loss  # 0 * inf is NaN too
+        if self.spike is None:
+            return factor
+        self._losses.append(loss)
+        if not self.engine.is_gradient_accumulation_boundary():
+            return factor
+        self._step_loss = mean_of_ranks(torch.stack(self._losses).mean())
+        self._spiked.copy_(self.trend.is_spike(self._step_loss, deviations=self.spike))
+        return torch.where(self._spiked, math.nan, factor)

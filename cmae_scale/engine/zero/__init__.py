@@ -1,0 +1,1 @@
+"""What is known of the insides of DeepSpeed: partitions, gradients, masters, and what is mended of them."""
