@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -331,7 +332,7 @@ def test_a_step_that_never_ends_leaves_stacks_and_its_name(
         arguments("cmae.faults.step_timeout_s=15.0"), before=at_step(4, lambda: time.sleep(1000), rank=1)
     )
     assert [end.status for end in ended] == [1, 1]
-    assert "no progress for 15 s: rank 1 (" in ended[0].stderr
+    assert re.search(r"no progress for \d+ s: rank 1 \(", ended[0].stderr)
     assert "computing gradients, step 4" in ended[0].stderr
     assert "accumulate" in (tmp_path / "run" / "stacks" / "rank_1.txt").read_text()
 

@@ -353,10 +353,11 @@ def settle_quickstart(repository: Path, **environment: str) -> str:
         "run, told = settle_precision(run, device=torch.device('cpu'), product=product)\n"
         "print(*told, read_formats(run.deepspeed).compute, sep='\\n')"
     )
+    kept = {name: value for name, value in os.environ.items() if name not in IMITATED}
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=repository,
-        env={**os.environ, "DS_ACCELERATOR": "cpu", **environment},
+        env={**kept, "DS_ACCELERATOR": "cpu", **environment},
         capture_output=True,
         text=True,
         check=True,

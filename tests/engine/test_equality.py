@@ -208,8 +208,9 @@ def test_low_precision_follows_full_precision(
 ) -> None:
     # clipped: in full steps of so small a model, rounding errors grow with every step
     clipping = {"gradient_clipping": 1.0}
-    low = train(ranks=2, stage=stage, **clipping, **precision)
-    # bf16 has 8 bits, 0.4 % a product, and the temperature divides a cosine's error by 0.07
-    torch.testing.assert_close(
-        mean_losses(low), mean_losses(train(cmae=None, **clipping)), rtol=0.05, atol=0.05
-    )
+    low = mean_losses(train(ranks=2, stage=stage, **clipping, **precision))
+    full = mean_losses(train(cmae=None, **clipping))
+    # bf16 has 8 bits, 0.4 % a product, and the temperature divides a cosine's error by 0.07. How fast errors
+    # grow from step to step depends on how a machine sums products
+    for step, losses in low.items():
+        torch.testing.assert_close(losses, full[step], rtol=0.03 * (1 + step), atol=0.03)

@@ -225,7 +225,7 @@ def test_a_stuck_step_leaves_everyones_stacks(
     ended = watched(work, ranks=ranks, faults=FaultsConfig(step_timeout_s=2))
     assert [end.status for end in ended] == [1] * ranks
     message = ended[0].stderr
-    assert f"no progress for 2 s: rank {ranks - 1} (" in message
+    assert re.search(rf"no progress for \d+ s: rank {ranks - 1} \(", message)
     assert ") reading data, step 4; " in message
     stacks = {path.name: path.read_text() for path in (tmp_path / "stacks").iterdir()}
     assert set(stacks) == {f"rank_{rank}.txt" for rank in range(ranks)}
