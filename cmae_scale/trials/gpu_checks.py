@@ -1,9 +1,11 @@
 """Whether a GPU computes what the CPU does, the same every time, and without making the host wait."""
 
 import copy
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from statistics import median
 from time import perf_counter
 from typing import Any
@@ -177,7 +179,13 @@ def _catch_waits(stage: Stage) -> Iterator[list[str]]:
             if not stage.is_rehearsal:
                 torch.cuda.set_sync_debug_mode("default")
     waits = [warning for warning in caught if "synchroniz" in str(warning.message)]
-    places += [f"{wait.filename.rpartition('site-packages/')[2]}:{wait.lineno}" for wait in waits]
+    places += [f"{_name_module(wait.filename)}:{wait.lineno}" for wait in waits]
+
+
+def _name_module(file: str) -> str:
+    """The file's path below the folder that it was imported from: the same on every machine."""
+    folders = [folder for folder in sys.path if folder and Path(file).is_relative_to(folder)]
+    return str(Path(file).relative_to(max(folders, key=len))) if folders else file
 
 
 def time_median(work: Callable[[], Any], *, stage: Stage) -> float:
