@@ -13,7 +13,7 @@ from cmae_scale.config.run_file import RunKind, read_run
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PAGES = [
-    REPOSITORY / "README.md",
+    *REPOSITORY.glob("*.md"),
     REPOSITORY / "ds_configs" / "README.md",
     *(REPOSITORY / "docs").glob("*.md"),
 ]
