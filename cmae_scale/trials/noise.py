@@ -24,6 +24,9 @@ _TINY = (
     *(f"cmae.views.{name}" for name in ("img_px=32", "master_px=36", "shift_px=5")),
     "cmae.heads.hidden_dim=16",
     "cmae.heads.out_dim=16",
+    # named, for on a CPU two trials may end otherwise, and runs are compared to the bit
+    "cmae.model.attention=flash",
+    'torch_autocast={"enabled": false}',
 )
 
 
