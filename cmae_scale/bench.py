@@ -7,10 +7,10 @@ from pathlib import Path
 if __package__ in (None, ""):  # started by path: this folder is first on sys.path, the repository should be
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from cmae_scale.benchmarks.arguments import build_bench_parser
+from cmae_scale.benchmarks.commands import TRIALS
 from cmae_scale.core.cli import run_command
 from cmae_scale.core.world import wait_without_spinning
-from cmae_scale.trials.arguments import build_bench_parser
-from cmae_scale.trials.commands import TRIALS
 
 EXAMPLES = """\
   python -m cmae_scale.bench loader --shards shards/train --folder images/train

@@ -1,6 +1,6 @@
 """Pre-train a vision encoder as a contrastive masked autoencoder, as one run file says.
 
-Each step, in the order of `train`: the plan says which samples; the loader decodes them to uint8 masters;
+Each step, in the order of `train`: the plan says which samples; the loader decodes them to uint8 crops;
 on the device they become an online view and a shifted, coloured target view; the online branch predicts the
 pixels of the hidden patches and a query, the target branch a key; after the update the target follows.
 """
@@ -27,10 +27,10 @@ from cmae_scale.planning.refusals import check_run
 
 if TYPE_CHECKING:
     from cmae_scale.data.shard_set import ShardSet
-    from cmae_scale.data.stream import MasterBatch
-    from cmae_scale.engine.metrics.logger import Journal
+    from cmae_scale.data.stream import CropBatch
+    from cmae_scale.engine.metrics.logger import MetricsLogger
     from cmae_scale.engine.pretraining import Pretraining
-    from cmae_scale.engine.process.group import Place
+    from cmae_scale.engine.process.group import RankContext
 
 EXAMPLES = """\
   deepspeed cmae_scale/pretrain.py --deepspeed_config ds_configs/quickstart.json
@@ -62,24 +62,24 @@ def pretrain(argv: Sequence[str] | None) -> None:
             export_newest(run)
             return
         check_run(run, ranks=read_world().size)
-        from cmae_scale.engine.process.lifecycle import attend
+        from cmae_scale.engine.process.lifecycle import run_context
 
-        with attend(run, stop) as place:
-            train(run, place, stop_at=args.stop_at)
+        with run_context(run, stop) as context:
+            train(run, context, stop_at=args.stop_at)
 
 
-def train(run: Run, place: "Place", *, stop_at: int | None = None) -> None:
+def train(run: Run, context: "RankContext", *, stop_at: int | None = None) -> None:
     """The run on this rank: to its end, with an exported encoder, or to `stop_at`, with a saved state."""
     from cmae_scale.data.bad_samples import BadSamples
     from cmae_scale.data.mix import plan_data
     from cmae_scale.data.shard_set import open_shards
     from cmae_scale.data.stream import open_batches
     from cmae_scale.engine.loop import take_steps
-    from cmae_scale.engine.metrics.logger import Journal
+    from cmae_scale.engine.metrics.logger import MetricsLogger
     from cmae_scale.engine.pretraining import Pretraining, describe, start_pretraining, watch_health
     from cmae_scale.tasks.knn_monitor import open_knn_monitor
 
-    rank, ranks = place.world.rank, place.world.size
+    rank, ranks = context.world.rank, context.world.size
     data = run.cmae.data
     shards = open_shards(data.shards, data=data)
     held_out = open_shards(data.val_shards, data=data) if data.val_shards else shards
@@ -89,32 +89,32 @@ def train(run: Run, place: "Place", *, stop_at: int | None = None) -> None:
     run = resolve_run(run, batch=batch, total_steps=times.total_steps, warmup_steps=times.warmup_steps)
     schedules = plan_schedules(run.cmae, peak_lr=run.peak_lr, times=times)
 
-    session = start_pretraining(run, place=place, data_order=plan.describe())
-    method = Pretraining(session, batch, schedules.momentum, watch_health(session))
-    journal = Journal(
-        session,
+    state = start_pretraining(run, context=context, data_order=plan.describe())
+    task = Pretraining(state, batch, schedules.momentum, watch_health(state))
+    logger = MetricsLogger(
+        state,
         times=times,
-        metric_names=method.metric_names,
-        image_flops=method.image_flops,
-        health=method.health,
+        metric_names=task.metric_names,
+        image_flops=task.image_flops,
+        health=task.health,
     )
-    journal.say(describe(session, images=shards.total, times=times))
+    logger.say(describe(state, images=shards.total, times=times))
     for fault in find_run_faults(run, batch=batch, ranks=ranks, times=times):
-        journal.say(f"warning: {fault}")
-    steps = range(session.first_step, min(times.total_steps, stop_at or times.total_steps))
+        logger.say(f"warning: {fault}")
+    steps = range(state.first_step, min(times.total_steps, stop_at or times.total_steps))
     knn = open_knn_monitor(
         run.cmae,
-        gather=method.gather_encoder,
-        world=place.world,
-        device=place.device,
-        compute=session.compute,
-        attention=session.attention["online_encoder"],
+        gather=task.gather_encoder,
+        world=context.world,
+        device=context.device,
+        compute=state.compute,
+        attention=state.attention["online_encoder"],
         clock=Clock(plan.steps_per_epoch, batch.total, times.total_steps),
     )
     bad = BadSamples(data.max_bad_fraction)
 
     @contextmanager
-    def feed(steps: range) -> Iterator[Iterator["MasterBatch"]]:
+    def feed(steps: range) -> Iterator[Iterator["CropBatch"]]:
         loader = open_batches(
             shards,
             plan,
@@ -125,19 +125,19 @@ def train(run: Run, place: "Place", *, stop_at: int | None = None) -> None:
             accumulation=batch.accumulation,
             first_step=steps.start,
             end_step=steps.stop,
-            pin=place.device.type == "cuda",
+            pin=context.device.type == "cuda",
             bad=bad,
         )
         with loader:
             yield loader
 
-    take_steps(method, journal, feed, steps=steps, lr=schedules.lr, bad=bad, evaluation=knn)
+    take_steps(task, logger, feed, steps=steps, lr=schedules.lr, bad=bad, evaluation=knn)
     if steps.stop == times.total_steps:
-        finish(method, journal, held_out=held_out)
-    journal.close()
+        finish(task, logger, held_out=held_out)
+    logger.close()
 
 
-def finish(method: "Pretraining", journal: "Journal", *, held_out: "ShardSet") -> None:
+def finish(task: "Pretraining", logger: "MetricsLogger", *, held_out: "ShardSet") -> None:
     """What a finished run leaves for people and for the next tool: pictures, encoder, summary."""
     from cmae_scale.data.held_out import read_held_out
     from cmae_scale.engine.preview import preview
@@ -145,22 +145,22 @@ def finish(method: "Pretraining", journal: "Journal", *, held_out: "ShardSet") -
     from cmae_scale.models.weights import say_how_to_load
     from cmae_scale.report import read_metrics, write_curves, write_reconstructions
 
-    session = method.session
-    session.place.pulse.enter("finishing", step=journal.times.total_steps, patience=PATIENT)
-    run, cfg = session.run, session.run.cmae
-    encoder, pictures = method.export(journal.last), run.out / "pictures"
+    state = task.state
+    state.context.heartbeat.enter("finishing", step=logger.times.total_steps, patience=PATIENT)
+    run, cfg = state.run, state.run.cmae
+    encoder, pictures = task.export(logger.last), run.out / "pictures"
     how = say_how_to_load(cfg.model, folder=encoder)
     if cfg.monitor.pictures:
-        masters, _ = read_held_out(
+        crops, _ = read_held_out(
             held_out, count=cfg.monitor.pictures, views=cfg.views, max_mpx=cfg.data.max_image_mpx
         )
-        sheet = preview(session.engine, masters.to(session.place.device), cfg=cfg)
-        if session.place.world.is_first:
+        sheet = preview(state.engine, crops.to(state.context.device), cfg=cfg)
+        if state.context.world.is_first:
             write_reconstructions(pictures / "reconstructions.png", **vars(sheet))
-    if session.place.world.is_first:
+    if state.context.world.is_first:
         chance = math.log(run.deepspeed["train_batch_size"]) if cfg.loss.contrast == "infonce" else None
-        write_curves(pictures / "curves.png", metrics=read_metrics(journal.path), chance=chance)
-        journal.say(f"{journal.summarise()}\nencoder {encoder} ({how}), pictures {pictures}")
+        write_curves(pictures / "curves.png", metrics=read_metrics(logger.path), chance=chance)
+        logger.say(f"{logger.summarise()}\nencoder {encoder} ({how}), pictures {pictures}")
 
 
 if __name__ == "__main__":

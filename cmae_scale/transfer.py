@@ -26,10 +26,10 @@ from cmae_scale.planning.advice import find_run_faults
 from cmae_scale.planning.refusals import check_run
 
 if TYPE_CHECKING:
-    from cmae_scale.data.stream import MasterBatch
+    from cmae_scale.data.stream import CropBatch
     from cmae_scale.engine.arithmetic import Settled
-    from cmae_scale.engine.process.group import Place
-    from cmae_scale.tasks.build import Bench
+    from cmae_scale.engine.process.group import RankContext
+    from cmae_scale.tasks.build import TransferContext
 
 EXAMPLES = """\
   python -m cmae_scale.transfer --deepspeed_config ds_configs/transfer/knn.json \\
@@ -57,33 +57,33 @@ def transfer(argv: Sequence[str] | None) -> None:
         check_run(run, ranks=read_world().size)
         from cmae_scale.engine.arithmetic import settle_arithmetic
         from cmae_scale.engine.precision import Product, read_precision
-        from cmae_scale.engine.process.lifecycle import attend
-        from cmae_scale.tasks.build import open_bench
+        from cmae_scale.engine.process.lifecycle import run_context
+        from cmae_scale.tasks.build import open_context
 
-        with attend(run, stop) as place:
-            bench = open_bench(run.transfer, world=place.world, device=place.device)
+        with run_context(run, stop) as context:
+            bench = open_context(run.transfer, world=context.world, device=context.device)
             settled = settle_arithmetic(
                 run,
-                device=place.device,
+                device=context.device,
                 product=Product(run.transfer.monitor.batch, *reversed(bench.widest)),
                 attention=run.transfer.encoder.attention,
                 shapes={"encoder": bench.attention_shape},
             )
             compute = read_precision(settled.run.deepspeed).compute
             bench = bench.compute_in(compute, settled.attention["encoder"])
-            if place.world.is_first:
+            if context.world.is_first:
                 tell("\n".join([*settled.notices, *bench.encoder.notices]))
             if run.transfer.task.knn is not None:
                 look_for_neighbours(settled.run, bench)
             else:
-                train(settled, bench, place=place, stop_at=args.stop_at)
+                train(settled, bench, context=context, stop_at=args.stop_at)
 
 
-def look_for_neighbours(run: Run, bench: "Bench") -> None:
-    """Judge the encoder as it is: its features vote."""
-    from cmae_scale.tasks.examination import draw_confusion, write_predictions
+def look_for_neighbours(run: Run, bench: "TransferContext") -> None:
+    """Evaluator the encoder as it is: its features vote."""
     from cmae_scale.tasks.features import encode_with
     from cmae_scale.tasks.results import tabulate, tabulate_classes, write_results
+    from cmae_scale.tasks.validator import draw_confusion, write_predictions
 
     cfg, judge = run.transfer, bench.judge
     assert cfg.task.knn is not None
@@ -101,20 +101,22 @@ def look_for_neighbours(run: Run, bench: "Bench") -> None:
         tell(f"\n{tabulate_classes(found['knn_per_class'])}\nrun folder {run.out}")
 
 
-def train(settled: "Settled", bench: "Bench", *, place: "Place", stop_at: int | None = None) -> None:
+def train(
+    settled: "Settled", bench: "TransferContext", *, context: "RankContext", stop_at: int | None = None
+) -> None:
     """The run on this rank: to its end, with an exported model, or to `stop_at`, with a saved state."""
     from cmae_scale.data.bad_samples import BadSamples
     from cmae_scale.engine.loop import take_steps
-    from cmae_scale.engine.metrics.logger import Journal
+    from cmae_scale.engine.metrics.logger import MetricsLogger
     from cmae_scale.engine.transfer import describe_transfer, start_transfer
     from cmae_scale.models.classifier import say_how_to_open
     from cmae_scale.report import read_metrics, write_curves
     from cmae_scale.tasks.build import build_task, open_training, plan_training
-    from cmae_scale.tasks.examination import Examination
     from cmae_scale.tasks.results import tabulate, write_results
+    from cmae_scale.tasks.validator import Validator
 
     run, cfg = settled.run, settled.run.transfer
-    batch = plan_batch(run.deepspeed, ranks=place.world.size)
+    batch = plan_batch(run.deepspeed, ranks=context.world.size)
     plan = plan_training(bench, batch=batch)
     times = plan_timetable(cfg, steps_per_epoch=plan.steps_per_epoch, batch_samples=batch.total)
     run = resolve_run(run, batch=batch, total_steps=times.total_steps, warmup_steps=times.warmup_steps)
@@ -122,39 +124,44 @@ def train(settled: "Settled", bench: "Bench", *, place: "Place", stop_at: int | 
     task = build_task(bench, batch=batch)
     ema = cfg.task.finetune.ema if cfg.task.finetune else 0.0
 
-    method = start_transfer(
-        settled._replace(run=run), place=place, task=task, batch=batch, data_order=plan.describe(), ema=ema
+    training = start_transfer(
+        settled._replace(run=run),
+        context=context,
+        task=task,
+        batch=batch,
+        data_order=plan.describe(),
+        ema=ema,
     )
-    session = method.session
-    journal = Journal(session, times=times, metric_names=task.metric_names, image_flops=task.image_flops)
+    state = training.state
+    logger = MetricsLogger(state, times=times, metric_names=task.metric_names, image_flops=task.image_flops)
     judge, clock = bench.judge, Clock(plan.steps_per_epoch, batch.total, times.total_steps)
     every = read_steps(cfg.monitor.evaluate_every, clock=clock, place="transfer.monitor.evaluate_every")
-    examination = Examination(task, judge, method.gather, run.out, max(1, every), times.total_steps)
-    examination.recall(journal.path)
-    journal.say(
+    examination = Validator(task, judge, training.gather, run.out, max(1, every), times.total_steps)
+    examination.recall(logger.path)
+    logger.say(
         describe_transfer(
-            session, images=plan.total, held_out=judge.labelled.val.total, steps=times.total_steps
+            state, images=plan.total, held_out=judge.labelled.val.total, steps=times.total_steps
         )
     )
-    for fault in find_run_faults(run, batch=batch, ranks=place.world.size, times=times):
-        journal.say(f"warning: {fault}")
-    steps = range(session.first_step, min(times.total_steps, stop_at or times.total_steps))
+    for fault in find_run_faults(run, batch=batch, ranks=context.world.size, times=times):
+        logger.say(f"warning: {fault}")
+    steps = range(state.first_step, min(times.total_steps, stop_at or times.total_steps))
     bad = BadSamples(cfg.data.max_bad_fraction)
 
     @contextmanager
-    def feed(steps: range) -> Iterator[Iterator["MasterBatch"]]:
+    def feed(steps: range) -> Iterator[Iterator["CropBatch"]]:
         with open_training(bench, task, plan, batch=batch, steps=steps, bad=bad) as loader:
             yield loader
 
-    take_steps(method, journal, feed, steps=steps, lr=lr, bad=bad, evaluation=examination)
-    if steps.stop == times.total_steps and place.world.is_first:
+    take_steps(training, logger, feed, steps=steps, lr=lr, bad=bad, evaluation=examination)
+    if steps.stop == times.total_steps and context.world.is_first:
         scores = {"best": examination.best or {}, "last": examination.last or {}}
         about = {"encoder": bench.encoder.place, "task": cfg.task.name, "train_images": plan.total}
         write_results(run.out / "results.json", {**about, "classes": judge.labelled.classes, **scores})
-        write_curves(run.out / "curves.png", metrics=read_metrics(journal.path))
-        journal.say(f"{journal.summarise()}\n{tabulate(scores, prefix='val')}")
-        journal.say(f"model {run.out / 'model'} ({say_how_to_open(bench.encoder, run.out / 'model')})")
-    journal.close()
+        write_curves(run.out / "curves.png", metrics=read_metrics(logger.path))
+        logger.say(f"{logger.summarise()}\n{tabulate(scores, prefix='val')}")
+        logger.say(f"model {run.out / 'model'} ({say_how_to_open(bench.encoder, run.out / 'model')})")
+    logger.close()
 
 
 if __name__ == "__main__":

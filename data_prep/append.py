@@ -30,9 +30,9 @@ from data_prep.arguments import Command
 from data_prep.encoding import encode
 from data_prep.index_tars import hash_file
 from data_prep.layout import Options
-from data_prep.ledger import STAGING_NAME, open_reader, read_lines, write_skipped
 from data_prep.listing import Item, Listing
 from data_prep.locks import hold_merge
+from data_prep.manifest import STAGING_NAME, open_reader, read_lines, write_skipped
 from data_prep.relabel import add_classes
 from data_prep.reporting import say_appended, say_cut
 from data_prep.sources import Read, Source

@@ -20,7 +20,7 @@ from cmae_scale.data.image_formats import describe_content, image_extension
 from cmae_scale.data.index import INDEX_NAME, ShardIndex, ShardInfo, parse_index, reads_by_stem
 from cmae_scale.data.tar import read_samples
 from data_prep.index_tars import find_strays, hash_file, index_folder
-from data_prep.ledger import OPTIONS_NAME, STAGING_NAME
+from data_prep.manifest import OPTIONS_NAME, STAGING_NAME
 
 EXAMPLES = """examples:
   python data_prep/check_shards.py shards/digits/train

@@ -12,7 +12,7 @@ from cmae_scale.core.errors import DataError
 from cmae_scale.data.decode import DEEP_MODES, GreyRange, decode_image, measure_grey, open_image, read_turn
 from cmae_scale.data.image_formats import find_format, image_extension
 from data_prep.layout import Options
-from data_prep.tally import BANDS, DEEP, PICTURES, UPPER
+from data_prep.stats import BANDS, DEEP, PICTURES, UPPER
 
 MAX_MPX = 178.0  # Pillow opens nothing larger (twice its MAX_IMAGE_PIXELS). Training has its own, lower limit
 DEEP_FORMATS = ("PNG", "TIFF", "JPEG2000", "PPM")  # others have no deep grey

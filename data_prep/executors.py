@@ -17,7 +17,7 @@ from pathlib import Path
 
 from cmae_scale.core.errors import ConfigError, DataError
 from data_prep.layout import ShardTask
-from data_prep.ledger import WrittenShard
+from data_prep.manifest import WrittenShard
 
 EXECUTORS = ("processes", "ray")
 TASKS_PER_WORKER = 2  # one at work and one ready

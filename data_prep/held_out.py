@@ -12,9 +12,9 @@ from jaxtyping import Bool
 from cmae_scale.core.errors import ConfigError, DataError
 from cmae_scale.core.files import PART, remove, write_whole
 from data_prep.arguments import Command
-from data_prep.ledger import SCRATCH, open_reader
 from data_prep.listing import Item, Listing
 from data_prep.locks import hold_merge
+from data_prep.manifest import SCRATCH, open_reader
 from data_prep.reporting import Progress
 from data_prep.sources import Source
 from data_prep.sources.splits import read_split

@@ -24,9 +24,9 @@ from cmae_scale.data.index import (
 from cmae_scale.data.offsets import write_offsets
 from cmae_scale.data.tar import find_offsets, list_members, read_samples, split_members
 from data_prep.encoding import find_grey_range
-from data_prep.ledger import OPTIONS_NAME, STAGING_NAME
+from data_prep.manifest import OPTIONS_NAME, STAGING_NAME
 from data_prep.sources.labels import PLAIN_IDS
-from data_prep.tally import join_ranges
+from data_prep.stats import join_ranges
 
 READ_BYTES = 1 << 20
 

@@ -19,8 +19,8 @@ from data_prep.arguments import Command, read_command
 from data_prep.executors import run_tasks
 from data_prep.held_out import hold_out
 from data_prep.layout import Part, ShardPlan, ShardSlot
-from data_prep.ledger import open_ledger, open_reader, read_finished
 from data_prep.locks import hold_merge
+from data_prep.manifest import open_manifest, open_reader, read_finished
 from data_prep.merge import LeftOut, known_left_out, plan_left_out, share_range, write_data_set
 from data_prep.relabel import drop_labels, take_classes
 from data_prep.reporting import (
@@ -32,7 +32,7 @@ from data_prep.reporting import (
     summarise_part,
 )
 from data_prep.sources import SOURCES, Source
-from data_prep.tally import Tally
+from data_prep.stats import ShardStats
 from data_prep.writer import ShardWriter
 
 
@@ -76,7 +76,7 @@ def make_shards(source: Source, out: Path, *, command: Command) -> None:
         say_plan(source, plan, out=out, missing=find_missing(plan, finished, part=command.part))
         return
     started_s = time.monotonic()
-    with open_ledger(out, plan.describe(), part=command.part):
+    with open_manifest(out, plan.describe(), part=command.part):
         with hold_merge(out):  # or another part could finish the folder while we look at it
             missing = find_missing(plan, read_finished(out, plan), part=command.part)
             left_out = known_left_out(plan, out)
@@ -110,9 +110,9 @@ def write_slots(
     left_out: Mapping[str, LeftOut],
     out: Path,
     command: Command,
-) -> Tally:
+) -> ShardStats:
     """Write shards, wherever the command says; what was written, in figures."""
-    made = Tally()
+    made = ShardStats()
     if not slots:
         return made
     with open_reader(source, plan.items_of(slots), out=out, part=command.part) as read:

@@ -23,9 +23,9 @@ from cmae_scale.data.index import (
     write_index,
 )
 from data_prep.layout import ShardPlan, ShardSlot, Skipped
-from data_prep.ledger import drop_records, read_lines, read_record, read_skipped, write_skipped
+from data_prep.manifest import drop_records, read_lines, read_record, read_skipped, write_skipped
 from data_prep.sources import Source
-from data_prep.tally import Tally, join_ranges
+from data_prep.stats import ShardStats, join_ranges
 from data_prep.unlisted import KIND
 
 LeftOut = Mapping[int, Skipped]
@@ -33,7 +33,7 @@ LeftOut = Mapping[int, Skipped]
 
 def write_data_set(
     source: Source, plan: ShardPlan, *, out: Path, finished: Mapping[str, ShardInfo]
-) -> tuple[ShardIndex, Tally]:
+) -> tuple[ShardIndex, ShardStats]:
     """Write skipped.jsonl and the index of a folder in which every shard of the plan is finished.
 
     Also the tally of the shards that were made since there was an index.
@@ -44,7 +44,7 @@ def write_data_set(
     shards = tuple(info for info in [*(finished[slot.name] for slot in slots), *others] if info.samples)
     if not shards:
         raise DataError(f"none of the {len(source.items)} files of {source.title} can be used as an image")
-    tally = Tally()
+    tally = ShardStats()
     unlisted = (
         {"shard": None, "position": None, "name": name, "kind": KIND, "reason": reason}
         for name, reason in source.unlisted
@@ -80,7 +80,7 @@ def _read_known_range(out: Path) -> GreyRange | None:
     return read_value_range(parse_index(out).options, name=str(out / INDEX_NAME))
 
 
-def _collect(slots: Iterable[ShardSlot], *, out: Path, tally: Tally) -> Iterator[dict[str, Any]]:
+def _collect(slots: Iterable[ShardSlot], *, out: Path, tally: ShardStats) -> Iterator[dict[str, Any]]:
     """What was skipped, in the order of the plan; counts what the records say on the way."""
     before = read_skipped(out)
     for slot in slots:

@@ -14,9 +14,9 @@ from cmae_scale.data.decode import GreyRange
 from cmae_scale.data.index import INDEX_NAME, ShardIndex, read_value_range
 from data_prep.arguments import Command
 from data_prep.layout import ShardPlan, ShardSlot
-from data_prep.ledger import WrittenShard
+from data_prep.manifest import WrittenShard
 from data_prep.sources import Source
-from data_prep.tally import Tally
+from data_prep.stats import ShardStats
 
 LINE_EVERY_S = 5.0
 MAX_CLASSES_NAMED = 5
@@ -81,7 +81,9 @@ def say_plan(source: Source, plan: ShardPlan, *, out: Path, missing: Sequence[Sh
         tell(f"  {line}")
 
 
-def summarise(index: ShardIndex, source: Source, *, made: Tally, whole: Tally, seconds: float) -> None:
+def summarise(
+    index: ShardIndex, source: Source, *, made: ShardStats, whole: ShardStats, seconds: float
+) -> None:
     """The closing lines: what is there now, how fast its new part was made, what is in it and what is not."""
     size_mb = sum(shard.bytes for shard in index.shards) / 1e6
     count = (
@@ -112,14 +114,14 @@ def say_cut(index: ShardIndex, *, old: GreyRange, new: GreyRange) -> None:
 
 
 def summarise_part(
-    plan: ShardPlan, made: Tally, *, command: Command, out: Path, there: int, seconds: float
+    plan: ShardPlan, made: ShardStats, *, command: Command, out: Path, there: int, seconds: float
 ) -> None:
     """The closing line of a part that is not the last one."""
     part = f"part {command.part.number}/{command.part.of} done, {_say_speed(made, seconds)}"
     tell(f"{out}: {part}; {there} of {len(plan)} shards are there, the last part writes the index")
 
 
-def _say_speed(made: Tally, seconds: float) -> str:
+def _say_speed(made: ShardStats, seconds: float) -> str:
     if not made.images + made.skipped.total():
         return "all there already"
     return f"{made.images / seconds:,.0f} images/s, {made.image_bytes / 1e6 / seconds:,.1f} MB/s"

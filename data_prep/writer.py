@@ -15,9 +15,9 @@ from cmae_scale.data.offsets import write_offsets
 from cmae_scale.data.tar_headers import sum_bytes
 from data_prep.encoding import Encoded, encode
 from data_prep.layout import Options, ShardTask, Skipped
-from data_prep.ledger import WrittenShard, record_shard
 from data_prep.listing import Item
-from data_prep.tally import Tally, join_ranges
+from data_prep.manifest import WrittenShard, record_shard
+from data_prep.stats import ShardStats, join_ranges
 
 DIGEST_BYTES = 16  # two different images in a billion share 128 bits with probability 1e-21
 
@@ -35,7 +35,7 @@ class ShardWriter:
         """Write the shard of `task` and a record of it. A bad item is a DataError unless `skip_bad`."""
         skipped: list[Skipped] = []
         digests: list[tuple[int, str]] = []
-        tally = Tally()
+        tally = ShardStats()
         with write_whole(self.out / task.name) as file:
             tar = _TarFile(file)
             for position, item in enumerate(task.items, start=task.first):

@@ -191,10 +191,10 @@ def test_a_signal_to_one_rank_saves_on_all_and_the_same_command_goes_on(
     settings = ["cmae.schedule.duration=6st", "cmae.checkpoint.every=100st", "zero_optimization.stage=2"]
 
     def interrupted() -> int:
-        from cmae_scale.engine.metrics.logger import Journal
+        from cmae_scale.engine.metrics.logger import MetricsLogger
         from cmae_scale.pretrain import main
 
-        original, added = Journal.add, []
+        original, added = MetricsLogger.add, []
 
         def add(self: Any, losses: Any) -> None:
             original(self, losses)
@@ -202,7 +202,7 @@ def test_a_signal_to_one_rank_saves_on_all_and_the_same_command_goes_on(
             if len(added) == 3 and os.environ["RANK"] == "1":
                 os.kill(os.getpid(), number)
 
-        Journal.add = add
+        MetricsLogger.add = add
         return main(arguments(*settings, out="asked"))
 
     assert on_ranks(interrupted, ranks=2) == [75, 75]

@@ -193,7 +193,7 @@ def read_shards(folder: Path) -> None:
     from cmae_scale.data.decode import decode_image
     from cmae_scale.data.shard_set import open_shards
     from data_prep.check_shards import main as check
-    from data_prep.ledger import read_skipped
+    from data_prep.manifest import read_skipped
 
     def read() -> None:
         for shard in open_shards(str(folder), data=DataConfig(shards=str(folder))).shards:
@@ -310,15 +310,15 @@ def write_card_again(folder: Path) -> None:
 
 
 def read_state(folder: Path) -> None:
-    from cmae_scale.engine.checkpoint.metadata import Stamp
-    from cmae_scale.states.newest import choose_state
-    from cmae_scale.states.shards import ShardReader
+    from cmae_scale.checkpoints.files import ShardReader
+    from cmae_scale.checkpoints.newest import choose_state
+    from cmae_scale.engine.checkpoint.metadata import CheckpointMetadata
 
     chosen = choose_state(folder, remedy="none")
     if chosen is None:
         return
-    stamp = Stamp(kind={}, ranks=1, zero_stage=0, precision="", run={})
-    stamp.compare(chosen.description["stamp"], path=chosen.path, changes_allowed=True)
+    metadata = CheckpointMetadata(kind={}, ranks=1, zero_stage=0, precision="", run={})
+    metadata.compare(chosen.description["stamp"], path=chosen.path, changes_allowed=True)
     state = ShardReader([chosen.path / name for name in sorted(chosen.description["files"])])
     for kind in ("weight", *state.optimizer_kinds):
         for name, count in state.parameters.items():
@@ -423,9 +423,9 @@ def test_an_encoder_whose_description_was_edited(encoder: Path, tmp_path: Path, 
 def test_a_tensor_of_an_odd_name(encoder: Path, tmp_path: Path, name: str, is_renamed: bool) -> None:
     from safetensors.torch import load_file, save_file
 
+    from cmae_scale.checkpoints.files import ShardReader
     from cmae_scale.models.pretrained import open_encoder
     from cmae_scale.models.read import read_encoder
-    from cmae_scale.states.shards import ShardReader
 
     shutil.copytree(encoder, tmp_path / "encoder")
     weights = tmp_path / "encoder" / "model.safetensors"

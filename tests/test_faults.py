@@ -108,7 +108,7 @@ def at_step(step: int, act: Callable[[], None], *, rank: int | None = None) -> C
         def accumulate(self: Any, masters: Any, *, step: int) -> Any:
             losses = original(self, masters, step=step)
             if step == at and rank in (None, int(os.environ["RANK"])):
-                mark = self.session.run.out / f"acted_{os.environ['RANK']}"
+                mark = self.state.run.out / f"acted_{os.environ['RANK']}"
                 if not mark.exists():
                     mark.touch()
                     act()
@@ -132,7 +132,7 @@ def read_exit(folder: Path) -> dict[str, Any]:
 def assert_same_end(folder: Path, unharmed: Path, *, with_metrics: bool = True) -> None:
     from safetensors.torch import load_file
 
-    from cmae_scale.trials.kills import is_timing
+    from cmae_scale.benchmarks.crash_test import is_timing
 
     ours, theirs = (load_file(path / "encoder" / "model.safetensors") for path in (folder, unharmed))
     assert all(torch.equal(ours[name], value) for name, value in theirs.items())
@@ -176,7 +176,7 @@ def test_kill_9_of_a_rank_is_told_and_the_same_command_ends_as_if_it_had_not_bee
 def test_two_random_kills_of_the_whole_run_change_nothing(
     arguments: Callable[..., list[str]], tmp_path: Path
 ) -> None:
-    from cmae_scale.trials.kills import Job, prove_survival
+    from cmae_scale.benchmarks.crash_test import Job, prove_survival
 
     told: list[str] = []
     long = arguments("cmae.schedule.duration=40st")[:-2]
@@ -215,16 +215,16 @@ def test_a_signal_while_saving_waits_for_the_save(
     pretrain: Callable[..., Any], arguments: Callable[..., list[str]], tmp_path: Path
 ) -> None:
     def patch() -> None:
-        from cmae_scale.engine.session import Session
+        from cmae_scale.engine.train_state import TrainState
 
-        original = Session.save
+        original = TrainState.save
 
         def save(self: Any, step: int, **options: Any) -> Any:
             if step == 3:
                 os.kill(os.getpid(), signal.SIGTERM)
             return original(self, step, **options)
 
-        Session.save = save  # type: ignore[method-assign]
+        TrainState.save = save  # type: ignore[method-assign]
 
     ended = pretrain(arguments(), before=patch)
     assert [end.status for end in ended] == [75, 75]
@@ -267,16 +267,15 @@ def test_a_signal_while_the_engine_is_being_built_is_not_lost(
     pretrain: Callable[..., Any], arguments: Callable[..., list[str]], tmp_path: Path
 ) -> None:
     def patch() -> None:
-        from cmae_scale.engine import session
 
-        original = session.start_engine
+        original = state.start_engine
 
         def start_engine(*args: Any, **options: Any) -> Any:
             if os.environ["RANK"] == "1":
                 os.kill(os.getpid(), signal.SIGTERM)
             return original(*args, **options)
 
-        session.start_engine = start_engine
+        state.start_engine = start_engine
 
     ended = pretrain(arguments(), before=patch)
     assert [end.status for end in ended] == [75, 75]

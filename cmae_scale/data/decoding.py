@@ -15,8 +15,8 @@ from cmae_scale.config.cmae import ViewsConfig
 from cmae_scale.config.transfer import CropConfig
 from cmae_scale.data.batch_memory import BatchMemory
 from cmae_scale.data.counter_rng import Purpose, draw_uniforms
+from cmae_scale.data.crops import decode_crops, decode_pixels
 from cmae_scale.data.decode import CROP_DRAWS, GreyRange, decode_centre, random_crop_box
-from cmae_scale.data.masters import decode_master, decode_pixels
 from cmae_scale.data.rand_augment import RandAugmentation
 
 Pixels = UInt8[Tensor, "crops 3 side side"]
@@ -58,8 +58,8 @@ class Decoding(Protocol):
 
 
 @dataclass(frozen=True)
-class MasterCrops:
-    """The masters that both views of pre-training are cut from: two where the target is a crop of its own."""
+class PretrainCrops:
+    """The crops that both views of pre-training are cut from: two where the target is a crop of its own."""
 
     views: ViewsConfig
     max_mpx: float
@@ -78,7 +78,7 @@ class MasterCrops:
         self, data: bytes, place: SamplePlace, *, out: Pixels, grey_range: GreyRange | None = None
     ) -> None:
         """Random resized crops."""
-        decode_master(
+        decode_crops(
             data,
             side=self.side,
             scale=self.views.crop_scale,

@@ -6,10 +6,10 @@ from functools import cache
 
 import torch
 
-from cmae_scale.data.stream import MasterBatch
+from cmae_scale.data.stream import CropBatch
 
 
-def copy_ahead(batches: Iterable[MasterBatch], device: torch.device) -> Iterator[MasterBatch]:
+def copy_ahead(batches: Iterable[CropBatch], device: torch.device) -> Iterator[CropBatch]:
     """The same batches with their images on `device`. On CUDA, the next one is copied while one is computed.
 
     The copy runs on a stream of its own, from pinned memory. Labels stay where they are.
@@ -18,7 +18,7 @@ def copy_ahead(batches: Iterable[MasterBatch], device: torch.device) -> Iterator
         yield from batches
         return
     side = _side_stream(device)
-    ahead: tuple[MasterBatch, torch.cuda.Event] | None = None
+    ahead: tuple[CropBatch, torch.cuda.Event] | None = None
     for batch in batches:
         with torch.cuda.stream(side):
             copied = replace(batch, images=batch.images.to(device, non_blocking=True).contiguous())
@@ -36,7 +36,7 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
-def _hand_over(batch: MasterBatch, copied: torch.cuda.Event) -> MasterBatch:
+def _hand_over(batch: CropBatch, copied: torch.cuda.Event) -> CropBatch:
     """Make the consumer's stream wait for the copy, and the copy's memory wait for the consumer's stream."""
     stream = torch.cuda.current_stream(batch.images.device)
     stream.wait_event(copied)

@@ -21,7 +21,7 @@ from cmae_scale.config.cmae import DataConfig, ViewsConfig
 from cmae_scale.core.errors import DataError
 from cmae_scale.data.bad_samples import BadSamples
 from cmae_scale.data.blocks import RawBatch, RawRow, read_raw_batches
-from cmae_scale.data.decoding import Decoding, MasterCrops, SamplePlace, allocate_for
+from cmae_scale.data.decoding import Decoding, PretrainCrops, SamplePlace, allocate_for
 from cmae_scale.data.mix import MixPlan
 from cmae_scale.data.shard_set import ShardSet
 
@@ -31,7 +31,7 @@ PIECES = 4  # that a batch is dealt to each decoder in: few hand-overs, and no l
 
 
 @dataclass(frozen=True)
-class MasterBatch:
+class CropBatch:
     """One micro-batch of a rank: rows of the global batch of `step`, in their order.
 
     `crops` is 1, or 2 when the target view is cut independently. The channels of `images` lie last in memory.
@@ -73,7 +73,7 @@ def open_batches(
     decoded is noted in `bad`, and another of its shuffle block stands in for it. `pin` allocates page-locked
     memory, for copies to a GPU.
     """
-    decoding = MasterCrops(views, data.max_image_mpx)
+    decoding = PretrainCrops(views, data.max_image_mpx)
     return open_stream(
         shards,
         plan,
@@ -157,7 +157,7 @@ def decode_row(
 
 
 class BatchStream:
-    """Iterator of MasterBatch over running threads. Close it, or use it in a `with`, so that they end."""
+    """Iterator of CropBatch over running threads. Close it, or use it in a `with`, so that they end."""
 
     def __init__(
         self,
@@ -184,10 +184,10 @@ class BatchStream:
         for thread in (self._reader, *self._decoders):
             thread.start()
 
-    def __iter__(self) -> Iterator[MasterBatch]:
+    def __iter__(self) -> Iterator[CropBatch]:
         return self
 
-    def __next__(self) -> MasterBatch:
+    def __next__(self) -> CropBatch:
         """The next micro-batch. An error of any thread is raised here, at the batch that it concerns."""
         if self._stop.is_set():
             raise StopIteration
@@ -277,10 +277,10 @@ class _Filling:
         self._error = error
         self._done.set()
 
-    def wait(self) -> MasterBatch:
+    def wait(self) -> CropBatch:
         self._done.wait()
         if self._error is not None:
             raise self._error
-        return MasterBatch(
+        return CropBatch(
             self.images, torch.from_numpy(self._labels), tuple(self._keys), self.raw.step, self.raw.micro
         )

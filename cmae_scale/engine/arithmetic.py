@@ -10,7 +10,7 @@ from cmae_scale.config.cmae import Attention
 from cmae_scale.config.run_file import Run
 from cmae_scale.core.collectives import decide_first
 from cmae_scale.engine.hardware import name_device
-from cmae_scale.engine.precision import Product, read_precision, recall_stamp, settle_precision
+from cmae_scale.engine.precision import Product, read_precision, recall_metadata, settle_precision
 from cmae_scale.layers.attention import (
     Arithmetic,
     AttentionChoice,
@@ -29,7 +29,7 @@ class Settled(NamedTuple):
 
     run: Run
     attention: Choices
-    record: dict[str, str]  # of the kernels and where they were chosen, for the stamp of its states
+    record: dict[str, str]  # of the kernels and where they were chosen, for the metadata of its states
     notices: list[str]  # for the user
 
 
@@ -68,7 +68,7 @@ def _try_out(
     run: Run, shapes: Mapping[str, AttentionShape], arithmetic: Arithmetic, record: Mapping[str, str]
 ) -> tuple[Choices, list[str]]:
     """The kernels of the newest state, or those that a trial prefers."""
-    written = (recall_stamp(run) or {}).get("attention", {})
+    written = (recall_metadata(run) or {}).get("attention", {})
     if all(written.get(name) == value for name, value in record.items()) and shapes.keys() <= written.keys():
         return {part: AttentionChoice(written[part], is_forced=False) for part in shapes}, []
     chosen = {part: choose_attention("auto", shape, arithmetic) for part, shape in shapes.items()}

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from cmae_scale.core.collectives import sum_of_ranks
-from cmae_scale.engine.zero.shards import drop_node_copies_, master_of, own_elements, shard_of
+from cmae_scale.engine.zero.partitions import drop_node_copies_, master_of, own_elements, partition_of
 
 Pair = tuple[str, nn.Parameter, nn.Parameter]  # name, online, target
 
@@ -25,7 +25,7 @@ class TargetEma:
         self.online = [online for _, online, _ in pairs]
         self.target = [target for _, _, target in pairs]
         for name, online, target in pairs:
-            assert shard_of(online).shape == shard_of(target).shape, (
+            assert partition_of(online).shape == partition_of(target).shape, (
                 f"{name}: online and target are split differently"
             )
         both = zip(self.online, self.target, strict=True)
@@ -40,7 +40,7 @@ class TargetEma:
             torch._foreach_lerp_(*self._shards(), 1 - momentum)
         else:
             torch._foreach_lerp_(self.masters, [master_of(p) for p in self.online], 1 - momentum)
-        self.renew_()
+        self.sync_()
 
     def named_masters(self) -> dict[str, Tensor]:
         """The fp32 masters of this rank by parameter name; none where the target itself is fp32."""
@@ -57,10 +57,10 @@ class TargetEma:
         }
 
     @torch.no_grad()
-    def renew_(self) -> None:
+    def sync_(self) -> None:
         """Have the target's other copies agree with what was written to its masters, or to itself."""
         if self.masters:
-            torch._foreach_copy_([shard_of(p) for p in self.target], self.masters)
+            torch._foreach_copy_([partition_of(p) for p in self.target], self.masters)
         drop_node_copies_(self.target)
 
     @torch.no_grad()
@@ -69,10 +69,10 @@ class TargetEma:
 
         Every rank must call it at the same step. Takes the memory of one parameter.
         """
-        pairs = list(zip(self.online, self.masters or [shard_of(p) for p in self.target], strict=True))
+        pairs = list(zip(self.online, self.masters or [partition_of(p) for p in self.target], strict=True))
         squares = torch.zeros(2, device=self._device)
         for online, target in pairs:
-            values = shard_of(online) if self.masters is None else master_of(online)
+            values = partition_of(online) if self.masters is None else master_of(online)
             own, followed = own_elements(online, values), own_elements(online, target)
             squares += torch.stack([(own - followed).square().sum(), own.square().sum()]).to(self._device)
         if hasattr(self.online[0], "ds_tensor"):
@@ -80,7 +80,7 @@ class TargetEma:
         return (squares[0] / squares[1]).sqrt()
 
     def _shards(self) -> tuple[list[Tensor], list[Tensor]]:
-        return [shard_of(p) for p in self.target], [shard_of(p) for p in self.online]
+        return [partition_of(p) for p in self.target], [partition_of(p) for p in self.online]
 
 
 def _starting_master(online: nn.Parameter, target: nn.Parameter) -> Tensor:
@@ -90,5 +90,5 @@ def _starting_master(online: nn.Parameter, target: nn.Parameter) -> Tensor:
     from a whole model's weights it has its own where the two differ.
     """
     master = master_of(online)  # on the CPU where the optimizer is offloaded: then the average is made there
-    rounded, online_rounded = (shard_of(parameter).to(master.device) for parameter in (target, online))
+    rounded, online_rounded = (partition_of(parameter).to(master.device) for parameter in (target, online))
     return torch.where(rounded == online_rounded, master, rounded.float())

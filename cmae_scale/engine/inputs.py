@@ -11,8 +11,8 @@ from cmae_scale.augment import ViewNumbers, draw_views, online_view, target_view
 from cmae_scale.config.cmae import CmaeConfig
 from cmae_scale.core.draws import step_generator
 from cmae_scale.data.prefetch import copy_ahead
-from cmae_scale.data.stream import MasterBatch
-from cmae_scale.engine.metrics.step_timer import Spans
+from cmae_scale.data.stream import CropBatch
+from cmae_scale.engine.metrics.step_timer import StepTimer
 
 
 @dataclass(frozen=True)
@@ -86,16 +86,16 @@ class StepImages:
     and, on a GPU, its images and the next ones: memory does not grow with accumulation.
     """
 
-    masters: Sequence[MasterBatch]
+    crops: Sequence[CropBatch]
     draws: StepDraws
     first_row: int
     cfg: CmaeConfig
     device: torch.device
-    spans: Spans
+    timer: StepTimer
 
     def __len__(self) -> int:
         """Number of micro-batches."""
-        return len(self.masters)
+        return len(self.crops)
 
     def views(self, *, online: bool, target: bool) -> Iterator[MicroBatch]:
         """One micro-batch after the other with the views asked for, each made when its turn comes.
@@ -104,12 +104,12 @@ class StepImages:
         to a micro-batch, so consume them by `map`: the variable of a `for` keeps one while the next is made.
         """
 
-        def prepare(part: MasterBatch, first_row: int) -> MicroBatch:
-            with self.spans.span("augment"):
+        def prepare(part: CropBatch, first_row: int) -> MicroBatch:
+            with self.timer.span("augment"):
                 return self.draws.prepare(
                     part.images, first_row=first_row, cfg=self.cfg, online=online, target=target
                 )
 
-        micro = len(self.masters[0].images)
+        micro = len(self.crops[0].images)
         first_rows = range(self.first_row, self.first_row + micro * len(self), micro)
-        return map(prepare, copy_ahead(self.masters, self.device), first_rows)
+        return map(prepare, copy_ahead(self.crops, self.device), first_rows)

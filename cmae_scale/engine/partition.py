@@ -7,15 +7,15 @@ import deepspeed
 import torch
 from torch import nn
 
+from cmae_scale.checkpoints.newest import has_begun
 from cmae_scale.config.run_file import Run
 from cmae_scale.core.collectives import gather_objects
 from cmae_scale.engine.remat import adapt_settings
 from cmae_scale.engine.start import check_settings
 from cmae_scale.engine.zero.checks import check_memory_plan
-from cmae_scale.engine.zero.shards import drop_node_copies_, shard_of
+from cmae_scale.engine.zero.partitions import drop_node_copies_, partition_of
 from cmae_scale.models import CMAE, build_cmae
 from cmae_scale.models.initial import start_from_
-from cmae_scale.states.newest import has_begun
 
 
 def build_model(run: Run, *, device: torch.device) -> tuple[CMAE, list[str]]:
@@ -32,10 +32,10 @@ def build_model(run: Run, *, device: torch.device) -> tuple[CMAE, list[str]]:
     settings = adapt_settings(run.cmae.model.remat, settings=run.deepspeed)
     check_settings(settings, run)
     check_memory_plan(settings, device=device.type, has_target=run.cmae.has_contrast)
-    model = build_cmae(run.cmae, settle=Splitter(settings).split_)
+    model = build_cmae(run.cmae, on_init=Splitter(settings).split_)
     with torch.no_grad():
         for pair in model.target_pairs():
-            shard_of(pair.target).copy_(shard_of(pair.online))
+            partition_of(pair.target).copy_(partition_of(pair.online))
     drop_node_copies_(pair.target for pair in model.target_pairs())
     for buffer in model.buffers():  # DeepSpeed moves nothing of a model that comes in shards
         buffer.data = buffer.data.to(device)

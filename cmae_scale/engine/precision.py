@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from deepspeed.accelerator import get_accelerator
 
+from cmae_scale.checkpoints.newest import read_newest_metadata
 from cmae_scale.config.precision import (
     AUTOCAST,
     SECTIONS,
@@ -22,7 +23,6 @@ from cmae_scale.config.run_file import Run
 from cmae_scale.core.collectives import decide_first
 from cmae_scale.engine.hardware import name_device
 from cmae_scale.layers.timing import CLEARLY, time_in_turns
-from cmae_scale.states.newest import read_newest_stamp
 
 DTYPES: Mapping[FormatName, torch.dtype] = {
     "float32": torch.float32,
@@ -80,11 +80,11 @@ def settle_precision(run: Run, *, device: torch.device, product: Product) -> tup
     return replace(run, deepspeed=settings), notices
 
 
-def recall_stamp(run: Run) -> dict[str, Any] | None:
+def recall_metadata(run: Run) -> dict[str, Any] | None:
     """What wrote the state that the run goes on from; None where it starts anew."""
     if run.settings.checkpoint.resume == "never":
         return None
-    return read_newest_stamp(run.out / "checkpoints")
+    return read_newest_metadata(run.out / "checkpoints")
 
 
 def _decide(run: Run, device: torch.device, product: Product) -> tuple[dict[str, Any], list[str]]:
@@ -93,7 +93,7 @@ def _decide(run: Run, device: torch.device, product: Product) -> tuple[dict[str,
     trial = judge(candidates[-1], device=device, product=product)
     if not is_left_to_machine(settings):
         return settings, [] if trial.best == candidates[-1] else [_warn(settings, trial)]
-    if (written := recall_stamp(run)) is not None:
+    if (written := recall_metadata(run)) is not None:
         kept = _take_over(settings, written["run"])
         return kept, [_tell_kept(read_formats(kept).compute, trial)]
     compute = trial.best if trial.best in candidates else candidates[0]

@@ -18,16 +18,16 @@ from cmae_scale.config.durations import Timetable
 from cmae_scale.config.run_file import Run
 from cmae_scale.config.schedules import TargetMomentum
 from cmae_scale.config.sizes import count_prefix, read_size
-from cmae_scale.data.stream import MasterBatch
+from cmae_scale.data.stream import CropBatch
 from cmae_scale.engine.arithmetic import settle_arithmetic
-from cmae_scale.engine.checkpoint.metadata import DataOrder, build_stamp
+from cmae_scale.engine.checkpoint.metadata import DataOrder, build_metadata
 from cmae_scale.engine.inputs import StepImages, draw_step
 from cmae_scale.engine.metrics.health import Health
 from cmae_scale.engine.partition import build_model
 from cmae_scale.engine.precision import Product, read_precision
-from cmae_scale.engine.process.group import Place
-from cmae_scale.engine.session import Session, count_trainable, name_precision, start_session
+from cmae_scale.engine.process.group import RankContext
 from cmae_scale.engine.step import METRIC_NAMES, accumulate_gradients
+from cmae_scale.engine.train_state import TrainState, count_trainable, name_precision, start_train_state
 from cmae_scale.engine.zero.gather import gather_weights
 from cmae_scale.layers.attention import AttentionShape, describe_attention, set_attention_
 from cmae_scale.models.export import export_run
@@ -38,7 +38,7 @@ from cmae_scale.sizing.flops import count_flops, count_kept
 class Pretraining:
     """CMAE, or MAE, as the method of a run (see loop.Method)."""
 
-    session: Session
+    state: TrainState
     batch: BatchSizes
     momentum: TargetMomentum
     health: Health | None = None
@@ -51,26 +51,26 @@ class Pretraining:
     @property
     def image_flops(self) -> int:
         """Floating-point operations of one image's training step."""
-        return count_flops(self.session.run.cmae).training
+        return count_flops(self.state.run.cmae).training
 
-    def accumulate(self, masters: Sequence[MasterBatch], *, step: int) -> Float[Tensor, " metrics"]:
+    def accumulate(self, crops: Sequence[CropBatch], *, step: int) -> Float[Tensor, " metrics"]:
         """Gradients of this rank's micro-batches; views and masks are drawn for the whole global batch."""
-        session = self.session
-        with session.spans.span("augment"):
-            draws = draw_step(session.run.cmae, total=self.batch.total, step=step)
+        state = self.state
+        with state.timer.span("augment"):
+            draws = draw_step(state.run.cmae, total=self.batch.total, step=step)
         images = StepImages(
-            masters,
+            crops,
             draws,
-            first_row=session.place.world.rank * self.batch.local,
-            cfg=session.run.cmae,
-            device=session.place.device,
-            spans=session.spans,
+            first_row=state.context.world.rank * self.batch.local,
+            cfg=state.run.cmae,
+            device=state.context.device,
+            timer=state.timer,
         )
-        return accumulate_gradients(session.engine, images, health=self.health)
+        return accumulate_gradients(state.engine, images, health=self.health)
 
     def follow_(self, *, step: int) -> None:
         """The target follows the weights that step `step` has moved."""
-        self.session.ema.update_(self.momentum.at(step))
+        self.state.ema.update_(self.momentum.at(step))
 
     def scheduled(self, step: int) -> dict[str, float]:
         """What changes from step to step, besides the learning rate."""
@@ -78,51 +78,51 @@ class Pretraining:
 
     def gather_encoder(self) -> dict[str, Tensor]:
         """The online encoder's weights in fp32, on the CPU of every rank; all ranks call it together."""
-        return gather_weights(self.session.engine.module.online_encoder)
+        return gather_weights(self.state.engine.module.online_encoder)
 
     def export(self, metrics: Mapping[str, Any]) -> Path:
         """Write the online encoder to RUN/encoder; all ranks call it together. See `export_run`."""
-        run, weights = self.session.run, self.gather_encoder()
-        if self.session.place.world.is_first:
+        run, weights = self.state.run, self.gather_encoder()
+        if self.state.context.world.is_first:
             export_run(run, weights, metrics=metrics)
         return run.out / "encoder"
 
 
-def start_pretraining(run: Run, *, place: Place, data_order: DataOrder) -> Session:
-    """The session of a pre-training run; `data_order` tells the samples that a state belongs to."""
+def start_pretraining(run: Run, *, context: RankContext, data_order: DataOrder) -> TrainState:
+    """The state of a pre-training run; `data_order` tells the samples that a state belongs to."""
     run, attention, record, notices = settle_arithmetic(
         run,
-        device=place.device,
+        device=context.device,
         product=find_product(run),
         attention=run.cmae.model.attention,
         shapes=list_attention(run),
     )
-    model, origin = build_model(run, device=place.device)
+    model, origin = build_model(run, device=context.device)
     for part, choice in attention.items():
         set_attention_(model.get_submodule(part), choice)
-    session = start_session(
+    state = start_train_state(
         run,
-        place=place,
+        context=context,
         model=model,
         pairs=model.target_pairs(),
         attention=attention,
-        stamp=build_stamp(
+        metadata=build_metadata(
             run,
             kind=describe_kind(run, data_order=data_order),
-            ranks=place.world.size,
+            ranks=context.world.size,
             precision=name_precision(read_precision(run.deepspeed)),
             attention=record,
         ),
         notices=[*notices, *origin],
     )
     if model.target_encoder is not None and model.target_projector is not None:
-        session.spans.watch_(model.target_encoder, model.target_projector, name="target")
-    return session
+        state.timer.watch_(model.target_encoder, model.target_projector, name="target")
+    return state
 
 
-def watch_health(session: Session) -> Health | None:
+def watch_health(state: TrainState) -> Health | None:
     """Signs of learning and of collapse in a pre-training run; None where the run file wants none."""
-    cfg, model = session.run.cmae, session.engine.module
+    cfg, model = state.run.cmae, state.engine.module
     if not cfg.monitor.health:
         return None
     modules = {
@@ -136,8 +136,8 @@ def watch_health(session: Session) -> Health | None:
         for name, group in modules.items()
     }
     has_chance = cfg.has_contrast and cfg.loss.contrast == "infonce"
-    chance = math.log(session.run.deepspeed["train_batch_size"]) if has_chance else None
-    distance = session.ema.measure_distance if session.ema.target else None
+    chance = math.log(state.run.deepspeed["train_batch_size"]) if has_chance else None
+    distance = state.ema.measure_distance if state.ema.target else None
     return Health(parts, distance=distance, chance=chance)
 
 
@@ -189,24 +189,23 @@ def list_attention(run: Run) -> dict[str, AttentionShape]:
     return shapes
 
 
-def describe(session: Session, *, images: int, times: Timetable) -> str:
+def describe(state: TrainState, *, images: int, times: Timetable) -> str:
     """What runs, in a few lines."""
-    cfg, model = session.run.cmae, session.engine.module
+    cfg, model = state.run.cmae, state.engine.module
     kind = "hybrid ViT" if cfg.model.is_hybrid else "ViT"
     name = cfg.model.encoder or f"{kind} {cfg.model.embed_dim} wide, {cfg.model.depth} deep"
     method = "CMAE" if cfg.has_contrast else "MAE"
-    device = session.place.device
+    device = state.context.device
     hardware = (
         torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
     )
-    batch_samples = session.run.deepspeed["train_batch_size"]
+    batch_samples = state.run.deepspeed["train_batch_size"]
     lines = [
         f"{method} {name}: {count_trainable(model) / 1e6:.1f} M trainable parameters",
         f"{images:,} images, {times.total_steps} steps of {batch_samples}, {times.steps_per_epoch} an epoch",
-        f"{session.place.world.size} x {device.type} ({hardware}), ZeRO {session.stamp.zero_stage}, "
-        f"{session.stamp.precision}, remat {cfg.model.remat}",
-        f"attention {describe_attention(session.attention)}",
-        f"run folder {session.run.out}"
-        + (f", resumed at step {session.first_step}" if session.first_step else ""),
+        f"{state.context.world.size} x {device.type} ({hardware}), ZeRO {state.metadata.zero_stage}, "
+        f"{state.metadata.precision}, remat {cfg.model.remat}",
+        f"attention {describe_attention(state.attention)}",
+        f"run folder {state.run.out}" + (f", resumed at step {state.first_step}" if state.first_step else ""),
     ]
-    return "\n".join([*lines, *session.notices])
+    return "\n".join([*lines, *state.notices])

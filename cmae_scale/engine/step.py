@@ -11,7 +11,7 @@ from cmae_scale.config.cmae import CmaeConfig, LossConfig
 from cmae_scale.core.collectives import gather_rows
 from cmae_scale.engine.inputs import MicroBatch, StepImages
 from cmae_scale.engine.metrics.health import Health
-from cmae_scale.engine.metrics.step_timer import Spans
+from cmae_scale.engine.metrics.step_timer import StepTimer
 from cmae_scale.layers.masking import TokenMask, take_tokens
 from cmae_scale.layers.patches import patchify
 from cmae_scale.losses import byol, infonce, pixel_loss
@@ -49,9 +49,9 @@ def accumulate_gradients(
     """
     keys = None
     if images.cfg.has_contrast and len(images) > 1:
-        with images.spans.span("target"):
+        with images.timer.span("target"):
             keys = compute_keys(engine, images)
-    learn = partial(_learn, engine, keys=keys, cfg=images.cfg, spans=images.spans)
+    learn = partial(_learn, engine, keys=keys, cfg=images.cfg, timer=images.timer)
     passes: list[Passed] = []
     for passed in map(learn, images.views(online=True, target=keys is None)):
         passes.append(passed)
@@ -75,11 +75,13 @@ def compute_keys(engine: Any, images: StepImages) -> Float[Tensor, "total dim"]:
     return gather_rows(torch.cat(list(map(project, images.views(online=False, target=True)))))
 
 
-def _learn(engine: Any, micro: MicroBatch, *, keys: Tensor | None, cfg: CmaeConfig, spans: Spans) -> Passed:
+def _learn(
+    engine: Any, micro: MicroBatch, *, keys: Tensor | None, cfg: CmaeConfig, timer: StepTimer
+) -> Passed:
     """Forward and backward pass of one micro-batch; `keys` are of the global batch, if it has more."""
     assert micro.online is not None
     query = None
-    with spans.span("forward"):
+    with timer.span("forward"):
         output = engine(micro.online, micro.target, noise=micro.noise, target_noise=micro.target_noise)
         pixel = pixel_loss(
             output.pixels, _hidden_patches(micro.online, output.mask, cfg), norm_pix=cfg.loss.norm_pix
@@ -89,7 +91,7 @@ def _learn(engine: Any, micro: MicroBatch, *, keys: Tensor | None, cfg: CmaeConf
             query, keys = output.query.detach(), gather_rows(output.key) if keys is None else keys
             contrast = _contrast(output.query, keys, first_row=micro.first_row, loss=cfg.loss)
             total = pixel + contrast_factor(cfg.loss) * contrast
-    with spans.span("backward"):
+    with timer.span("backward"):
         engine.backward(total)
     return Passed(torch.stack([total.detach(), pixel.detach(), contrast.detach()]), query, keys)
 

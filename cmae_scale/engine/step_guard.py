@@ -48,7 +48,7 @@ class BadStep(NamedTuple):
         )
 
 
-class Guard:
+class NonFiniteGuard:
     """Stands between a rank's gradients and its weights. All ranks call its methods together.
 
     Per step it copies the model's buffers (running statistics, a few kB), multiplies the loss by a 1 that is

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from cmae_scale.config.batches import BatchSizes
 from cmae_scale.core.errors import ConfigError
 from cmae_scale.data.prefetch import copy_ahead
-from cmae_scale.data.stream import MasterBatch
+from cmae_scale.data.stream import CropBatch
 from cmae_scale.engine.arithmetic import Settled
-from cmae_scale.engine.checkpoint.metadata import DataOrder, build_stamp
+from cmae_scale.engine.checkpoint.metadata import DataOrder, build_metadata
 from cmae_scale.engine.ema import Pair
 from cmae_scale.engine.precision import read_precision
-from cmae_scale.engine.process.group import Place
-from cmae_scale.engine.session import Session, count_trainable, name_precision, start_session
+from cmae_scale.engine.process.group import RankContext
+from cmae_scale.engine.train_state import TrainState, count_trainable, name_precision, start_train_state
 from cmae_scale.engine.zero.gather import gather_weights
 from cmae_scale.layers.attention import describe_attention
 
@@ -41,7 +41,7 @@ class Task(Protocol):
     def groups(self, *, weight_decay: float) -> list[dict[str, Any]]:
         """The optimizer's parameter groups."""
 
-    def prepare(self, part: MasterBatch, *, step: int, first_row: int, total: int) -> tuple[Tensor, Tensor]:
+    def prepare(self, part: CropBatch, *, step: int, first_row: int, total: int) -> tuple[Tensor, Tensor]:
         """Input and target of a micro-batch."""
 
     def losses(self, output: Tensor, target: Tensor) -> Float[Tensor, " metrics"]:
@@ -50,16 +50,16 @@ class Task(Protocol):
 
 @dataclass(frozen=True)
 class Transfer:
-    """The training of a task as the method of a run (see loop.Method).
+    """The training of a task as the method of a run (see loop.TrainTask).
 
-    `shadows` are the moving averages of the trained weights, where the run file asks for them.
+    `ema_params` are the moving averages of the trained weights, where the run file asks for them.
     """
 
-    session: Session
+    state: TrainState
     batch: BatchSizes
     task: Task
     ema: float = 0.0
-    shadows: Mapping[str, nn.Parameter] = field(default_factory=dict)
+    ema_params: Mapping[str, nn.Parameter] = field(default_factory=dict)
 
     @property
     def metric_names(self) -> tuple[str, ...]:
@@ -71,17 +71,17 @@ class Transfer:
         """The task's."""
         return self.task.image_flops
 
-    def accumulate(self, masters: Sequence[MasterBatch], *, step: int) -> Float[Tensor, " metrics"]:
+    def accumulate(self, crops: Sequence[CropBatch], *, step: int) -> Float[Tensor, " metrics"]:
         """Gradients of this rank's micro-batches, and the means of their losses."""
-        engine, batch = self.session.engine, self.batch
-        first_row = self.session.place.world.rank * batch.local
-        dtype = read_precision(self.session.run.deepspeed).parameters
+        engine, batch = self.state.engine, self.batch
+        first_row = self.state.context.world.rank * batch.local
+        dtype = read_precision(self.state.run.deepspeed).parameters
         means = []
-        for number, part in enumerate(copy_ahead(masters, self.session.place.device), start=1):
+        for number, part in enumerate(copy_ahead(crops, self.state.context.device), start=1):
             inputs, target = self.task.prepare(part, step=step, first_row=first_row, total=batch.total)
             losses = self.task.losses(engine(inputs.to(dtype)), target)
             engine.backward(losses[0])
-            if number < len(masters):
+            if number < len(crops):
                 engine.step()
             means.append(losses.detach())
             first_row += batch.micro
@@ -89,7 +89,7 @@ class Transfer:
 
     def follow_(self, *, step: int) -> None:
         """The moving average of the weights follows them."""
-        self.session.ema.update_(self.ema)
+        self.state.ema.update_(self.ema)
 
     def scheduled(self, step: int) -> dict[str, float]:
         """Nothing but the learning rate."""
@@ -97,15 +97,15 @@ class Transfer:
 
     def gather(self) -> dict[str, Tensor]:
         """The network's weights, or their moving average, in fp32 on the CPU; all ranks call it together."""
-        state = gather_weights(self.session.engine.module)
-        shadows = {name: value.detach().float().cpu() for name, value in self.shadows.items()}
-        return {**state, **shadows}
+        state = gather_weights(self.state.engine.module)
+        ema_params = {name: value.detach().float().cpu() for name, value in self.ema_params.items()}
+        return {**state, **ema_params}
 
 
 def start_transfer(
     settled: Settled,
     *,
-    place: Place,
+    context: RankContext,
     task: Task,
     batch: BatchSizes,
     data_order: DataOrder,
@@ -120,17 +120,17 @@ def start_transfer(
     pairs: list[Pair] = []
     if ema:
         trained = [(name, value) for name, value in task.model.named_parameters() if value.requires_grad]
-        pairs = [(name, value, _copy(value, place.device)) for name, value in trained]
+        pairs = [(name, value, _copy(value, context.device)) for name, value in trained]
     settings = json.loads(run.transfer.model_dump_json(include={"encoder", "task", "crop"}))
     for free in ("attention", "remat"):  # change speed and memory, not the result
         del settings["encoder"][free]
-    session = start_session(
+    state = start_train_state(
         run,
-        place=place,
+        context=context,
         model=task.model,
         pairs=pairs,
         attention=settled.attention,
-        stamp=build_stamp(
+        metadata=build_metadata(
             run,
             kind={
                 "train_batch_size": batch.total,
@@ -138,28 +138,27 @@ def start_transfer(
                 "data": data_order,
                 **settings,
             },
-            ranks=place.world.size,
+            ranks=context.world.size,
             precision=name_precision(read_precision(run.deepspeed)),
             attention=settled.record,
         ),
         groups=task.groups(weight_decay=decay),
     )
-    return Transfer(session, batch, task, ema, {name: shadow for name, _, shadow in pairs})
+    return Transfer(state, batch, task, ema, {name: shadow for name, _, shadow in pairs})
 
 
-def describe_transfer(session: Session, *, images: int, held_out: int, steps: int) -> str:
+def describe_transfer(state: TrainState, *, images: int, held_out: int, steps: int) -> str:
     """What runs, in a few lines."""
-    cfg, model = session.run.transfer, session.engine.module
-    total = session.run.deepspeed["train_batch_size"]
+    cfg, model = state.run.transfer, state.engine.module
+    total = state.run.deepspeed["train_batch_size"]
     lines = [
         f"{cfg.task.name} of {cfg.encoder.place}: {count_trainable(model) / 1e6:.2f} M trainable parameters",
         f"{images:,} images, {held_out:,} held out, {steps} steps of {total}",
-        f"{session.place.world.size} x {session.place.device.type}, ZeRO {session.stamp.zero_stage}, "
-        f"{session.stamp.precision}, attention {describe_attention(session.attention)}",
-        f"run folder {session.run.out}"
-        + (f", resumed at step {session.first_step}" if session.first_step else ""),
+        f"{state.context.world.size} x {state.context.device.type}, ZeRO {state.metadata.zero_stage}, "
+        f"{state.metadata.precision}, attention {describe_attention(state.attention)}",
+        f"run folder {state.run.out}" + (f", resumed at step {state.first_step}" if state.first_step else ""),
     ]
-    return "\n".join([*lines, *session.notices])
+    return "\n".join([*lines, *state.notices])
 
 
 def _copy(parameter: nn.Parameter, device: torch.device) -> nn.Parameter:

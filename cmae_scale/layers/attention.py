@@ -124,13 +124,13 @@ def _pack(shape: AttentionShape, arithmetic: Arithmetic) -> Tensor:
     return packed.permute(2, 0, 3, 1, 4)
 
 
-def _pass(attend: Attend, shape: AttentionShape, arithmetic: Arithmetic) -> None:
+def _pass(run_context: Attend, shape: AttentionShape, arithmetic: Arithmetic) -> None:
     """Attention forwards and, if trained, backwards, between the layouts of the linear layers around it."""
     device, dtype, is_autocast = arithmetic
     with torch.set_grad_enabled(shape.is_trained):
         inputs = _pack(shape, arithmetic)
         with torch.autocast(device.type, dtype=dtype if is_autocast else None, enabled=is_autocast):
-            output = attend(*inputs.unbind(0)).transpose(1, 2).flatten(2)
+            output = run_context(*inputs.unbind(0)).transpose(1, 2).flatten(2)
     if shape.is_trained:
         torch.autograd.grad(output, inputs, torch.ones_like(output))
 

@@ -10,7 +10,7 @@ from cmae_scale.config.cmae import CmaeConfig, MaskConfig, NetworkConfig
 from cmae_scale.layers.blocks import BlockRunner, run_block
 from cmae_scale.layers.masking import TokenMask, mask_from_noise
 from cmae_scale.models.build import build_encoder
-from cmae_scale.models.decoder import FeatureDecoder, FeatureHead, PixelDecoder, TokenCompletion
+from cmae_scale.models.decoder import FeatureDecoder, FeatureHead, MaskedDecoder, PixelDecoder
 from cmae_scale.models.encoder import ImageEncoder
 from cmae_scale.models.heads import Predictor, Projector
 from cmae_scale.models.init import Settle, init_follower_, init_head_, init_transformer_, keep_whole
@@ -163,7 +163,7 @@ class CMAE(nn.Module):
         return pairs
 
     @torch.no_grad()
-    def init_(self, settle: Settle = keep_whole) -> None:
+    def init_(self, on_init: Settle = keep_whole) -> None:
         """Give every parameter its starting value; the target starts as a copy of the online branch.
 
         `settle` gets each module in turn when its own parameters have their values. If it splits them over
@@ -171,13 +171,13 @@ class CMAE(nn.Module):
         """
         for transformer in (self.online_encoder, self.pixel_decoder, self.feature_decoder):
             if transformer is not None:
-                init_transformer_(transformer, settle)
+                init_transformer_(transformer, on_init)
         for head in (self.projector, self.predictor):
             if head is not None:
-                init_head_(head, settle)
+                init_head_(head, on_init)
         for follower in (self.target_encoder, self.target_projector):
             if follower is not None:
-                init_follower_(follower, settle)
+                init_follower_(follower, on_init)
         for pair in self.target_pairs():
             pair.target.copy_(pair.online)
 
@@ -185,11 +185,11 @@ class CMAE(nn.Module):
         """Run every block that gets gradients as `checkpoint_block(block, tokens)`; None undoes it."""
         for trained in (self.online_encoder, self.pixel_decoder, self.feature_decoder):
             for module in trained.modules() if trained is not None else ():
-                if isinstance(module, ImageEncoder | TokenCompletion):
+                if isinstance(module, ImageEncoder | MaskedDecoder):
                     module.run_block = checkpoint_block or run_block
 
 
-def build_cmae(cfg: CmaeConfig, *, settle: Settle = keep_whole) -> CMAE:
+def build_cmae(cfg: CmaeConfig, *, on_init: Settle = keep_whole) -> CMAE:
     """The model of a run file, on the CPU. Its weights follow from `cfg.seed` alone, so all ranks agree.
 
     It is laid out on the meta device and gets its values module by module; `settle` may put each module away
@@ -199,5 +199,5 @@ def build_cmae(cfg: CmaeConfig, *, settle: Settle = keep_whole) -> CMAE:
         model = CMAE(cfg, mask=cfg.mask)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(cfg.seed)
-        model.init_(settle)
+        model.init_(on_init)
     return model

@@ -22,7 +22,7 @@ class CompletedTokens(NamedTuple):
     )  # after the first `early_depth` blocks, if there are any
 
 
-class TokenCompletion(nn.Module):
+class MaskedDecoder(nn.Module):
     """A token for every patch, from the visible patches alone: what both decoders do first.
 
     Source: MAE (arXiv:2111.06377) section 3 -- mask tokens enter here, never the encoder.
@@ -89,7 +89,7 @@ class PixelDecoder(nn.Module):
     ) -> None:
         super().__init__()
         self.num_prefix_tokens = num_prefix_tokens
-        self.completion = TokenCompletion(
+        self.completion = MaskedDecoder(
             cfg,
             width_in=width_in,
             grid=grid,
@@ -138,7 +138,7 @@ class FeatureDecoder(nn.Module):
 
     def __init__(self, cfg: DecoderConfig, *, width_in: int, grid: int, num_prefix_tokens: int = 1) -> None:
         super().__init__()
-        self.completion = TokenCompletion(
+        self.completion = MaskedDecoder(
             cfg, width_in=width_in, grid=grid, num_prefix_tokens=num_prefix_tokens
         )
         self.head = FeatureHead(cfg.embed_dim, width_in, num_prefix_tokens=num_prefix_tokens)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from cmae_scale.layers.patches import PatchProjection
-from cmae_scale.models.decoder import TokenCompletion
+from cmae_scale.models.decoder import MaskedDecoder
 from cmae_scale.models.encoder import Encoder
 from cmae_scale.models.hybrid import MergeProjection, StemProjection
 
@@ -18,7 +18,7 @@ Settle: TypeAlias = Callable[[nn.Module], None]  # gets each module once its own
 
 
 def keep_whole(module: nn.Module) -> None:
-    """The plain way to settle: nothing happens."""
+    """The plain way to on_init: nothing happens."""
 
 
 def fill_(module: nn.Module) -> None:
@@ -30,7 +30,7 @@ def fill_(module: nn.Module) -> None:
 
 
 @torch.no_grad()
-def init_transformer_(model: nn.Module, settle: Settle = keep_whole) -> None:
+def init_transformer_(model: nn.Module, on_init: Settle = keep_whole) -> None:
     """Give every parameter of an encoder or a decoder its starting value.
 
     Source: facebookresearch/mae models_mae.py, as official cmae_vit.py: Xavier for every Linear (query, key
@@ -59,13 +59,13 @@ def init_transformer_(model: nn.Module, settle: Settle = keep_whole) -> None:
                 module.reset_parameters()
             case Encoder():
                 nn.init.normal_(module.cls_token, std=TOKEN_STD)
-            case TokenCompletion():
+            case MaskedDecoder():
                 nn.init.normal_(module.mask_token, std=TOKEN_STD)
-        settle(module)
+        on_init(module)
 
 
 @torch.no_grad()
-def init_head_(head: nn.Module, settle: Settle = keep_whole) -> None:
+def init_head_(head: nn.Module, on_init: Settle = keep_whole) -> None:
     """Give every parameter of a projector or predictor torch's own starting value.
 
     Source: official heads call no initialiser (kaiming-uniform Linear, norm 1 and 0).
@@ -74,14 +74,14 @@ def init_head_(head: nn.Module, settle: Settle = keep_whole) -> None:
         fill_(module)
         if isinstance(module, nn.Linear | nn.BatchNorm1d | nn.LayerNorm):
             module.reset_parameters()
-        settle(module)
+        on_init(module)
 
 
 @torch.no_grad()
-def init_follower_(branch: nn.Module, settle: Settle = keep_whole) -> None:
+def init_follower_(branch: nn.Module, on_init: Settle = keep_whole) -> None:
     """Room for the parameters of a branch that is a copy of another, and fresh running moments."""
     for module in branch.modules():
         fill_(module)
         if isinstance(module, nn.BatchNorm1d):
             module.reset_running_stats()
-        settle(module)
+        on_init(module)

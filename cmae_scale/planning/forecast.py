@@ -8,8 +8,8 @@ from cmae_scale.config.durations import Timetable
 from cmae_scale.config.precision import FormatName, is_left_to_machine, read_formats, write_autocast
 from cmae_scale.config.run_file import Run
 from cmae_scale.planning.advice import find_faults
+from cmae_scale.planning.estimate import Estimate, estimate
 from cmae_scale.planning.layouts import Layout, on_device, plan_layouts, recommend
-from cmae_scale.planning.outlook import Outlook, estimate
 from cmae_scale.sizing.activations import Kernel
 from cmae_scale.sizing.flops import ForwardFlops, count_flops
 from cmae_scale.sizing.hardware import Gpu
@@ -39,7 +39,7 @@ class Forecast(NamedTuple):
     mfu: float
     parameters: ParameterCounts
     flops: ForwardFlops
-    outlook: Outlook
+    outlook: Estimate
     layouts: list[Layout]
     own: Layout
     recommended: Layout | None

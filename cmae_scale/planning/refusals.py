@@ -6,6 +6,7 @@ Only the run file and the index.json files on this machine are looked at: no sha
 from collections.abc import Sequence
 from pathlib import Path
 
+from cmae_scale.checkpoints.newest import has_begun
 from cmae_scale.config.batches import BatchSizes, plan_batch
 from cmae_scale.config.cmae import CmaeConfig
 from cmae_scale.config.durations import plan_timetable
@@ -16,7 +17,6 @@ from cmae_scale.data.labelled import open_labelled, place_monitored
 from cmae_scale.data.mix import plan_data
 from cmae_scale.data.places import read_scheme
 from cmae_scale.data.shard_set import open_shards
-from cmae_scale.states.newest import has_begun
 
 Places = str | Sequence[str]
 

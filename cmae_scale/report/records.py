@@ -28,14 +28,14 @@ def summarise(values: Sequence[float]) -> dict[str, float | int]:
     }
 
 
-class Lap(NamedTuple):
+class Timing(NamedTuple):
     """Seconds that something took, of processors and of the clock."""
 
     cpu_s: float
     wall_s: float
 
 
-def summarise_laps(laps: Sequence[Lap], *, per: str) -> dict[str, dict[str, float | int]]:
+def summarise_timings(laps: Sequence[Timing], *, per: str) -> dict[str, dict[str, float | int]]:
     """How the seconds of some laps spread, CPU time and the clock's."""
     return {
         f"cpu_s_per_{per}": summarise([lap.cpu_s for lap in laps]),

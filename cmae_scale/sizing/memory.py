@@ -19,7 +19,7 @@ from cmae_scale.sizing.activations import (
 )
 from cmae_scale.sizing.flops import count_kept
 from cmae_scale.sizing.parameters import count_encoder, count_parameters
-from cmae_scale.sizing.zero import Device, Job, Standing, count_standing
+from cmae_scale.sizing.zero import Device, Job, StaticMemory, count_static
 
 _FP32 = 4
 # images whose views are made together: see augment/views.py. Temporaries come to about four of their views
@@ -48,7 +48,7 @@ class Moment(NamedTuple):
 
 def plan_moments(job: Job) -> list[Moment]:
     """The moments at which a step can be fullest, in their order."""
-    held, masters = count_standing(job), _master_bytes(job)
+    held, masters = count_static(job), _master_bytes(job)
     view = 3 * job.cfg.views.img_px**2 * _FP32
     # under accumulation the target's pass comes first, for the whole batch: each pass has its own view
     both = job.cfg.has_contrast and job.batch.accumulation == 1
@@ -70,7 +70,7 @@ def plan_moments(job: Job) -> list[Moment]:
     ]
 
 
-def _plan_passes(job: Job, held: Standing, *, idle: Moment) -> list[Moment]:
+def _plan_passes(job: Job, held: StaticMemory, *, idle: Moment) -> list[Moment]:
     """The last micro-batch's forward and backward pass."""
     cfg, micro, parts = job.cfg, job.batch.micro, count_activations(job.cfg, method=job.method)
     encoder, target = _plan_encoders(job)
@@ -141,7 +141,7 @@ class _Arrival(NamedTuple):
     encoder_left: tuple[float, ...]
 
 
-def _plan_arrival(job: Job, held: Standing) -> _Arrival:
+def _plan_arrival(job: Job, held: StaticMemory) -> _Arrival:
     """What is left of the activations when the first bucket is full, and which gradients have come.
 
     Backward meets the decoders first, the encoder's first stage last. Stage 0 piles gradients up as they

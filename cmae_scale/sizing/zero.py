@@ -97,7 +97,7 @@ class Job(NamedTuple):
         return Method(self.formats, self.kernel, self.cfg.model.remat)
 
 
-class Standing(NamedTuple):
+class StaticMemory(NamedTuple):
     """Bytes that a stage brings along whatever the micro-batch, on the device."""
 
     weights: int  # of the trained parts, between steps
@@ -117,7 +117,7 @@ class Standing(NamedTuple):
     rehearsed: int  # beyond everything above, when the engine starts
 
 
-def count_standing(job: Job) -> Standing:
+def count_static(job: Job) -> StaticMemory:
     """The rules of the job's stage."""
     match job.zero.stage:
         case 0:
@@ -128,11 +128,11 @@ def count_standing(job: Job) -> Standing:
             return _split_optimizer(job)
 
 
-def _hold_everything(job: Job) -> Standing:
+def _hold_everything(job: Job) -> StaticMemory:
     """Stage 0: torch's optimizer on whole weights, or DeepSpeed's on rounded ones; it reduces at the end."""
     size, trained, target = _sizes(job)
     is_coarse = size < _FP32  # the engine runs on rounded weights and keeps fp32 masters beside them
-    return Standing(
+    return StaticMemory(
         weights=size * trained + _FP32 * count_buffers(job.cfg),
         gathered=_copied_bytes(job),
         # blocks that are computed again round their weights again
@@ -154,7 +154,7 @@ def _hold_everything(job: Job) -> Standing:
     )
 
 
-def _split_optimizer(job: Job) -> Standing:
+def _split_optimizer(job: Job) -> StaticMemory:
     """Stages 1 and 2: whole weights in one tensor, a part of masters and moments, gradients in buckets."""
     size, trained, target = _sizes(job)
     zero, is_coarse, part = job.zero, size < _FP32, job.zero.share(trained)
@@ -163,7 +163,7 @@ def _split_optimizer(job: Job) -> Standing:
         reduced = trained if accumulates or not zero.overlaps else part
     else:
         reduced = part * (1 + accumulates)
-    return Standing(
+    return StaticMemory(
         weights=size * trained + _FP32 * count_buffers(job.cfg),
         gathered=_copied_bytes(job),
         # blocks that are computed again round their weights again
@@ -185,7 +185,7 @@ def _split_optimizer(job: Job) -> Standing:
     )
 
 
-def _split_weights(job: Job) -> Standing:
+def _split_weights(job: Job) -> StaticMemory:
     """Stage 3: a part of everything, and whole weights while they are in use.
 
     DeepSpeed keeps what is used again within max_reuse_distance: a model below half of it stays gathered from
@@ -196,7 +196,7 @@ def _split_weights(job: Job) -> Standing:
     on_device, stays = not zero.offloads_optimizer, not zero.offloads_parameters
     whole = min(trained + target, zero.max_reuse // 2 + min(zero.prefetch, zero.max_live))
     alone = _copied_bytes(job) // 2 if stays else size * whole  # one rank's parts are the weights themselves
-    return Standing(
+    return StaticMemory(
         weights=size * part * stays + _FP32 * count_buffers(job.cfg),
         gathered=size * whole if zero.ranks > 1 else alone,
         regathered=size * whole if zero.ranks > 1 else alone,

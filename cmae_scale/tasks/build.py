@@ -22,20 +22,20 @@ from cmae_scale.data.stream import open_stream
 from cmae_scale.layers.attention import AttentionChoice, AttentionShape
 from cmae_scale.models.networks import build_network, count_tokens, draw_weights, list_blocks
 from cmae_scale.models.pretrained import PretrainedEncoder, open_encoder
-from cmae_scale.tasks.features import Lens, build_lens
+from cmae_scale.tasks.evaluator import Evaluator
+from cmae_scale.tasks.features import Preprocessor, build_preprocessor
 from cmae_scale.tasks.finetune import Finetuning, build_finetuning
-from cmae_scale.tasks.judge import Judge
 from cmae_scale.tasks.linear import LinearProbing, build_probing
 
 
 @dataclass(frozen=True)
-class Bench:
+class TransferContext:
     """What every task needs, on this rank."""
 
     cfg: TransferConfig
     encoder: PretrainedEncoder
-    lens: Lens
-    judge: Judge
+    lens: Preprocessor
+    judge: Evaluator
 
     @property
     def train_samples(self) -> list[int]:
@@ -65,24 +65,24 @@ class Bench:
             is_trained=self.cfg.task.finetune is not None,
         )
 
-    def compute_in(self, compute: torch.dtype, attention: AttentionChoice) -> "Bench":
+    def compute_in(self, compute: torch.dtype, attention: AttentionChoice) -> "TransferContext":
         """The same, its network computing so."""
         return replace(self, lens=replace(self.lens, compute=compute, attention=attention))
 
 
-def open_bench(cfg: TransferConfig, *, world: World, device: torch.device) -> Bench:
+def open_context(cfg: TransferConfig, *, world: World, device: torch.device) -> TransferContext:
     """Encoder and data, opened and compared; the network computes in fp32 until it is told otherwise."""
     labelled = open_labelled(cfg.data.shards, cfg.data.val_shards, data=cfg.data)
     start = cfg.encoder
     encoder = open_encoder(start.place, with_weights=not start.random, num_heads=start.num_heads)
     if start.random:
         encoder = draw_weights(encoder, seed=cfg.seed)
-    lens = build_lens(encoder, cfg.crop, device=device, compute=torch.float32)
-    judge = Judge(labelled, cfg.data, cfg.crop, cfg.monitor.batch, world, device)
-    return Bench(cfg, encoder, lens, judge)
+    lens = build_preprocessor(encoder, cfg.crop, device=device, compute=torch.float32)
+    judge = Evaluator(labelled, cfg.data, cfg.crop, cfg.monitor.batch, world, device)
+    return TransferContext(cfg, encoder, lens, judge)
 
 
-def build_task(bench: Bench, *, batch: BatchSizes) -> Finetuning | LinearProbing:
+def build_task(bench: TransferContext, *, batch: BatchSizes) -> Finetuning | LinearProbing:
     """The task with its network. ConfigError where the batch cannot be mixed in pairs."""
     cfg, classes = bench.cfg, bench.judge.labelled.classes
     if cfg.task.linear is not None:
@@ -107,7 +107,7 @@ def build_task(bench: Bench, *, batch: BatchSizes) -> Finetuning | LinearProbing
     )
 
 
-def plan_training(bench: Bench, *, batch: BatchSizes) -> MixPlan:
+def plan_training(bench: TransferContext, *, batch: BatchSizes) -> MixPlan:
     """Which samples form which step."""
     return plan_data(
         bench.judge.labelled.train,
@@ -119,7 +119,7 @@ def plan_training(bench: Bench, *, batch: BatchSizes) -> MixPlan:
 
 
 def open_training(
-    bench: Bench,
+    bench: TransferContext,
     task: Finetuning | LinearProbing,
     plan: MixPlan,
     *,

@@ -12,9 +12,9 @@ from torch import nn
 from cmae_scale.augment.plain import normalise
 from cmae_scale.config.transfer import CropConfig
 from cmae_scale.core.errors import ConfigError, DataError
+from cmae_scale.data.crops import empty_crops
 from cmae_scale.data.decoding import CentreCrops, SamplePlace
 from cmae_scale.data.image_formats import IMAGE_ENDINGS
-from cmae_scale.data.masters import empty_crops
 from cmae_scale.models.read import read_classifier, read_description
 from cmae_scale.models.weights import CONFIG_FILE
 

@@ -12,7 +12,7 @@ from cmae_scale.augment.plain import normalise
 from cmae_scale.config.cmae import Pool
 from cmae_scale.config.transfer import CropConfig
 from cmae_scale.core.collectives import gather_objects, gather_rows
-from cmae_scale.data.stream import MasterBatch
+from cmae_scale.data.stream import CropBatch
 from cmae_scale.layers.attention import TORCHS_PICK, AttentionChoice, set_attention_, use_attention
 from cmae_scale.models.networks import build_network
 from cmae_scale.models.pretrained import PretrainedEncoder
@@ -30,7 +30,7 @@ class Features:
 
 
 @dataclass(frozen=True)
-class Lens:
+class Preprocessor:
     """How images become what a network sees, and in which number format it computes."""
 
     mean: tuple[float, float, float]
@@ -52,19 +52,19 @@ class Lens:
         return normalise(images.to(self.device, non_blocking=True), mean=self.mean, std=self.std)
 
 
-def build_lens(
+def build_preprocessor(
     encoder: PretrainedEncoder,
     crop: CropConfig,
     *,
     device: torch.device,
     compute: torch.dtype,
     attention: AttentionChoice = TORCHS_PICK,
-) -> Lens:
+) -> Preprocessor:
     """The lens of an encoder: its own colours unless the run file names others."""
-    return Lens(crop.mean or encoder.mean, crop.std or encoder.std, device, compute, attention)
+    return Preprocessor(crop.mean or encoder.mean, crop.std or encoder.std, device, compute, attention)
 
 
-def predict_with(model: nn.Module, lens: Lens) -> Predict:
+def predict_with(model: nn.Module, lens: Preprocessor) -> Predict:
     """`model` as a function from bytes to fp32 outputs: in evaluation, on the lens's device, no gradient."""
     model = model.to(lens.device).eval()
     set_attention_(model, lens.attention)
@@ -78,12 +78,12 @@ def predict_with(model: nn.Module, lens: Lens) -> Predict:
     return predict
 
 
-def encode_with(encoder: PretrainedEncoder, *, img_px: int, pool: Pool, lens: Lens) -> Predict:
+def encode_with(encoder: PretrainedEncoder, *, img_px: int, pool: Pool, lens: Preprocessor) -> Predict:
     """The encoder as a function from bytes to pooled features."""
     return predict_with(build_network(encoder, img_px=img_px, pool=pool), lens)
 
 
-def extract_features(predict: Predict, batches: Iterable[MasterBatch], *, device: torch.device) -> Features:
+def extract_features(predict: Predict, batches: Iterable[CropBatch], *, device: torch.device) -> Features:
     """What `predict` makes of every image of this rank."""
     values, labels = [], []
     keys: list[str] = []

@@ -16,14 +16,14 @@ from cmae_scale.augment.mixing import MixNumbers, draw_mixes, mix_images, mix_la
 from cmae_scale.config.transfer import CropConfig, FinetuneConfig
 from cmae_scale.core.draws import step_generator
 from cmae_scale.core.errors import DataError
-from cmae_scale.data.stream import MasterBatch
+from cmae_scale.data.stream import CropBatch
 from cmae_scale.layers.attention import set_attention_
 from cmae_scale.layers.drop_path import GivenDropPath, set_drop_paths_, take_over_drop_paths_
 from cmae_scale.models.classifier import build_classifier, export_classifier
 from cmae_scale.models.networks import Network, count_training_flops
 from cmae_scale.models.pretrained import PretrainedEncoder
-from cmae_scale.tasks.features import Lens, predict_with
-from cmae_scale.tasks.judge import Judge
+from cmae_scale.tasks.evaluator import Evaluator
+from cmae_scale.tasks.features import Preprocessor, predict_with
 from cmae_scale.tasks.task import Outcome
 
 
@@ -35,7 +35,7 @@ class Finetuning:
     cfg: FinetuneConfig
     crop: CropConfig
     classes: tuple[str, ...]
-    lens: Lens
+    lens: Preprocessor
     seed: int
     model: Network
     drop_paths: list[GivenDropPath] = field(repr=False)
@@ -56,7 +56,7 @@ class Finetuning:
         )
         return groups
 
-    def prepare(self, part: MasterBatch, *, step: int, first_row: int, total: int) -> tuple[Tensor, Tensor]:
+    def prepare(self, part: CropBatch, *, step: int, first_row: int, total: int) -> tuple[Tensor, Tensor]:
         """Normalised, erased and mixed images with their mixed labels; drop paths are set on the way."""
         draws = self._draw(step, total)
         images = self.lens.look(part.images[:, 0])
@@ -75,7 +75,7 @@ class Finetuning:
         """Cross-entropy with soft labels. Source: timm SoftTargetCrossEntropy."""
         return -(target * output.float().log_softmax(dim=1)).sum(dim=1).mean()[None]
 
-    def judge(self, state: Mapping[str, Tensor], *, judge: Judge) -> Outcome:
+    def judge(self, state: Mapping[str, Tensor], *, judge: Evaluator) -> Outcome:
         """Scores of the network with these weights."""
         model = build_classifier(
             self.encoder, self.cfg, img_px=self.crop.img_px, classes=len(self.classes), seed=self.seed
@@ -131,7 +131,7 @@ def build_finetuning(
     *,
     crop: CropConfig,
     classes: tuple[str, ...],
-    lens: Lens,
+    lens: Preprocessor,
     seed: int,
     has_remat: bool,
 ) -> Finetuning:
@@ -142,7 +142,7 @@ def build_finetuning(
     return Finetuning(encoder, cfg, crop, classes, lens, seed, model, take_over_drop_paths_(model))
 
 
-def known_labels(part: MasterBatch) -> Tensor:
+def known_labels(part: CropBatch) -> Tensor:
     """The labels of a training batch. Raises DataError where one is missing."""
     if int(part.labels.min()) < 0:
         key = part.keys[int(part.labels.argmin())]

@@ -14,8 +14,8 @@ from cmae_scale.core.world import World
 from cmae_scale.data.labelled import open_labelled, place_monitored
 from cmae_scale.layers.attention import AttentionChoice
 from cmae_scale.models.pretrained import online_encoder
-from cmae_scale.tasks.features import build_lens, encode_with
-from cmae_scale.tasks.judge import Judge
+from cmae_scale.tasks.evaluator import Evaluator
+from cmae_scale.tasks.features import build_preprocessor, encode_with
 
 Weights = Callable[[], Mapping[str, Tensor]]
 
@@ -26,7 +26,7 @@ class KnnMonitor:
 
     cfg: KnnMonitorConfig
     run: CmaeConfig
-    judge: Judge
+    judge: Evaluator
     gather: Weights  # the online encoder's, on all ranks
     compute: torch.dtype
     attention: AttentionChoice
@@ -40,7 +40,7 @@ class KnnMonitor:
     def evaluate(self, done: int) -> dict[str, Any]:
         """Scores by name. All ranks call it together."""
         encoder = online_encoder(self.gather(), model=self.run.model, views=self.run.views)
-        lens = build_lens(
+        lens = build_preprocessor(
             encoder,
             self.judge.crop,
             device=self.judge.device,
@@ -71,5 +71,5 @@ def open_knn_monitor(
     crop = CropConfig(img_px=views.img_px, centre=views.img_px / views.master_px)
     every = read_steps(knn.every, clock=clock, place="cmae.monitor.knn.every")
     labelled = open_labelled(train, val, data=cfg.data)
-    judge = Judge(labelled, cfg.data, crop, knn.batch, world, device)
+    judge = Evaluator(labelled, cfg.data, crop, knn.batch, world, device)
     return KnnMonitor(knn, cfg, judge, gather, compute, attention, max(1, every), clock.total_steps)

@@ -12,20 +12,20 @@ from torch import Tensor
 
 from cmae_scale.config.transfer import CropConfig, LinearConfig
 from cmae_scale.data.counter_rng import Purpose, draw_permutation
-from cmae_scale.data.stream import MasterBatch
+from cmae_scale.data.stream import CropBatch
 from cmae_scale.layers.attention import set_attention_
 from cmae_scale.models.classifier import LinearProbe, export_classifier, fold_probe
 from cmae_scale.models.networks import build_network, count_training_flops
 from cmae_scale.models.pretrained import PretrainedEncoder
+from cmae_scale.tasks.evaluator import EvalResult, Evaluator
 from cmae_scale.tasks.features import (
     Features,
-    Lens,
+    Preprocessor,
     encode_with,
     gather_features,
     predict_with,
 )
 from cmae_scale.tasks.finetune import known_labels
-from cmae_scale.tasks.judge import Judge, Verdict
 from cmae_scale.tasks.scores import score
 from cmae_scale.tasks.task import Outcome
 
@@ -38,7 +38,7 @@ class LinearProbing:
     cfg: LinearConfig
     crop: CropConfig
     classes: tuple[str, ...]
-    lens: Lens
+    lens: Preprocessor
     seed: int
     model: LinearProbe
     seen: dict[str, Features] = field(default_factory=dict)  # validation features, where computed once
@@ -74,7 +74,7 @@ class LinearProbing:
                 )
         return groups
 
-    def prepare(self, part: MasterBatch, *, step: int, first_row: int, total: int) -> tuple[Tensor, Tensor]:
+    def prepare(self, part: CropBatch, *, step: int, first_row: int, total: int) -> tuple[Tensor, Tensor]:
         """Images, or the features that stand for them, and labels."""
         labels = known_labels(part).to(self.lens.device, non_blocking=True)
         if self.cfg.features == "once":
@@ -88,7 +88,7 @@ class LinearProbing:
         heads = each.view(len(output), -1).mean(dim=0)
         return torch.cat([heads.sum()[None], heads]) if self._is_sweep else heads
 
-    def judge(self, state: Mapping[str, Tensor], *, judge: Judge) -> Outcome:
+    def judge(self, state: Mapping[str, Tensor], *, judge: Evaluator) -> Outcome:
         """Scores of the best head, and of each by its multiple of the learning rate."""
         probe = self._build()
         probe.load_state_dict(dict(state))
@@ -108,7 +108,7 @@ class LinearProbing:
             found["val_top1_by_lr_scale"] = {
                 f"{scale:g}": round(one.top1, 6) for scale, one in zip(self.cfg.sweep, scores, strict=True)
             }
-        return Outcome(Verdict(scores[best], seen, seen.values[:, best].softmax(dim=1)), found, head=best)
+        return Outcome(EvalResult(scores[best], seen, seen.values[:, best].softmax(dim=1)), found, head=best)
 
     def export(self, state: Mapping[str, Tensor], folder: Path, *, head: int) -> None:
         """Write encoder and head as a plain timm classifier: the batch norm is folded into the head."""
@@ -127,15 +127,15 @@ class LinearProbing:
     def _build(self) -> LinearProbe:
         return _build_probe(self.encoder, self.cfg, crop=self.crop, classes=len(self.classes), seed=self.seed)
 
-    def _look_once(self, judge: Judge) -> Features:
+    def _look_once(self, judge: Evaluator) -> Features:
         if "val" not in self.seen:
             encode = encode_with(self.encoder, img_px=self.crop.img_px, pool=self.cfg.pool, lens=self.lens)
             self.seen["val"] = judge.look(encode, judge.labelled.val)
         return self.seen["val"]
 
     def open_features(
-        self, judge: Judge, *, fraction: float, batch: int, accumulation: int, steps: range
-    ) -> Iterator[MasterBatch]:
+        self, judge: Evaluator, *, fraction: float, batch: int, accumulation: int, steps: range
+    ) -> Iterator[CropBatch]:
         """This rank's micro-batches of features that are computed here, once, from centred images."""
         encode = encode_with(self.encoder, img_px=self.crop.img_px, pool=self.cfg.pool, lens=self.lens)
         bank = gather_features(judge.look(encode, judge.labelled.train, fraction=fraction))
@@ -158,7 +158,7 @@ def build_probing(
     *,
     crop: CropConfig,
     classes: tuple[str, ...],
-    lens: Lens,
+    lens: Preprocessor,
     seed: int,
 ) -> LinearProbing:
     """The task with fresh heads."""
@@ -184,7 +184,7 @@ def _deal_features(
     batch: int,
     accumulation: int,
     steps: range,
-) -> Iterator[MasterBatch]:
+) -> Iterator[CropBatch]:
     """Micro-batches in an order that is drawn per epoch; which rows a rank gets follows from the step."""
     per_epoch = len(known) // batch
     micro = batch // (ranks * accumulation)
@@ -199,7 +199,7 @@ def _deal_features(
             first = within * batch + (rank * accumulation + part) * micro
             rows = order[first : first + micro]
             on_device = rows.to(bank.values.device)
-            yield MasterBatch(
+            yield CropBatch(
                 bank.values[on_device, None],  # features in the place of images
                 bank.labels[on_device].cpu(),
                 tuple(bank.keys[row] for row in rows.tolist()),

@@ -8,15 +8,15 @@ from typing import Any, Protocol
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from cmae_scale.data.stream import MasterBatch
-from cmae_scale.tasks.judge import Judge, Verdict
+from cmae_scale.data.stream import CropBatch
+from cmae_scale.tasks.evaluator import EvalResult, Evaluator
 
 
 @dataclass(frozen=True)
 class Outcome:
     """What an evaluation came to: of the network, or of the best of several heads."""
 
-    verdict: Verdict
+    verdict: EvalResult
     found: dict[str, Any]  # for metrics.jsonl
     head: int = 0
 
@@ -42,13 +42,13 @@ class Task(Protocol):
     def groups(self, *, weight_decay: float) -> list[dict[str, Any]]:
         """The optimizer's parameter groups, with an "lr_scale" each."""
 
-    def prepare(self, part: MasterBatch, *, step: int, first_row: int, total: int) -> tuple[Tensor, Tensor]:
+    def prepare(self, part: CropBatch, *, step: int, first_row: int, total: int) -> tuple[Tensor, Tensor]:
         """Input and target of a micro-batch that begins at `first_row` of `total`."""
 
     def losses(self, output: Tensor, target: Tensor) -> Float[Tensor, " metrics"]:
         """Means over the micro-batch, with gradient."""
 
-    def judge(self, state: Mapping[str, Tensor], *, judge: Judge) -> Outcome:
+    def judge(self, state: Mapping[str, Tensor], *, judge: Evaluator) -> Outcome:
         """How good the network with these weights is. All ranks call it together."""
 
     def export(self, state: Mapping[str, Tensor], folder: Path, *, head: int) -> None:

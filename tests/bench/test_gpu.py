@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from cmae_scale.bench import main
-from cmae_scale.trials.gpu import PARTS, _next_answer
+from cmae_scale.benchmarks.gpu import PARTS, _next_answer
 
 
 def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

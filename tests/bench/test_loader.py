@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from cmae_scale.bench import main
+from cmae_scale.benchmarks.loader_memory import measure_footprint
 from cmae_scale.config.cmae import DataConfig, ViewsConfig
-from cmae_scale.trials.loader_memory import measure_footprint
 from data_prep.make_shards import main as make_shards
 
 
@@ -47,7 +47,7 @@ def test_worlds_that_differ_are_an_error(
     shards: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     digests = iter("abcdefghijklmnopqr")
-    monkeypatch.setattr("cmae_scale.trials.proof.digest_epochs", lambda *_, **__: [(next(digests), 40)])
+    monkeypatch.setattr("cmae_scale.benchmarks.proof.digest_epochs", lambda *_, **__: [(next(digests), 40)])
     assert main(["stream", "--shards", shards, "--batch", "8", "--master_px", "32"]) == 2
     assert "the global batches differ" in capsys.readouterr().err
 

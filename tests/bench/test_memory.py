@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 
+from cmae_scale.benchmarks.peak_memory import measure_footprint
 from cmae_scale.config.batches import plan_batch
 from cmae_scale.config.run_file import read_run
 from cmae_scale.planning.forecast import describe_job
 from cmae_scale.sizing.memory import predict_peak
-from cmae_scale.trials.footprint import measure_footprint
 
 # on a CPU without it, a larger image would take minutes in bf16
 BF16 = [

@@ -18,6 +18,7 @@ from torchvision.transforms import functional as tv
 
 from cmae_scale.core.errors import DataError
 from cmae_scale.data.counter_rng import Purpose, draw_uniforms
+from cmae_scale.data.crops import decode_pixels
 from cmae_scale.data.decode import (
     CROP_DRAWS,
     Box,
@@ -29,7 +30,6 @@ from cmae_scale.data.decode import (
     random_crop_box,
     read_plain_size,
 )
-from cmae_scale.data.masters import decode_pixels
 
 SCALE, RATIO = (0.2, 1.0), (0.75, 4 / 3)
 

@@ -14,9 +14,9 @@ from PIL import Image
 
 from cmae_scale.core.errors import DataError
 from cmae_scale.data.counter_rng import Purpose, draw_uniforms
+from cmae_scale.data.crops import decode_crops
 from cmae_scale.data.decode import CROP_DRAWS, decode_centre, decode_image
 from cmae_scale.data.image_formats import FORMATS, image_extension
-from cmae_scale.data.masters import decode_master
 
 LOSSLESS = {"PNG", "WEBP", "TIFF", "BMP", "PPM", "JPEG2000"}
 OPTIONS: dict[str, dict[str, object]] = {"WEBP": {"lossless": True}}
@@ -140,7 +140,7 @@ def test_a_header_that_says_no_pixels_is_a_data_error_for_every_decoder(width: i
 
 
 def _decode_crop(data: bytes) -> None:
-    decode_master(data, side=16, scale=(0.2, 1.0), ratio=(0.75, 4 / 3), max_mpx=MAX_MPX, draws=NUMBERS)
+    decode_crops(data, side=16, scale=(0.2, 1.0), ratio=(0.75, 4 / 3), max_mpx=MAX_MPX, draws=NUMBERS)
 
 
 DECODERS = (

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from cmae_scale.data.prefetch import copy_ahead
-from cmae_scale.data.stream import MasterBatch
+from cmae_scale.data.stream import CropBatch
 
 
-def make_batch(step: int, *, pin: bool = False) -> MasterBatch:
+def make_batch(step: int, *, pin: bool = False) -> CropBatch:
     images = torch.full((8, 1, 3, 64, 64), step % 251, dtype=torch.uint8)
-    return MasterBatch(
+    return CropBatch(
         images.pin_memory() if pin else images, torch.zeros(8, dtype=torch.int64), ("k",) * 8, step, 0
     )
 
@@ -19,7 +19,7 @@ def make_batch(step: int, *, pin: bool = False) -> MasterBatch:
 def test_on_the_cpu_batches_pass_through_one_at_a_time() -> None:
     taken = []
 
-    def batches() -> Iterator[MasterBatch]:
+    def batches() -> Iterator[CropBatch]:
         for step in range(3):
             taken.append(step)
             yield make_batch(step)
@@ -49,7 +49,7 @@ def test_on_a_gpu_every_batch_arrives_whole_while_the_device_is_busy() -> None:
 def test_on_a_gpu_one_batch_is_taken_ahead() -> None:
     taken = []
 
-    def batches() -> Iterator[MasterBatch]:
+    def batches() -> Iterator[CropBatch]:
         for step in range(3):
             taken.append(step)
             yield make_batch(step, pin=True)

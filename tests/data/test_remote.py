@@ -24,7 +24,7 @@ from cmae_scale.data.cache import ChunkCache
 from cmae_scale.data.mix import plan_data
 from cmae_scale.data.shard_set import ShardSet, open_shards
 from cmae_scale.data.storage import open_storage
-from cmae_scale.data.stream import MasterBatch, open_batches
+from cmae_scale.data.stream import CropBatch, open_batches
 
 pytest.importorskip("aiohttp", reason="the extra `remote` is not installed")
 
@@ -113,7 +113,7 @@ def open_set(place: str | Path, **others: Any) -> ShardSet:
     return open_shards(str(place), data=settings(place, **others))
 
 
-def read_batches(shards: ShardSet, data: DataConfig, *, first_step: int = 0) -> list[MasterBatch]:
+def read_batches(shards: ShardSet, data: DataConfig, *, first_step: int = 0) -> list[CropBatch]:
     plan = plan_data(shards, data, global_batch=12, seed=5)
     stream = open_batches(
         shards,
@@ -132,7 +132,7 @@ def read_batches(shards: ShardSet, data: DataConfig, *, first_step: int = 0) -> 
         return list(stream)
 
 
-def assert_same(batches: list[MasterBatch], expected: list[MasterBatch]) -> None:
+def assert_same(batches: list[CropBatch], expected: list[CropBatch]) -> None:
     assert [batch.keys for batch in batches] == [batch.keys for batch in expected]
     assert all(torch.equal(a.images, b.images) for a, b in zip(batches, expected, strict=True))
 
@@ -345,7 +345,7 @@ def test_a_cache_serves_what_was_read_and_stays_within_its_size(
     data = settings(server.url, cache=str(tmp_path / "cache"), cache_gib=1.0)
     expected = read_batches(open_set(folder), settings(folder))
 
-    def read() -> list[MasterBatch]:
+    def read() -> list[CropBatch]:
         return read_batches(open_shards(f"{server.url}/a", data=data), data)
 
     assert_same(read(), expected)

@@ -21,14 +21,14 @@ from cmae_scale.data.bad_samples import BadSamples
 from cmae_scale.data.batch_memory import BatchMemory
 from cmae_scale.data.blocks import BlockReader, Part
 from cmae_scale.data.counter_rng import Purpose, draw_uniforms
+from cmae_scale.data.crops import decode_crops
 from cmae_scale.data.decode import CROP_DRAWS
 from cmae_scale.data.index import ShardInfo
-from cmae_scale.data.masters import decode_master
 from cmae_scale.data.mix import MixPlan, plan_data
 from cmae_scale.data.plan import block_order, run_pieces
 from cmae_scale.data.shard_set import Shard, ShardSet
 from cmae_scale.data.storage import LOCAL
-from cmae_scale.data.stream import BatchStream, DecodedRow, MasterBatch, open_batches
+from cmae_scale.data.stream import BatchStream, CropBatch, DecodedRow, open_batches
 from cmae_scale.data.tar import RawSample
 
 VIEWS = ViewsConfig(img_px=16, master_px=20, shift_px=4)
@@ -110,12 +110,12 @@ def start(
     )
 
 
-def read_all(stream: BatchStream) -> list[MasterBatch]:
+def read_all(stream: BatchStream) -> list[CropBatch]:
     with stream:
         return list(stream)
 
 
-def assert_same(batches: list[MasterBatch], expected: list[MasterBatch]) -> None:
+def assert_same(batches: list[CropBatch], expected: list[CropBatch]) -> None:
     assert [(b.step, b.micro, b.keys) for b in batches] == [(b.step, b.micro, b.keys) for b in expected]
     for batch, other in zip(batches, expected, strict=True):
         assert torch.equal(batch.images, other.images)
@@ -150,7 +150,7 @@ def test_each_row_holds_the_planned_sample_with_its_own_crops(shards: ShardSet, 
                 draw_uniforms(5, Purpose.CROP, place=(epoch, number, crop), count=CROP_DRAWS).tolist()
                 for crop in range(crops)
             ]
-            expected = decode_master(
+            expected = decode_crops(
                 raw.image, side=20, scale=views.crop_scale, ratio=views.crop_ratio, max_mpx=1.0, draws=draws
             )
             assert torch.equal(batch.images[row], expected)
@@ -248,7 +248,7 @@ def test_damage_surfaces_at_the_batch_that_needs_it_and_not_before(tmp_path: Pat
     content = bytearray(path.read_bytes())
     content[0] ^= 1
     path.write_bytes(content)
-    healthy: list[MasterBatch] = []
+    healthy: list[CropBatch] = []
     with start(shards, plan, end_step=30) as stream, pytest.raises(DataError, match="fails its checksum"):
         healthy.extend(stream)
     assert len(healthy) == next(run_pieces(plan.parts[0], epoch=0, stream=0)).samples // 2
@@ -260,7 +260,7 @@ def test_an_error_of_ours_in_a_thread_reaches_the_consumer_as_it_is(
     def fail(*_: object, **__: object) -> None:
         raise ZeroDivisionError("in a decoder")
 
-    monkeypatch.setattr("cmae_scale.data.decoding.decode_master", fail)
+    monkeypatch.setattr("cmae_scale.data.decoding.decode_crops", fail)
     with start(shards, make_plan(shards)) as stream:
         with pytest.raises(ZeroDivisionError, match="in a decoder"):
             next(stream)
@@ -275,7 +275,7 @@ def test_a_dying_decoding_thread_does_not_hang_the_consumer(
     def die(*_: object, **__: object) -> None:
         raise death
 
-    monkeypatch.setattr("cmae_scale.data.decoding.decode_master", die)
+    monkeypatch.setattr("cmae_scale.data.decoding.decode_crops", die)
     with start(shards, make_plan(shards)) as stream, pytest.raises(death):
         next(stream)
 

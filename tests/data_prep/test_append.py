@@ -13,8 +13,8 @@ from cmae_scale.core.cli import run_command
 from cmae_scale.data.index import read_index
 from cmae_scale.data.tar import read_samples
 from data_prep.check_shards import main as check_shards
-from data_prep.ledger import STAGING_NAME
 from data_prep.make_shards import main
+from data_prep.manifest import STAGING_NAME
 
 
 def picture(number: int) -> bytes:

@@ -17,7 +17,7 @@ from cmae_scale.data.index import read_index
 from cmae_scale.data.tar import read_samples
 from data_prep.make_shards import main
 from data_prep.merge import find_duplicates
-from data_prep.tally import Tally, pack_tally, read_quantiles, unpack_tally
+from data_prep.stats import ShardStats, pack_stats, read_quantiles, unpack_stats
 from data_prep.writer import build_header
 
 
@@ -154,12 +154,12 @@ def test_the_closing_lines_count_formats_sizes_and_reasons(
 
 
 def test_a_tally_survives_its_record_and_quantiles_are_those_of_the_list() -> None:
-    tally = Tally()
+    tally = ShardStats()
     sides = [5, 5, 9, 1, 7]
     for side in sides:
         tally.count_image("jpg", size=10 * side, short_side=side)
     tally.skipped["bad"] += 2
-    assert unpack_tally(json.loads(json.dumps(pack_tally(tally)))) == tally
+    assert unpack_stats(json.loads(json.dumps(pack_stats(tally)))) == tally
     assert read_quantiles(tally.short_sides) == (1, 5, 9)
     assert read_quantiles({3: 1}) == (3, 3, 3)
     assert read_quantiles({3: 1, 4: 1}) == (3, 3, 4)

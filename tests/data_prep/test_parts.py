@@ -19,9 +19,9 @@ from cmae_scale.core.errors import ConfigError
 from cmae_scale.core.files import write_first
 from cmae_scale.data.index import read_index
 from data_prep.layout import Part
-from data_prep.ledger import OPTIONS_NAME
 from data_prep.locks import hold_merge, hold_part
 from data_prep.make_shards import main
+from data_prep.manifest import OPTIONS_NAME
 
 COUNT = 60
 

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from cmae_scale.core.cli import run_command
-from data_prep.ledger import OPTIONS_NAME, SKIPPED_NAME
 from data_prep.locks import MERGING
 from data_prep.make_shards import main
+from data_prep.manifest import OPTIONS_NAME, SKIPPED_NAME
 
 NAMES = [
     *(OPTIONS_NAME, SKIPPED_NAME, MERGING, ".making-1-of-1.lock", "index.json", "shard-00000.tar"),

@@ -90,56 +90,56 @@ def run_steps(
     import torch
 
     from cmae_scale.config.schedules import TargetMomentum
-    from cmae_scale.data.stream import MasterBatch
+    from cmae_scale.data.stream import CropBatch
     from cmae_scale.engine.checkpoint.save_load import Keeping, save_state
     from cmae_scale.engine.pretraining import Pretraining, start_pretraining
     from cmae_scale.engine.process.group import start_processes
     from cmae_scale.engine.zero.gather import gather_weights
 
-    place = start_processes()
-    batch = plan_batch(run.deepspeed, ranks=place.world.size)
-    session = start_pretraining(run, place=place, data_order="tiny")
-    method = Pretraining(session, batch, TargetMomentum(run.cmae.target.momentum, total_steps=10))
-    side, rank = run.cmae.views.master_px, place.world.rank
+    context = start_processes()
+    batch = plan_batch(run.deepspeed, ranks=context.world.size)
+    state = start_pretraining(run, context=context, data_order="tiny")
+    task = Pretraining(state, batch, TargetMomentum(run.cmae.target.momentum, total_steps=10))
+    side, rank = run.cmae.views.master_px, context.world.rank
     rows = range(rank * batch.local, (rank + 1) * batch.local, batch.micro)
     losses, failed = {}, None
-    for step in range(session.first_step if first is None else first, steps):
+    for step in range(state.first_step if first is None else first, steps):
         if step == resave_at:
             again = save_state(
-                session.engine,
+                state.engine,
                 run.out / "again",
                 step=step,
-                stamp=session.stamp,
-                masters=session.ema.named_masters(),
+                metadata=state.metadata,
+                masters=state.ema.named_masters(),
                 averages={},
                 extra={},
                 keeping=Keeping(1),
-                world=place.world,
+                world=context.world,
             )
             assert again is None, again
         pixels = torch.Generator().manual_seed(step)
         images = torch.randint(0, 256, (8, 1, 3, side, side), generator=pixels, dtype=torch.uint8)
         parts = [
-            MasterBatch(
+            CropBatch(
                 images[row : row + batch.micro], torch.zeros(batch.micro, dtype=torch.int64), (), step, micro
             )
             for micro, row in enumerate(rows)
         ]
-        with session.use_attention():
-            losses[step] = method.accumulate(parts, step=step)
-        session.engine.step()
-        if session.engine.was_step_applied():
-            method.follow_(step=step)
+        with state.use_attention():
+            losses[step] = task.accumulate(parts, step=step)
+        state.engine.step()
+        if state.engine.was_step_applied():
+            task.follow_(step=step)
         if step + 1 == save_at:
-            failed = session.save(step + 1)
-    norm = session.engine.get_global_grad_norm()
+            failed = state.save(step + 1)
+    norm = state.engine.get_global_grad_norm()
     return {
         "losses": losses,
-        "weights": gather_weights(session.engine.module),
+        "weights": gather_weights(state.engine.module),
         "grad_norm": None if norm is None else float(norm),
-        "first_step": session.first_step,
+        "first_step": state.first_step,
         "failed": failed,
-        "notices": session.notices,
+        "notices": state.notices,
     }
 
 
@@ -173,52 +173,52 @@ def train_loop(
     from cmae_scale.core.errors import UserError
     from cmae_scale.data.bad_samples import BadSamples
     from cmae_scale.engine.loop import take_steps
-    from cmae_scale.engine.metrics.logger import Journal
+    from cmae_scale.engine.metrics.logger import MetricsLogger
     from cmae_scale.engine.pretraining import Pretraining, start_pretraining
     from cmae_scale.engine.process.group import start_processes
     from cmae_scale.engine.zero.gather import gather_weights
 
     run = replace(run, settings=run.cmae.model_copy(update={"monitor": MonitorConfig(log_every=1)}))
-    place = start_processes()
-    batch = plan_batch(run.deepspeed, ranks=place.world.size)
-    session = start_pretraining(run, place=place, data_order="tiny")
-    method = Pretraining(session, batch, TargetMomentum(run.cmae.target.momentum, total_steps=10))
+    context = start_processes()
+    batch = plan_batch(run.deepspeed, ranks=context.world.size)
+    state = start_pretraining(run, context=context, data_order="tiny")
+    task = Pretraining(state, batch, TargetMomentum(run.cmae.target.momentum, total_steps=10))
     times = Timetable(100, TOTAL_STEPS, 1, save_every)
-    journal = Journal(session, times=times, metric_names=method.metric_names, image_flops=1)
+    logger = MetricsLogger(state, times=times, metric_names=task.metric_names, image_flops=1)
     said: list[str] = []
-    journal.say = said.append  # type: ignore[method-assign]
+    logger.say = said.append  # type: ignore[method-assign]
     computed: list[int] = []
-    inject(session.engine.module, faults, rank=place.world.rank)
+    inject(state.engine.module, faults, rank=context.world.rank)
 
     @contextmanager
     def feed(steps: range) -> Iterator[Iterator[Any]]:
-        yield images_of(run, batch, steps, rank=place.world.rank, computed=computed)
+        yield images_of(run, batch, steps, rank=context.world.rank, computed=computed)
 
     error = None
     try:
         take_steps(
-            method,
-            journal,
+            task,
+            logger,
             feed,
-            steps=range(session.first_step, end),
+            steps=range(state.first_step, end),
             lr=WarmupCosine(1e-3, TOTAL_STEPS, 1),
             bad=BadSamples(1.0),
         )
     except UserError as raised:
         error = f"{type(raised).__name__}: {raised}"
     return {
-        "weights": gather_weights(session.engine.module),
-        "moments": moments(session.engine),
+        "weights": gather_weights(state.engine.module),
+        "moments": moments(state.engine),
         "error": error,
         "said": said,
         "computed": computed,
-        "lines": journal.path.read_text().splitlines() if place.world.is_first else [],
-        "first_step": session.first_step,
+        "lines": logger.path.read_text().splitlines() if context.world.is_first else [],
+        "first_step": state.first_step,
     }
 
 
 def images_of(run: Run, batch: Any, steps: range, *, rank: int, computed: list[int]) -> Iterator[Any]:
-    from cmae_scale.data.stream import MasterBatch
+    from cmae_scale.data.stream import CropBatch
 
     side = run.cmae.views.master_px
     rows = range(rank * batch.local, (rank + 1) * batch.local, batch.micro)
@@ -230,7 +230,7 @@ def images_of(run: Run, batch: Any, steps: range, *, rank: int, computed: list[i
         for micro, row in enumerate(rows):
             keys = tuple(f"{step}-{number}" for number in range(row, row + batch.micro))
             labels = torch.zeros(batch.micro, dtype=torch.int64)
-            yield MasterBatch(images[row : row + batch.micro], labels, keys, step, micro)
+            yield CropBatch(images[row : row + batch.micro], labels, keys, step, micro)
 
 
 NOW = {"step": -1}  # of this process

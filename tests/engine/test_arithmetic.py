@@ -10,16 +10,16 @@ from typing import Any
 import pytest
 import torch
 
+from cmae_scale.checkpoints import commit
 from cmae_scale.config.precision import leave_to_machine_, read_formats
 from cmae_scale.config.run_file import Run, dump_run, read_run
 from cmae_scale.core.errors import ConfigError
 from cmae_scale.engine import arithmetic, precision
 from cmae_scale.engine.arithmetic import settle_arithmetic
-from cmae_scale.engine.checkpoint.metadata import build_stamp
+from cmae_scale.engine.checkpoint.metadata import build_metadata
 from cmae_scale.engine.precision import Product, name_half, settle_precision
 from cmae_scale.engine.pretraining import find_product, list_attention
 from cmae_scale.layers.attention import Arithmetic, AttentionChoice, AttentionShape
-from cmae_scale.states import commit
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 PRODUCT = Product(512, 192, 768)
@@ -62,14 +62,14 @@ def open_run(tiny_run: Callable[..., Run]) -> Callable[..., Run]:
 
 def write_state(run: Run, attention: dict[str, str]) -> None:
     """A state of `run`, as far as the start of the next one looks at it."""
-    stamp = build_stamp(run, kind={}, ranks=1, precision="", attention=attention)
+    metadata = build_metadata(run, kind={}, ranks=1, precision="", attention=attention)
     part = commit.name_part(run.out / "checkpoints", step=5)
     part.mkdir(parents=True)
     counters = dict.fromkeys(["global_steps", "global_samples", "skipped_steps"], 5)
     others = {"lr": [], "scheduler": None, "scaler": {}, "grad_scaler": None}
     file = {"rank_00000.safetensors": {"bytes": 0, "sha256": ""}}
     about = {"step": 5, "counters": {**counters, **others}, "extra": {}, "files": file}
-    commit.write_description(part, {**about, "stamp": vars(stamp)})
+    commit.write_description(part, {**about, "stamp": vars(metadata)})
     commit.commit(part)
 
 
@@ -200,17 +200,17 @@ def test_the_first_rank_decides_for_all(
     monkeypatch.setattr("cmae_scale.layers.attention.time_in_turns", times)
     run = open_run(ranks=2)
 
-    def settle() -> Any:
+    def on_init() -> Any:
         from cmae_scale.engine.process.group import start_processes
 
-        place = start_processes()
+        context = start_processes()
         shapes = list_attention(run)
         settled = settle_arithmetic(
-            run, device=place.device, product=find_product(run), attention="auto", shapes=shapes
+            run, device=context.device, product=find_product(run), attention="auto", shapes=shapes
         )
         return settled.run.deepspeed["torch_autocast"], settled.attention, settled.notices
 
-    first, second = on_ranks(settle, ranks=2)
+    first, second = on_ranks(on_init, ranks=2)
     assert first == second
     assert first[0] == {"enabled": True, "dtype": "bfloat16"}
     assert {choice.name for choice in first[1].values()} == {"explicit"}
@@ -252,18 +252,18 @@ def test_a_run_goes_on_with_the_kernels_of_its_state(
 ) -> None:
     run = open_run(torch_autocast={"enabled": False})
 
-    def settle(**more: Any) -> arithmetic.Settled:
+    def on_init(**more: Any) -> arithmetic.Settled:
         return settle_arithmetic(
             run, **{"device": CPU, "product": PRODUCT, "attention": "auto", "shapes": SHAPES, **more}
         )
 
     kernels_are(encoder="flash", decoder="explicit")
-    first = settle()
+    first = on_init()
     write_state(run, first.record)
     kernels_are(encoder="explicit", decoder="explicit")
-    assert settle() == first
+    assert on_init() == first
     monkeypatch.setattr(arithmetic, "name_device", lambda device: "NVIDIA L4")
-    elsewhere = settle()
+    elsewhere = on_init()
     assert {choice.name for choice in elsewhere.attention.values()} == {"explicit"}
     [told] = elsewhere.notices
     assert "attention is explicit from here on, which rounds otherwise" in told
@@ -315,13 +315,13 @@ def test_each_part_of_the_model_runs_its_own_kernel(
         from cmae_scale.engine.pretraining import start_pretraining
         from cmae_scale.engine.process.group import start_processes
 
-        session = start_pretraining(run, place=start_processes(), data_order={})
+        state = start_pretraining(run, context=start_processes(), data_order={})
         fused = {
             name.partition(".")[0]: module.fused_attn
-            for name, module in session.engine.module.named_modules()
+            for name, module in state.engine.module.named_modules()
             if hasattr(module, "fused_attn")
         }
-        return fused, session.stamp.attention
+        return fused, state.metadata.attention
 
     fused, record = on_ranks(look, ranks=1)[0]
     parts = ["online_encoder", "pixel_decoder", "feature_decoder", "target_encoder"]

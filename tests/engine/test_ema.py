@@ -68,7 +68,7 @@ def test_a_bf16_target_moves_only_with_a_master(keep_master: bool) -> None:
     assert target.detach().float().max() == pytest.approx(1.2 if keep_master else 1.0, abs=0.01)
 
 
-@pytest.mark.parametrize("offloaded", ["master_of", "shard_of"])
+@pytest.mark.parametrize("offloaded", ["master_of", "partition_of"])
 def test_what_is_offloaded_is_averaged_where_it_lies_and_compared_on_the_device(
     monkeypatch: pytest.MonkeyPatch, offloaded: str
 ) -> None:
@@ -116,16 +116,16 @@ def test_the_average_is_bit_equal_under_every_zero_stage(
                 **({"stage3_param_persistence_threshold": threshold} if stage == 3 else {}),
             }
             run = tiny_run(ranks=2, zero_optimization=zero)
-            session = start_pretraining(run, place=start_processes(), data_order="none")
+            state = start_pretraining(run, context=start_processes(), data_order="none")
             with torch.no_grad():
-                for parameter in session.ema.online:  # as an optimizer step would
+                for parameter in state.ema.online:  # as an optimizer step would
                     shard = getattr(parameter, "ds_tensor", parameter.data)
                     shard.mul_(1.5)
                     if parameter.data.numel() and parameter.data_ptr() != shard.data_ptr():
                         parameter.data.mul_(1.5)
             for _ in range(3):
-                session.ema.update_(0.9)
-            module = session.engine.module
+                state.ema.update_(0.9)
+            module = state.engine.module
             return gather_weights(module.target_encoder) | gather_weights(module.target_projector)
 
         return inside

@@ -1,4 +1,4 @@
-"""Twenty steps as they were: any change of the method's mathematics shows here.
+"""Twenty steps as they were: any change of the task's mathematics shows here.
 
 The losses are those of a tiny run in fp32 on one CPU rank. Another CPU or another torch sums in another
 order, which changes 1e-7 of a product and, after 20 steps, some 1e-6 of a loss; TOLERANCE leaves room for

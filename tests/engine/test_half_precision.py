@@ -22,41 +22,41 @@ def overflow_once(run: Any) -> list[dict[str, Any]]:
     """Applied or not, and how far online and target weights moved, for each of some steps."""
     from cmae_scale.config.batches import plan_batch
     from cmae_scale.config.schedules import TargetMomentum
-    from cmae_scale.data.stream import MasterBatch
+    from cmae_scale.data.stream import CropBatch
     from cmae_scale.engine.pretraining import Pretraining, start_pretraining
     from cmae_scale.engine.process.group import start_processes
-    from cmae_scale.engine.zero.shards import shard_of
+    from cmae_scale.engine.zero.partitions import partition_of
 
     support_fp16()
-    place = start_processes()
-    batch = plan_batch(run.deepspeed, ranks=place.world.size)
-    session = start_pretraining(run, place=place, data_order="none")
-    method = Pretraining(session, batch, TargetMomentum(0.9, total_steps=10))
+    context = start_processes()
+    batch = plan_batch(run.deepspeed, ranks=context.world.size)
+    state = start_pretraining(run, context=context, data_order="none")
+    task = Pretraining(state, batch, TargetMomentum(0.9, total_steps=10))
     with torch.no_grad():  # so that an average that goes on would be seen
-        for parameter in session.ema.masters or [shard_of(p) for p in session.ema.target]:
+        for parameter in state.ema.masters or [partition_of(p) for p in state.ema.target]:
             parameter.add_(0.01)
     step = 0
-    session.engine.module.predictor.fc2.weight.register_hook(
+    state.engine.module.predictor.fc2.weight.register_hook(
         lambda gradient: gradient * float("inf") if step in (0, 3) else gradient
     )
     steps = []
     for step in range(6):
-        before = [shard_of(p).clone() for p in session.ema.online + session.ema.target]
+        before = [partition_of(p).clone() for p in state.ema.online + state.ema.target]
         side = run.cmae.views.master_px
         rng = torch.Generator().manual_seed(step)
         images = torch.randint(0, 256, (batch.micro, 1, 3, side, side), dtype=torch.uint8, generator=rng)
-        method.accumulate(
-            [MasterBatch(images, torch.zeros(batch.micro, dtype=torch.int64), (), step, 0)], step=step
+        task.accumulate(
+            [CropBatch(images, torch.zeros(batch.micro, dtype=torch.int64), (), step, 0)], step=step
         )
-        session.engine.step()
-        applied = session.engine.was_step_applied()
+        state.engine.step()
+        applied = state.engine.was_step_applied()
         if applied:
-            method.follow_(step=step)
+            task.follow_(step=step)
         moved = [
-            float((shard_of(p).float() - old.float()).abs().max()) if old.numel() else 0.0
-            for p, old in zip(session.ema.online + session.ema.target, before, strict=True)
+            float((partition_of(p).float() - old.float()).abs().max()) if old.numel() else 0.0
+            for p, old in zip(state.ema.online + state.ema.target, before, strict=True)
         ]
-        half = len(session.ema.online)
+        half = len(state.ema.online)
         steps.append({"applied": applied, "online": max(moved[:half]), "target": max(moved[half:])})
     return steps
 

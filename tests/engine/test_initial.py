@@ -57,7 +57,7 @@ def test_every_rank_starts_with_the_files_weights(
 
 @pytest.mark.slow_unless(stage=2, precision={"bf16": {"enabled": True}})
 @pytest.mark.parametrize(
-    "precision", [{}, {"bf16": {"enabled": True}}], ids=["full precision", "bf16 with fp32 masters"]
+    "precision", [{}, {"bf16": {"enabled": True}}], ids=["full precision", "bf16 with fp32 crops"]
 )
 @pytest.mark.parametrize("stage", [0, 2, 3])
 def test_a_target_that_the_file_has_moves_on_from_there(

@@ -38,15 +38,15 @@ KERNELS: dict[Kernel, Attention] = {"fused": "flash", "explicit": "explicit"}
 
 def measure(run: Run, live: Any, *, steps: int = 2) -> dict[str, int]:
     """Peak of the tensors alive over all steps and what stays between two, on this rank."""
+    from cmae_scale.benchmarks.peak_memory import train_on_noise
     from cmae_scale.engine.process.group import start_processes
-    from cmae_scale.trials.footprint import train_on_noise
 
-    place = start_processes()
+    context = start_processes()
     with live:
-        batch = plan_batch(run.deepspeed, ranks=place.world.size)
-        session = train_on_noise(run, place=place, batch=batch, steps=steps)
+        batch = plan_batch(run.deepspeed, ranks=context.world.size)
+        state = train_on_noise(run, context=context, batch=batch, steps=steps)
         found = {"peak": live.peak, "idle": live.now}
-        del session  # until here
+        del state  # until here
     return found
 
 

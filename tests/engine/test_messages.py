@@ -68,10 +68,13 @@ def test_an_error_of_a_transfer_run_reaches_people_with_its_own_settings(
     )
 
     def fail() -> str:
-        from cmae_scale.engine.process.lifecycle import attend
+        from cmae_scale.engine.process.lifecycle import run_context
         from cmae_scale.engine.process.signals import StopRequest
 
-        with pytest.raises(DataError) as error, attend(Run(Path("run.json"), settings, {}), StopRequest()):
+        with (
+            pytest.raises(DataError) as error,
+            run_context(Run(Path("run.json"), settings, {}), StopRequest()),
+        ):
             raise DataError("nothing matches x: look at the pattern in cmae.data.shards")
         return str(error.value)
 

@@ -13,7 +13,7 @@ from cmae_scale.config.cmae import FaultsConfig
 from cmae_scale.core.errors import DivergedError
 from cmae_scale.engine.loss_trend import Trend, TrendFile
 from cmae_scale.engine.skipped_steps import SkippedSteps
-from cmae_scale.engine.step_guard import MAX_OVERFLOWS, BadStep, Guard
+from cmae_scale.engine.step_guard import MAX_OVERFLOWS, BadStep, NonFiniteGuard
 
 PRECISIONS = {
     "fp32": {},
@@ -259,7 +259,7 @@ class EngineThatOverflows:
 
 
 def test_endless_fp16_overflow_stops_the_run() -> None:
-    guard = Guard(EngineThatOverflows(), metric_names=["loss"], device=torch.device("cpu"))
+    guard = NonFiniteGuard(EngineThatOverflows(), metric_names=["loss"], device=torch.device("cpu"))
     for step in range(MAX_OVERFLOWS):
         guard.open()
         assert guard.apply(step, torch.ones(1), keys=["a"]) is None
@@ -270,7 +270,7 @@ def test_endless_fp16_overflow_stops_the_run() -> None:
 def test_a_loss_scale_that_cannot_fall_further_stops_the_run() -> None:
     # DeepSpeed's words
     error = "Current loss scale already at minimum - cannot decrease scale anymore. Exiting run."
-    guard = Guard(EngineThatOverflows(error), metric_names=["loss"], device=torch.device("cpu"))
+    guard = NonFiniteGuard(EngineThatOverflows(error), metric_names=["loss"], device=torch.device("cpu"))
     with pytest.raises(DivergedError, match="fp16 overflows at step 7 at any loss scale"):
         guard.apply(7, torch.ones(1), keys=["a"])
 

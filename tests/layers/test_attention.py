@@ -108,12 +108,12 @@ def test_a_forced_choice_holds_when_backward_recomputes() -> None:
     query = torch.randn(1, 2, 5, 4, requires_grad=True)
     kernels = []
 
-    def attend(query: torch.Tensor) -> torch.Tensor:
+    def run_context(query: torch.Tensor) -> torch.Tensor:
         kernels.append(torch._fused_sdp_choice(query, query, query))
         return F.scaled_dot_product_attention(query, query, query)
 
     with use_attention(AttentionChoice("math", is_forced=True)):
-        output = checkpoint(attend, query, use_reentrant=False)
+        output = checkpoint(run_context, query, use_reentrant=False)
         assert isinstance(output, torch.Tensor)
         output.sum().backward()
     assert kernels == [0, 0]

@@ -4,7 +4,7 @@ from torch import Tensor, nn
 
 from cmae_scale.config.cmae import DecoderConfig, FeatureDecoderConfig, PixelDecoderConfig
 from cmae_scale.layers.masking import TokenMask, mask_from_noise
-from cmae_scale.models.decoder import FeatureDecoder, FeatureHead, PixelDecoder, TokenCompletion
+from cmae_scale.models.decoder import FeatureDecoder, FeatureHead, MaskedDecoder, PixelDecoder
 from cmae_scale.models.init import init_transformer_
 
 WIDTH, GRID, VALUES = 24, 4, 12
@@ -21,7 +21,7 @@ def latents(rng: torch.Generator, mask: TokenMask) -> Tensor:
     return torch.randn(2, 1 + mask.kept.shape[1], WIDTH, generator=rng)
 
 
-def complete_plainly(completion: TokenCompletion, latents: Tensor, mask: TokenMask, *, depth: int) -> Tensor:
+def complete_plainly(completion: MaskedDecoder, latents: Tensor, mask: TokenMask, *, depth: int) -> Tensor:
     """Patch by patch the narrowed token or the mask token, plus its position; then the blocks."""
     rows = []
     for image, kept in zip(latents, mask.kept.tolist(), strict=True):
@@ -38,7 +38,7 @@ def complete_plainly(completion: TokenCompletion, latents: Tensor, mask: TokenMa
 
 
 def test_every_patch_gets_its_token_and_its_position(latents: Tensor, mask: TokenMask) -> None:
-    completion = TokenCompletion(CFG, width_in=WIDTH, grid=GRID, early_depth=2)
+    completion = MaskedDecoder(CFG, width_in=WIDTH, grid=GRID, early_depth=2)
     init_transformer_(completion)
     last, early = completion(latents, mask)
     torch.testing.assert_close(last, complete_plainly(completion, latents, mask, depth=3))
@@ -46,7 +46,7 @@ def test_every_patch_gets_its_token_and_its_position(latents: Tensor, mask: Toke
 
 
 def test_early_tokens_are_kept_only_when_asked_for(latents: Tensor, mask: TokenMask) -> None:
-    assert TokenCompletion(CFG, width_in=WIDTH, grid=GRID)(latents, mask).early is None
+    assert MaskedDecoder(CFG, width_in=WIDTH, grid=GRID)(latents, mask).early is None
 
 
 def test_pixels_are_those_of_the_hidden_patches_of_a_full_prediction(
@@ -87,7 +87,7 @@ def test_a_feature_decoder_pools_its_own_completed_tokens(latents: Tensor, mask:
 
 
 def test_positions_stay_in_full_precision_and_out_of_the_optimizer(latents: Tensor, mask: TokenMask) -> None:
-    completion = TokenCompletion(CFG, width_in=WIDTH, grid=GRID)
+    completion = MaskedDecoder(CFG, width_in=WIDTH, grid=GRID)
     for parameter in completion.parameters():
         parameter.data = parameter.data.bfloat16()
     tokens = completion(latents.bfloat16(), mask).last

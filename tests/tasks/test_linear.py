@@ -55,7 +55,7 @@ def test_its_accuracy_is_logistic_regressions_on_the_same_features(
 
     from cmae_scale.config.transfer import TransferConfig
     from cmae_scale.core.world import World
-    from cmae_scale.tasks.build import open_bench
+    from cmae_scale.tasks.build import open_context
     from cmae_scale.tasks.features import encode_with
 
     task = {"linear": {"pool": "mean", "features": "once", "sweep": [1.0, 100.0, 1000.0]}}
@@ -64,7 +64,7 @@ def test_its_accuracy_is_logistic_regressions_on_the_same_features(
     cfg = TransferConfig.model_validate_json(
         json.dumps(json.loads((tmp_path / "run" / "config.json").read_text())["transfer"])
     )
-    bench = open_bench(cfg, world=World(), device=torch.device("cpu"))
+    bench = open_context(cfg, world=World(), device=torch.device("cpu"))
     encode = encode_with(bench.encoder, img_px=16, pool="mean", lens=bench.lens)
     train, val = (
         bench.judge.look(encode, part) for part in (bench.judge.labelled.train, bench.judge.labelled.val)

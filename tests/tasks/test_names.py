@@ -46,7 +46,7 @@ def test_results_are_written_before_pictures(
     def fail(*args: object, **options: object) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr("cmae_scale.tasks.examination.write_confusion", fail)
+    monkeypatch.setattr("cmae_scale.tasks.validator.write_confusion", fail)
     assert transfer(arguments({"knn": {"k": 5}})) == [1]
     assert json.loads((tmp_path / "run" / "results.json").read_text())["knn_images"] == 21
     assert (tmp_path / "run" / "predictions.csv").is_file()

@@ -6,10 +6,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
+from cmae_scale.checkpoints.description import STATE_FORMAT
 from cmae_scale.config.run_file import Run, RunKind, dump_run
 from cmae_scale.core.credentials import mask_tree
 from cmae_scale.core.errors import ConfigError
-from cmae_scale.states.description import STATE_FORMAT
 
 DataOrder = Mapping[str, int | str] | str  # the samples of every step: counts, and a name of their order
 
@@ -23,7 +23,7 @@ _ORDER = "data.order"
 
 
 @dataclass(frozen=True)
-class Stamp:
+class CheckpointMetadata:
     """The kind of run, and the run itself. `kind` must stay: with another one it would be another run."""
 
     kind: dict[str, Any]
@@ -35,7 +35,7 @@ class Stamp:
     format: int = STATE_FORMAT
 
     def compare(self, written: dict[str, Any], *, path: Path, changes_allowed: bool) -> list[str]:
-        """What the user should know who goes on from the state at `path`, whose stamp is `written`.
+        """What the user should know who goes on from the state at `path`, whose metadata is `written`.
 
         Raises ConfigError for a state of another kind, unless `changes_allowed`.
         """
@@ -66,11 +66,11 @@ class Stamp:
         return notices
 
 
-def build_stamp(
+def build_metadata(
     run: Run, *, kind: dict[str, Any], ranks: int, precision: str, attention: dict[str, str]
-) -> Stamp:
-    """The stamp of states that `run`, resolved, writes on `ranks` processes; without its secrets."""
-    return Stamp(
+) -> CheckpointMetadata:
+    """The metadata of states that `run`, resolved, writes on `ranks` processes; without its secrets."""
+    return CheckpointMetadata(
         kind=mask_tree(kind),
         ranks=ranks,
         zero_stage=run.deepspeed.get("zero_optimization", {}).get("stage", 0),

@@ -14,15 +14,15 @@ from typing import Any
 
 from torch import Tensor
 
+from cmae_scale.checkpoints import commit
+from cmae_scale.checkpoints.files import ShardReader, shard_name, write_shard
+from cmae_scale.checkpoints.newest import Found, check_files, choose_state
 from cmae_scale.core.collectives import gather_objects
 from cmae_scale.core.errors import ConfigError
 from cmae_scale.core.world import World
-from cmae_scale.engine.checkpoint.metadata import Stamp
+from cmae_scale.engine.checkpoint.metadata import CheckpointMetadata
 from cmae_scale.engine.checkpoint.state import read_content, read_counters, write_content, write_counters
-from cmae_scale.engine.zero.pieces import count_elements, list_pieces
-from cmae_scale.states import commit
-from cmae_scale.states.newest import Found, check_files, choose_state
-from cmae_scale.states.shards import ShardReader, shard_name, write_shard
+from cmae_scale.engine.zero.partition_map import count_elements, list_partitions
 
 # what PyTorch and the file system raise when a disk is full, read-only or gone
 _SAVE_ERRORS = (OSError, RuntimeError)
@@ -50,7 +50,7 @@ def save_state(
     folder: Path,
     *,
     step: int,
-    stamp: Stamp,
+    metadata: CheckpointMetadata,
     masters: Mapping[str, Tensor],
     averages: Mapping[str, Tensor],
     extra: Mapping[str, Any],
@@ -59,14 +59,14 @@ def save_state(
 ) -> str | None:
     """Write the state after `step` optimizer steps and drop older ones. None, or what failed.
 
-    `masters` and `averages` are those of `list_pieces`, `extra` is JSON that `load_newest` gives back. A full
+    `masters` and `averages` are those of `list_partitions`, `extra` is JSON that `load_newest` gives back. A full
     or lost disk on any rank leaves the previous states as they are.
     """
     part = commit.name_part(folder, step=step)
     failed = _on_first(world, lambda: _open_part(part))
     if failed:
         return failed
-    pieces = list_pieces(engine, masters=masters, averages=averages)
+    pieces = list_partitions(engine, masters=masters, averages=averages)
     failure, entry = _try(lambda: _write_share(engine, pieces, part, world=world))
     shares = gather_objects((failure, entry))
     failed = _join(failure for failure, _ in shares)
@@ -75,7 +75,7 @@ def save_state(
         return failed
     description = {
         "step": step,
-        "stamp": asdict(stamp),
+        "stamp": asdict(metadata),
         "counters": read_counters(engine),
         "extra": dict(extra),
         "files": {shard_name(rank): entry for rank, (_, entry) in enumerate(shares)},
@@ -87,7 +87,7 @@ def load_newest(
     engine: Any,
     folder: Path,
     *,
-    stamp: Stamp,
+    metadata: CheckpointMetadata,
     masters: Mapping[str, Tensor],
     averages: Mapping[str, Tensor],
     changes_allowed: bool,
@@ -108,7 +108,7 @@ def load_newest(
         return None
     path, description = chosen.path, chosen.description
     notices = [f"warning: {damage}, so an older state was taken" for damage in chosen.passed_over]
-    notices += stamp.compare(description["stamp"], path=path, changes_allowed=changes_allowed)
+    notices += metadata.compare(description["stamp"], path=path, changes_allowed=changes_allowed)
     _take_up(engine, path, description, masters=masters, averages=averages)
     return Loaded(description["step"], description["extra"], tuple(notices))
 
@@ -135,7 +135,7 @@ def _take_up(
             f"{path} is of another model (it differs in {', '.join(dict.fromkeys(different[:6]))}): "
             "go on with the old settings, or start anew with --out or --set cmae.checkpoint.resume=never"
         )
-    write_content(engine, list_pieces(engine, masters=masters, averages=averages), state=state)
+    write_content(engine, list_partitions(engine, masters=masters, averages=averages), state=state)
     try:
         write_counters(engine, description["counters"])
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cmae_scale.checkpoints.files import ShardReader
 from cmae_scale.core.errors import ConfigError
-from cmae_scale.engine.zero.pieces import Piece, spread_weights
-from cmae_scale.states.shards import ShardReader
+from cmae_scale.engine.zero.partition_map import ParamPartition, spread_weights
 
 Counters = dict[str, Any]  # JSON values
 
@@ -22,7 +22,9 @@ BUFFER = "buffer"
 _SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
-def read_content(engine: Any, pieces: Sequence[Piece], *, rank: int, ranks: int) -> dict[str, Tensor]:
+def read_content(
+    engine: Any, pieces: Sequence[ParamPartition], *, rank: int, ranks: int
+) -> dict[str, Tensor]:
     """This rank's share of the state, on the CPU or as views; what all ranks hold alike is dealt out."""
     states = engine.basic_optimizer.state
     content: dict[str, Tensor] = {}
@@ -39,12 +41,12 @@ def read_content(engine: Any, pieces: Sequence[Piece], *, rank: int, ranks: int)
 
 
 @torch.no_grad()
-def write_content(engine: Any, pieces: Sequence[Piece], *, state: ShardReader) -> None:
+def write_content(engine: Any, pieces: Sequence[ParamPartition], *, state: ShardReader) -> None:
     """Put `state` into the engine, in place. All ranks together."""
     for piece in pieces:
         piece.of(piece.holder).copy_(state.read(piece.kind, piece.name, piece.start, piece.stop))
     optimized = _optimized(engine)
-    by_holder: dict[int, list[Piece]] = {}
+    by_holder: dict[int, list[ParamPartition]] = {}
     for piece in pieces:
         if id(piece.holder) in optimized:
             by_holder.setdefault(id(piece.holder), []).append(piece)
@@ -89,7 +91,7 @@ def write_counters(engine: Any, counters: Counters) -> None:
         grad_scaler.load_state_dict(counters["grad_scaler"])
 
 
-def _deal(pieces: Sequence[Piece], *, rank: int, ranks: int) -> Iterator[Piece]:
+def _deal(pieces: Sequence[ParamPartition], *, rank: int, ranks: int) -> Iterator[ParamPartition]:
     """The pieces that `rank` writes: its own, and of the replicated ones an even share by size."""
     loads = [0] * ranks
     for piece in pieces:
@@ -102,7 +104,7 @@ def _deal(pieces: Sequence[Piece], *, rank: int, ranks: int) -> Iterator[Piece]:
             yield piece
 
 
-def _read_state(value: Any, piece: Piece, *, kind: str) -> Tensor:
+def _read_state(value: Any, piece: ParamPartition, *, kind: str) -> Tensor:
     if isinstance(value, Tensor) and value.shape == piece.holder.shape:
         return piece.of(value)
     if isinstance(value, int | float) or (isinstance(value, Tensor) and value.numel() == 1):
@@ -113,7 +115,7 @@ def _read_state(value: Any, piece: Piece, *, kind: str) -> Tensor:
     )
 
 
-def _write_states(inner: Any, pieces: Sequence[Piece], *, state: ShardReader) -> None:
+def _write_states(inner: Any, pieces: Sequence[ParamPartition], *, state: ShardReader) -> None:
     """All optimizer states of the one holder that `pieces` share; none if it had not taken a step yet."""
     holder = pieces[0].holder
     for kind in state.optimizer_kinds:

@@ -9,7 +9,7 @@ _NARROW = 0.1  # spread of queries or keys; 1 is evenly spread
 _RISE = 1.1  # times the lowest mean so far. Source: ZhichengHuang/CMAE issue 16, a rise late in a good run
 
 
-class Advisor:
+class CollapseWarnings:
     """Hears every log line and speaks up once about each sign, until the sign has gone."""
 
     def __init__(self, *, warmup_steps: int) -> None:

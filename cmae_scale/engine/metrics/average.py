@@ -9,7 +9,7 @@ from torch import Tensor
 from cmae_scale.core.collectives import gather_rows, world_size
 
 
-class Meter:
+class MetricAverage:
     """Collects the losses of steps, which have `names`, until they are read."""
 
     def __init__(self, names: Sequence[str]) -> None:

@@ -22,14 +22,14 @@ from cmae_scale.core.progress import Progress, format_seconds
 from cmae_scale.core.strict_json import parse_line
 from cmae_scale.data.bad_samples import BadSamples
 from cmae_scale.engine.hardware import read_peak_flops
-from cmae_scale.engine.metrics.advice import Advisor
-from cmae_scale.engine.metrics.average import Meter
+from cmae_scale.engine.metrics.advice import CollapseWarnings
+from cmae_scale.engine.metrics.average import MetricAverage
 from cmae_scale.engine.metrics.bad_samples import BadList
 from cmae_scale.engine.metrics.health import Health
-from cmae_scale.engine.metrics.profiler import StepTrace, read_steps
-from cmae_scale.engine.metrics.writers import Event, Monitors
+from cmae_scale.engine.metrics.profiler import Profiler, read_steps
+from cmae_scale.engine.metrics.writers import Event, MetricsWriters
 from cmae_scale.engine.optim import read_learning_rate
-from cmae_scale.engine.session import Session
+from cmae_scale.engine.train_state import TrainState
 
 Metrics = dict[str, float | int | None]
 
@@ -37,53 +37,53 @@ Metrics = dict[str, float | int | None]
 _UNMONITORED = frozenset({"step", "samples", "epoch"})
 
 
-class Journal:
+class MetricsLogger:
     """Collects every step and writes a line when asked. All ranks call its methods; the first one writes."""
 
     def __init__(
         self,
-        session: Session,
+        state: TrainState,
         *,
         times: Timetable,
         metric_names: Sequence[str],
         image_flops: int,
         health: Health | None = None,
     ) -> None:
-        self.session = session
+        self.state = state
         self.times = times
-        self.batch_samples: int = session.run.deepspeed["train_batch_size"]
-        self.path = session.run.out / "metrics.jsonl"
+        self.batch_samples: int = state.run.deepspeed["train_batch_size"]
+        self.path = state.run.out / "metrics.jsonl"
         self._lines = LineFile(self.path)
-        self.meter = Meter(metric_names)
+        self.meter = MetricAverage(metric_names)
         self.image_flops = image_flops
         self.health = health
-        self._advisor = Advisor(warmup_steps=times.warmup_steps)
-        peak = read_peak_flops(session.place.device)
-        self.peak_flops = None if peak is None else peak * session.place.world.size
+        self._advisor = CollapseWarnings(warmup_steps=times.warmup_steps)
+        peak = read_peak_flops(state.context.device)
+        self.peak_flops = None if peak is None else peak * state.context.world.size
         self.last: Metrics = {}
-        self.bad_list = BadList(session.run.out / "bad_samples.jsonl", is_first=session.place.world.is_first)
+        self.bad_list = BadList(state.run.out / "bad_samples.jsonl", is_first=state.context.world.is_first)
         self._listed = 0  # bad samples of all ranks at the last line
         self.progress: Progress | None = None
-        if session.place.world.is_first:
-            self.progress = Progress(times.total_steps, first_step=session.first_step)
-        self.monitors = Monitors(
-            session.run.deepspeed,
-            is_first=session.place.world.is_first,
+        if state.context.world.is_first:
+            self.progress = Progress(times.total_steps, first_step=state.first_step)
+        self.monitors = MetricsWriters(
+            state.run.deepspeed,
+            is_first=state.context.world.is_first,
             say=self.say,
-            kept=session.extra,
+            kept=state.extra,
         )
         self._opened_s = time.monotonic()
-        self.go_to(session.first_step)
+        self.go_to(state.first_step)
 
     def say(self, text: str) -> None:
         """Lines for people."""
         if self.progress is not None:
-            self.progress.say(name_settings(text, self.session.run.kind))
+            self.progress.say(name_settings(text, self.state.run.kind))
 
     def watch(self, steps: range) -> Iterator[int]:
         """The same steps, looked at closely where the run file asks: for a log line, for a profiler."""
         trace = self._open_trace()
-        log_every = self.session.run.settings.monitor.log_every
+        log_every = self.state.run.settings.monitor.log_every
         try:
             for step in steps:
                 if self.health is not None:
@@ -100,24 +100,24 @@ class Journal:
     def look_at_gradients(self) -> None:
         """Between a step's backward passes and its update."""
         if self.health is not None:
-            self.health.look_at_gradients(self.session.engine)
+            self.health.look_at_gradients(self.state.engine)
 
     @contextmanager
     def waiting_for_data(self) -> Iterator[None]:
         """Count the time spent inside as time the model waited for images."""
         started_s = time.perf_counter()
-        with self.session.spans.span("data"):
+        with self.state.timer.span("data"):
             yield
         self._waited_s += time.perf_counter() - started_s
 
     def go_to(self, step: int) -> None:
         """Begin, or begin again, after `step` steps: what was told of later ones is taken back."""
-        if self.session.place.world.is_first:
+        if self.state.context.world.is_first:
             if step == 0 and (kept := set_aside(self.path)):
                 self.say(f"no state to go on from: the metrics of an earlier start are kept in {kept}")
             if damaged := drop_later_lines(self.path, step=step):
                 self.say(f"warning: {damaged} lines of {self.path} were no lines of metrics and are left out")
-        self.meter = Meter(self.meter.names)
+        self.meter = MetricAverage(self.meter.names)
         self._start_interval(step)
 
     def add(self, losses: Float[Tensor, " metrics"]) -> None:
@@ -130,7 +130,7 @@ class Journal:
         The host waits for the device here, else only where an update needs its norm. Raises DataError on all
         ranks when too many samples of all of them are bad.
         """
-        with self.session.spans.span("log"):
+        with self.state.timer.span("log"):
             self._write(done, scheduled=scheduled, bad=bad)
 
     def _write(self, done: int, *, scheduled: Mapping[str, float], bad: BadSamples) -> None:
@@ -138,7 +138,7 @@ class Journal:
         elapsed_s = time.perf_counter() - self._started_s
         samples = (done - self.written) * self.batch_samples
         totals = sum_of_ranks(
-            torch.tensor([float(bad.count), self._waited_s], device=self.session.place.device)
+            torch.tensor([float(bad.count), self._waited_s], device=self.state.context.device)
         )
         bad_samples, waited_s = int(totals[0]), float(totals[1])
         images_per_s = samples / elapsed_s
@@ -148,16 +148,16 @@ class Journal:
             "samples": done * self.batch_samples,
             "epoch": round(done / self.times.steps_per_epoch, 4),
             **means,
-            "lr": read_learning_rate(self.session.engine),
+            "lr": read_learning_rate(self.state.engine),
             **scheduled,
-            "grad_norm": read_grad_norm(self.session.engine),
+            "grad_norm": read_grad_norm(self.state.engine),
             **health,
             "samples_per_s": round(images_per_s, 2),
             "mfu": self.peak_flops and round(images_per_s * self.image_flops / self.peak_flops, 4),
-            "data_wait_s": round(waited_s / self.session.place.world.size, 4),
-            "peak_gib": round(read_peak_gib(self.session.place.device), 3),
+            "data_wait_s": round(waited_s / self.state.context.world.size, 4),
+            "peak_gib": round(read_peak_gib(self.state.context.device), 3),
             "bad_samples": bad_samples,
-            **self.session.spans.read(done - self.written),
+            **self.state.timer.read(done - self.written),
         }
         self.last = metrics
         if self.progress is not None:
@@ -171,7 +171,7 @@ class Journal:
         if bad_samples > self._listed:
             self.bad_list.add(bad.take_new())
             self._listed = bad_samples
-        bad.check(bad_samples, seen=(done - self.session.first_step) * self.batch_samples)
+        bad.check(bad_samples, seen=(done - self.state.first_step) * self.batch_samples)
 
     def note(self, done: int, found: Mapping[str, Any]) -> None:
         """A line of its own for what an evaluation found after `done` steps; training's clock starts anew."""
@@ -204,15 +204,15 @@ class Journal:
         if self.progress is not None:
             self.progress.close()
 
-    def _open_trace(self) -> StepTrace | None:
-        profile = self.session.run.settings.monitor.profile
-        if profile is None or not self.session.place.world.is_first:
+    def _open_trace(self) -> Profiler | None:
+        profile = self.state.run.settings.monitor.profile
+        if profile is None or not self.state.context.world.is_first:
             return None
-        return StepTrace(
+        return Profiler(
             read_steps(profile),
-            folder=self.session.run.out / "profile",
-            device=self.session.place.device,
-            spans=self.session.spans,
+            folder=self.state.run.out / "profile",
+            device=self.state.context.device,
+            timer=self.state.timer,
         )
 
     def _figures(self, metrics: Metrics) -> dict[str, str]:

@@ -6,22 +6,22 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from cmae_scale.engine.metrics.step_timer import Spans
+from cmae_scale.engine.metrics.step_timer import StepTimer
 
 _ROWS = 40  # of the table
 
 
-class StepTrace:
+class Profiler:
     """Records from before step `steps.start` to after the last of `steps`, then writes two files.
 
     They are `trace_A-B.json` for chrome://tracing or https://ui.perfetto.dev and `operations_A-B.txt`, with
     steps counted from 1 as in metrics.jsonl. A run that resumes in between records the rest.
     """
 
-    def __init__(self, steps: range, *, folder: Path, device: torch.device, spans: Spans) -> None:
+    def __init__(self, steps: range, *, folder: Path, device: torch.device, timer: StepTimer) -> None:
         self.steps = steps
         self.folder = folder
-        self._device, self._spans = device, spans
+        self._device, self._timer = device, timer
         self._profile: Any = None
 
     def before(self, step: int) -> None:
@@ -32,7 +32,7 @@ class StepTrace:
                 activities.append(ProfilerActivity.CUDA)
             self._profile = profile(activities=activities)
             self._profile.start()
-            self._spans.names_operations = True
+            self._timer.names_operations = True
 
     def after(self, step: int) -> str | None:
         """End with the last of the chosen steps. Returns what to tell then."""
@@ -44,7 +44,7 @@ class StepTrace:
             return None
         recorded, self._profile = self._profile, None
         recorded.stop()
-        self._spans.names_operations = False
+        self._timer.names_operations = False
         name = f"{self.steps[0] + 1}-{self.steps[-1] + 1}"
         order = "self_cuda_time_total" if self._device.type == "cuda" else "self_cpu_time_total"
         try:

@@ -16,7 +16,7 @@ SPANS = ("data", "augment", "forward", "target", "backward", "step", "ema", "log
 _NOTHING = nullcontext()
 
 
-class Spans:
+class StepTimer:
     """Splits time among names: each moment belongs to the innermost span that is open.
 
     On a GPU the marks are events in the stream, so that nothing waits until they are read; a name then has

@@ -30,7 +30,7 @@ def without_monitors(settings: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if name not in SECTIONS}
 
 
-class Monitors:
+class MetricsWriters:
     """What the run file's DeepSpeed sections turn on. `say` tells people of trouble, once per kind.
 
     `kept` goes into the run's states and comes back from them: wandb's name of the run, so that a run that

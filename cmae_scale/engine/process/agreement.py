@@ -33,7 +33,7 @@ class Answer(Generic[T]):
     request: str | None
 
 
-class RollCall:
+class RankAgreement:
     """Work that every rank does at the same step, such as taking its batches, and that may fail on some."""
 
     def __init__(self, stop: StopRequest) -> None:

@@ -16,7 +16,7 @@ from cmae_scale.core.slurm import describe_task
 from cmae_scale.core.world import World, read_world
 from cmae_scale.engine.process.cores import settle_threads
 from cmae_scale.engine.process.devices import take_device
-from cmae_scale.engine.process.heartbeat import Pulse
+from cmae_scale.engine.process.heartbeat import Heartbeat
 from cmae_scale.engine.process.signals import StopRequest
 
 # DeepSpeed's compiled shared-memory all-reduce serves tensor-parallel inference. Training does not need it,
@@ -33,16 +33,16 @@ class PeerMissingError(UserError):
 
 
 @dataclass(frozen=True)
-class Place:
+class RankContext:
     """Where this process computes, what it is doing, and whether it was asked to leave."""
 
     world: World
     device: torch.device
-    pulse: Pulse = field(default_factory=Pulse)
+    heartbeat: Heartbeat = field(default_factory=Heartbeat)
     stop: StopRequest = field(default_factory=StopRequest)
 
 
-def start_processes(*, timeout_s: float = 600.0, stop: StopRequest | None = None) -> Place:
+def start_processes(*, timeout_s: float = 600.0, stop: StopRequest | None = None) -> RankContext:
     """This rank's place in the group that a launcher or `srun` prepared, or in a group of one.
 
     The processors of a machine are shared out among its ranks, unless OMP_NUM_THREADS is the user's own.
@@ -53,7 +53,7 @@ def start_processes(*, timeout_s: float = 600.0, stop: StopRequest | None = None
     device = take_device(world)
     join_group(world, device, timeout_s=timeout_s)
     settle_threads()
-    return Place(world=world, device=device, stop=stop or StopRequest())
+    return RankContext(world=world, device=device, stop=stop or StopRequest())
 
 
 def stop_processes() -> None:

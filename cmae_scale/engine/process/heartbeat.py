@@ -22,7 +22,7 @@ class Report(NamedTuple):
         return self.where if self.step is None else f"{self.where}, step {self.step}"
 
 
-class Pulse:
+class Heartbeat:
     """The work of this rank's main thread. Entering a part of it is progress; no part may last for ever."""
 
     def __init__(self) -> None:
@@ -37,7 +37,7 @@ class Pulse:
         """
         self._now = (where, step, time.monotonic(), patience)
 
-    def forgive(self, held_s: float) -> None:
+    def reset(self, held_s: float) -> None:
         """Do not count seconds in which the process could not run: it was stopped, or its machine asleep."""
         since_s = self._now[2]
         entered_s, before_s = self._held

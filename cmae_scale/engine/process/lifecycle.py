@@ -11,26 +11,26 @@ from cmae_scale.config.run_file import Run, name_settings
 from cmae_scale.core.credentials import mask
 from cmae_scale.core.errors import UserError
 from cmae_scale.core.files import write_text
-from cmae_scale.engine.process.group import Place, start_processes, stop_processes
+from cmae_scale.engine.process.group import RankContext, start_processes, stop_processes
 from cmae_scale.engine.process.run_folder import hold_folder, open_folder
 from cmae_scale.engine.process.signals import InterruptedRunError, StopRequest
-from cmae_scale.engine.process.watchdog import FAILED, Watch
+from cmae_scale.engine.process.watchdog import FAILED, Watchdog
 
 
 @contextmanager
-def attend(run: Run, stop: StopRequest) -> Iterator[Place]:
+def run_context(run: Run, stop: StopRequest) -> Iterator[RankContext]:
     """This process's place among the ranks of `run`, watched. `stop` has been listening for signals already.
 
     Inside, a signal is a request that `take_steps` answers at its next step, a rank that dies or freezes ends
     the others with its name, and so does a step that never ends. RUN/exit.json says how it all ended, for
     launchers pass on some rank's status or none. Raises ConfigError when the run folder cannot be used.
     """
-    place = start_processes(stop=stop)
+    context = start_processes(stop=stop)
     stop.hold()
-    note = ExitNote(run.out, place)
-    with Watch(
-        world=place.world,
-        pulse=place.pulse,
+    note = ExitNote(run.out, context)
+    with Watchdog(
+        world=context.world,
+        heartbeat=context.heartbeat,
         stop=stop,
         faults=run.settings.faults,
         kind=run.kind,
@@ -38,10 +38,10 @@ def attend(run: Run, stop: StopRequest) -> Iterator[Place]:
         on_end=lambda cause: note.write(FAILED, cause),
     ) as watch:
         try:
-            open_folder(run.out, world=place.world)
-            with hold_folder(run.out, world=place.world):
+            open_folder(run.out, world=context.world)
+            with hold_folder(run.out, world=context.world):
                 note.begin()
-                yield place
+                yield context
                 note.write_first(0, "done")
         except UserError as error:
             error.args = (name_settings(str(error), run.kind),)
@@ -69,21 +69,21 @@ def is_about_peers(error: Exception) -> bool:
 class ExitNote:
     """RUN/exit.json: status, cause, the last step and state, and what to do next."""
 
-    def __init__(self, out: Path, place: Place) -> None:
+    def __init__(self, out: Path, context: RankContext) -> None:
         self._out = out
-        self._place = place
+        self._context = context
         self._is_ours = False  # the folder; another run's note stays
 
     def begin(self) -> None:
         """A run that is at work, or was killed, has none."""
         self._is_ours = True
-        if self._place.world.is_first:
+        if self._context.world.is_first:
             with suppress(OSError):
                 (self._out / "exit.json").unlink(missing_ok=True)
 
     def write_first(self, status: int, cause: str, *, done: int | None = None) -> None:
         """Write it on the first rank. `done` is the number of steps done, where it is known."""
-        if self._place.world.is_first:
+        if self._context.world.is_first:
             self.write(status, cause, done=done)
 
     def write(self, status: int, cause: str, *, done: int | None = None) -> None:
@@ -94,7 +94,7 @@ class ExitNote:
         note = {
             "status": status,
             "cause": mask(cause),
-            "step": self._place.pulse.read().step if done is None else done,
+            "step": self._context.heartbeat.read().step if done is None else done,
             "state": states[-1] if states else None,
             "next": _advise(status),
         }

@@ -18,7 +18,7 @@ from cmae_scale.engine.process.heartbeat import PARTS, Report
 Message = dict[str, Any]
 
 
-class Line:
+class Connection:
     """One end of a connection. Nothing here waits for the other side."""
 
     def __init__(self, connection: socket.socket) -> None:
@@ -65,7 +65,7 @@ class Member:
 
 
 @dataclass
-class Roster:
+class PeerTable:
     """What rank 0 knows of the ranks. Pure: time comes in as an argument.
 
     A rank that failed with an error that all ranks may share (bad data, a wrong setting) gives the others
@@ -90,7 +90,7 @@ class Roster:
         if message.get("bye"):
             member.is_done = True
 
-    def forgive(self, *, now_s: float) -> None:
+    def reset(self, *, now_s: float) -> None:
         """Start all clocks anew: it was rank 0 that did not listen."""
         for member in self.members.values():
             member.heard_s = now_s
@@ -164,7 +164,7 @@ def order_of(where: str, step: int | None) -> tuple[int, int]:
     return (-1 if step is None else step), PARTS.index(where) if where in PARTS else len(PARTS)
 
 
-def open_desk() -> socket.socket:
+def open_server() -> socket.socket:
     """Where rank 0 takes the lines of all ranks, at a port of the kernel's choice."""
     return socket.create_server(("", 0), backlog=4096)
 
@@ -178,11 +178,11 @@ def find_addresses(master: str) -> list[str]:
     return list(dict.fromkeys([*addresses, socket.gethostname()]))
 
 
-def call_desk(addresses: Iterable[str], *, port: int, timeout_s: float = 10.0) -> Line | None:
+def connect_to_server(addresses: Iterable[str], *, port: int, timeout_s: float = 10.0) -> Connection | None:
     """A line to rank 0, or None when none of its names can be reached."""
     for address in addresses:
         try:
-            return Line(socket.create_connection((address, port), timeout=timeout_s))
+            return Connection(socket.create_connection((address, port), timeout=timeout_s))
         except OSError:
             continue
     return None

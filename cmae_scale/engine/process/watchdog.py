@@ -25,8 +25,15 @@ from cmae_scale.core.collectives import gather_objects
 from cmae_scale.core.credentials import mask
 from cmae_scale.core.terminal import tell
 from cmae_scale.core.world import World
-from cmae_scale.engine.process.heartbeat import Pulse
-from cmae_scale.engine.process.peers import Line, Message, Roster, call_desk, find_addresses, open_desk
+from cmae_scale.engine.process.heartbeat import Heartbeat
+from cmae_scale.engine.process.peers import (
+    Connection,
+    Message,
+    PeerTable,
+    connect_to_server,
+    find_addresses,
+    open_server,
+)
 from cmae_scale.engine.process.signals import SIGNALS, STOP_FILE, StopRequest
 
 FAILED = 1  # exit status of a run that the watch ends
@@ -43,29 +50,29 @@ class Verdict(NamedTuple):
     is_about_first: bool = False  # rank 0 is lost, so that another must speak
 
 
-class Watch:
+class Watchdog:
     """Use it in a `with`, on all ranks together. `on_end` is told why, before the process ends."""
 
     def __init__(
         self,
         *,
         world: World,
-        pulse: Pulse,
+        heartbeat: Heartbeat,
         stop: StopRequest,
         faults: FaultsConfig,
         kind: str = "cmae",
         out: Path,
         on_end: Callable[[str], None],
     ) -> None:
-        self._world, self._pulse, self._stop, self._faults = world, pulse, stop, faults
+        self._world, self._heartbeat, self._stop, self._faults = world, heartbeat, stop, faults
         self._stacks, self._stop_file = out / "stacks", out / "stop"
         self._kind, self._on_end = kind, on_end
         self._every_s = min(2.0, faults.peer_timeout_s / 10, faults.step_timeout_s / 10)
         self._selector = selectors.DefaultSelector()
-        self._line: Line | None = None  # to rank 0
+        self._line: Connection | None = None  # to rank 0
         self._desk: socket.socket | None = None  # of rank 0
-        self._lines: dict[Line, int | None] = {}  # of rank 0: to whom, once it has said so
-        self._roster = Roster(faults.peer_timeout_s)
+        self._lines: dict[Connection, int | None] = {}  # of rank 0: to whom, once it has said so
+        self._peers = PeerTable(faults.peer_timeout_s)
         self._token = ""
         self._heard_s = time.monotonic()
         self._request: str | None = None  # seen by this thread, maybe before the main thread could
@@ -75,7 +82,7 @@ class Watch:
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
 
-    def __enter__(self) -> "Watch":
+    def __enter__(self) -> "Watchdog":
         self._meet()
         self._reader, self._waker = socket.socketpair()
         for end in (self._reader, self._waker):
@@ -113,7 +120,7 @@ class Watch:
 
     def await_verdict(self) -> None:
         """After an error of the connections between ranks: if a rank is lost, the process ends in here."""
-        self._closing.wait(Roster.GRACE_S + 3 * self._every_s)
+        self._closing.wait(PeerTable.GRACE_S + 3 * self._every_s)
 
     def _meet(self) -> None:
         """Connect every rank with rank 0."""
@@ -121,13 +128,13 @@ class Watch:
             return
         told: tuple[list[str], int, str] = ([], 0, "")
         if self._world.is_first:
-            self._desk = open_desk()
+            self._desk = open_server()
             self._token = secrets.token_hex(16)  # a stranger's connection is no rank's
             addresses = find_addresses(os.environ.get("MASTER_ADDR", "127.0.0.1"))
             told = (addresses, self._desk.getsockname()[1], self._token)
             self._selector.register(self._desk, selectors.EVENT_READ)
         addresses, port, token = gather_objects(told)[0]
-        self._line = call_desk(["127.0.0.1"] if self._world.is_first else addresses, port=port)
+        self._line = connect_to_server(["127.0.0.1"] if self._world.is_first else addresses, port=port)
         if self._line is None:
             tell(
                 f"warning: rank {self._world.rank} cannot reach rank 0 at {addresses}, port {port}, "
@@ -151,8 +158,8 @@ class Watch:
             now_s = time.monotonic()
             if now_s - last_s > 3 * self._every_s:  # this thread itself was held up: nobody else is to blame
                 self._heard_s = now_s
-                self._roster.forgive(now_s=now_s)
-                self._pulse.forgive(now_s - last_s)
+                self._peers.reset(now_s=now_s)
+                self._heartbeat.reset(now_s - last_s)
             last_s = now_s
             self._pass_on()
             if now_s - beaten_s > self._every_s:
@@ -163,11 +170,11 @@ class Watch:
 
     def _accept(self) -> None:
         assert self._desk is not None
-        line = Line(self._desk.accept()[0])
+        line = Connection(self._desk.accept()[0])
         self._lines[line] = None
         self._selector.register(line.socket, selectors.EVENT_READ, line)
 
-    def _listen(self, line: Line) -> None:
+    def _listen(self, line: Connection) -> None:
         messages = line.receive()
         if line is self._line:
             self._obey(messages)
@@ -179,14 +186,14 @@ class Watch:
             if rank is None:
                 messages = None
                 break
-            self._roster.hear(rank, message, now_s=time.monotonic())
+            self._peers.hear(rank, message, now_s=time.monotonic())
             if "asked" in message:
                 self._send_all(message)
         if messages is None:
             self._selector.unregister(line.socket)
             line.close()
             del self._lines[line]
-            if rank is not None and (lost := self._roster.lose(rank)):
+            if rank is not None and (lost := self._peers.lose(rank)):
                 self._end_all(Verdict(lost))
 
     def _obey(self, messages: list[Message] | None) -> None:
@@ -236,29 +243,29 @@ class Watch:
 
     def _beat(self) -> None:
         if self._line is not None:
-            self._line.send({"beat": list(self._pulse.read())})
+            self._line.send({"beat": list(self._heartbeat.read())})
         if self._desk is not None:
             self._send_all({"beat": True})
 
     def _judge(self, now_s: float) -> None:
         if self._world.is_first:
-            for warning in self._roster.find_silent(now_s=now_s):
+            for warning in self._peers.find_silent(now_s=now_s):
                 tell(warning, to=sys.stderr)
-            if lost := self._roster.find_lost(now_s=now_s):
+            if lost := self._peers.find_lost(now_s=now_s):
                 self._end_all(Verdict(lost))
             # ranks go in step, so what holds up any of them holds up this one
-            if self._pulse.is_stuck(self._faults.step_timeout_s):
+            if self._heartbeat.is_stuck(self._faults.step_timeout_s):
                 self._end_all(Verdict(self._describe_stuck(), True))
         elif self._line is not None and now_s - self._heard_s > self._faults.peer_timeout_s:
             text = f"rank 0 has shown no life for {now_s - self._heard_s:.0f} s"
             self._end(Verdict(text, is_about_first=True))
 
     def _describe_stuck(self) -> str:
-        report = self._pulse.read()
+        report = self._heartbeat.read()
         if self._world.size == 1:
-            self._roster.hear(0, {"host": socket.gethostname(), "beat": list(report)}, now_s=0)
+            self._peers.hear(0, {"host": socket.gethostname(), "beat": list(report)}, now_s=0)
         return (
-            f"{self._roster.describe_stuck(for_s=report.for_s)}; the stacks of all threads are in "
+            f"{self._peers.describe_stuck(for_s=report.for_s)}; the stacks of all threads are in "
             f"{self._stacks}. Longer steps need a larger {self._kind}.faults.step_timeout_s"
         )
 
@@ -294,7 +301,7 @@ class Watch:
         try:
             self._stacks.mkdir(exist_ok=True)
             with path.open("w", encoding="utf-8") as file:
-                file.write(f"{verdict.text}\nthis rank: {self._pulse.read()}\n\n")
+                file.write(f"{verdict.text}\nthis rank: {self._heartbeat.read()}\n\n")
                 file.flush()
                 faulthandler.dump_traceback(file, all_threads=True)
         except OSError:
@@ -302,9 +309,9 @@ class Watch:
 
     def _wait_for_others(self) -> None:
         """Until every rank has called and ended, a while at most: one may have yet to say who it is."""
-        deadline_s = time.monotonic() + Roster.GRACE_S
+        deadline_s = time.monotonic() + PeerTable.GRACE_S
         while self._desk is not None and time.monotonic() < deadline_s:
-            if len(self._roster.members) == self._world.size and not self._roster.unfinished():
+            if len(self._peers.members) == self._world.size and not self._peers.unfinished():
                 break
             time.sleep(0.05)
 
@@ -312,8 +319,8 @@ class Watch:
         """The last word of rank 0: whoever goes on now does so unwatched, unless rank 0 failed."""
         if self._desk is None:
             return
-        own = self._roster.members.get(0)
-        if own is not None and own.failed is not None and self._roster.unfinished():
+        own = self._peers.members.get(0)
+        if own is not None and own.failed is not None and self._peers.unfinished():
             self._send_all({"verdict": f"rank 0 failed: {own.failed}", "stacks": False})
         else:
             self._send_all({"bye": True})

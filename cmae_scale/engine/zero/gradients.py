@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from cmae_scale.core.collectives import sum_of_ranks, world_size
 from cmae_scale.core.world import read_world
-from cmae_scale.engine.zero.shards import own_elements
+from cmae_scale.engine.zero.partitions import own_elements
 
 Parts = Mapping[str, Sequence[nn.Parameter]]
 

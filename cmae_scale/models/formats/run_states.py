@@ -10,15 +10,15 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+from cmae_scale.checkpoints.commit import DESCRIPTION, list_states
+from cmae_scale.checkpoints.description import STATE_FORMAT
+from cmae_scale.checkpoints.files import ShardReader
+from cmae_scale.checkpoints.newest import Chosen, check_files, choose_state
 from cmae_scale.config.cmae import CmaeConfig, NetworkConfig
 from cmae_scale.config.run_file import Run
 from cmae_scale.core.errors import ConfigError
 from cmae_scale.models.cmae import CMAE
 from cmae_scale.models.weights import CONFIG_FILE, WEIGHTS_FILE
-from cmae_scale.states.commit import DESCRIPTION, list_states
-from cmae_scale.states.description import STATE_FORMAT
-from cmae_scale.states.newest import Chosen, check_files, choose_state
-from cmae_scale.states.shards import ShardReader
 
 CHECKPOINTS = "checkpoints"
 _EXPORTS = ("encoder", "model")  # what a finished run leaves: of pre-training, of a transfer

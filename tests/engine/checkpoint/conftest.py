@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
+from cmae_scale.checkpoints.commit import list_states
 from cmae_scale.core.world import World
 from cmae_scale.engine.checkpoint.save_load import check_state
-from cmae_scale.states.commit import list_states
 
 
 @pytest.fixture

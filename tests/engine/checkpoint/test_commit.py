@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 
+from cmae_scale.checkpoints import commit
+from cmae_scale.checkpoints.commit import list_states, read_description
 from cmae_scale.core.world import World
 from cmae_scale.engine.checkpoint import save_load
 from cmae_scale.engine.checkpoint.save_load import check_state
-from cmae_scale.states import commit
-from cmae_scale.states.commit import list_states, read_description
 
 pytestmark = pytest.mark.dist
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from cmae_scale.checkpoints.commit import list_states, read_description, write_description
 from cmae_scale.config.run_file import dump_run
 from cmae_scale.core.errors import ConfigError
 from cmae_scale.models import build_cmae, read_encoder
@@ -20,7 +21,6 @@ from cmae_scale.models.formats.model_file import read_model_file
 from cmae_scale.models.initial import start_from_
 from cmae_scale.models.pretrained import open_encoder
 from cmae_scale.pretrain import main
-from cmae_scale.states.commit import list_states, read_description, write_description
 from cmae_scale.tasks.export import export_newest
 
 pytestmark = pytest.mark.dist

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from cmae_scale.states.commit import list_states, read_description
-from cmae_scale.states.shards import ShardReader
+from cmae_scale.checkpoints.commit import list_states, read_description
+from cmae_scale.checkpoints.files import ShardReader
 
 pytestmark = pytest.mark.dist
 

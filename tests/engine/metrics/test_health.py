@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from cmae_scale.config.run_file import Run
-from cmae_scale.engine.metrics.advice import Advisor
+from cmae_scale.engine.metrics.advice import CollapseWarnings
 from cmae_scale.engine.metrics.health import measure_spread
 
 ODD = {"heads": {"hidden_dim": 33, "out_dim": 7}}  # so that ZeRO-3 has to pad
@@ -18,35 +18,35 @@ def look(run: Run, *, steps: int = 2) -> dict[str, Any]:
     """Health of the last of some steps, and the gradients and weights to compute it from, where whole."""
     from cmae_scale.config.batches import plan_batch
     from cmae_scale.config.schedules import TargetMomentum
-    from cmae_scale.data.stream import MasterBatch
+    from cmae_scale.data.stream import CropBatch
     from cmae_scale.engine.pretraining import Pretraining, start_pretraining, watch_health
     from cmae_scale.engine.process.group import start_processes
     from cmae_scale.engine.zero.gather import gather_weights
 
-    place = start_processes()
-    batch = plan_batch(run.deepspeed, ranks=place.world.size)
-    session = start_pretraining(run, place=place, data_order="none")
-    health = watch_health(session)
-    method = Pretraining(session, batch, TargetMomentum(run.cmae.target.momentum, total_steps=10), health)
-    engine, side = session.engine, run.cmae.views.master_px
+    context = start_processes()
+    batch = plan_batch(run.deepspeed, ranks=context.world.size)
+    state = start_pretraining(run, context=context, data_order="none")
+    health = watch_health(state)
+    task = Pretraining(state, batch, TargetMomentum(run.cmae.target.momentum, total_steps=10), health)
+    engine, side = state.engine, run.cmae.views.master_px
     gradients: dict[str, float] = {}
     for step in range(steps):
         assert health is not None
         health.is_due = step == steps - 1
         pixels = torch.Generator().manual_seed(step)
         images = torch.randint(0, 256, (8, 1, 3, side, side), generator=pixels, dtype=torch.uint8)
-        rows = images[place.world.rank * batch.local :][: batch.local]
+        rows = images[context.world.rank * batch.local :][: batch.local]
         parts = [
-            MasterBatch(part, torch.zeros(batch.micro, dtype=torch.int64), (), step, i)
+            CropBatch(part, torch.zeros(batch.micro, dtype=torch.int64), (), step, i)
             for i, part in enumerate(rows.split(batch.micro))
         ]
-        method.accumulate(parts, step=step)
+        task.accumulate(parts, step=step)
         health.look_at_gradients(engine)
         for name, parameter in engine.module.named_parameters():
             if parameter.grad is not None and not hasattr(parameter, "_hp_mapping"):
                 gradients[name] = float(parameter.grad.double().square().sum())
         engine.step()
-        method.follow_(step=step)
+        task.follow_(step=step)
     norm = engine.get_global_grad_norm()
     return {
         "health": health.read(contrast=1.0),
@@ -162,7 +162,7 @@ def test_spread_is_one_all_around_and_zero_for_one_direction(rng: torch.Generato
 
 
 def hear(lines: list[dict[str, float]], *, warmup: int = 0) -> list[str]:
-    advisor = Advisor(warmup_steps=warmup)
+    advisor = CollapseWarnings(warmup_steps=warmup)
     healthy = {"contrast": 1.0, "contrast_vs_chance": 0.2, "query_spread": 0.9, "key_spread": 0.9}
     return [
         text

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from cmae_scale.config.durations import Timetable
-from cmae_scale.engine.metrics.profiler import StepTrace, read_steps
-from cmae_scale.engine.metrics.step_timer import SPANS, Spans
+from cmae_scale.engine.metrics.profiler import Profiler, read_steps
+from cmae_scale.engine.metrics.step_timer import SPANS, StepTimer
 
 CPU = torch.device("cpu")
 
@@ -31,40 +31,40 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
 
 
 def test_each_moment_belongs_to_the_innermost_span(clock: Callable[[float], None]) -> None:
-    spans = Spans(CPU, is_on=True)
+    timer = StepTimer(CPU, is_on=True)
     for _ in range(2):
         clock(0.001)
-        with spans.span("forward"):
+        with timer.span("forward"):
             clock(0.010)
-            with spans.span("target"):
+            with timer.span("target"):
                 clock(0.004)
             clock(0.020)
-        with spans.span("backward"):
+        with timer.span("backward"):
             clock(0.050)
-    figures = spans.read(2)
+    figures = timer.read(2)
     assert set(figures) == {f"ms_{name}" for name in SPANS}
     shown = {name: value for name, value in figures.items() if value}
     assert shown == pytest.approx({"ms_forward": 30, "ms_target": 4, "ms_backward": 50, "ms_other": 1})
 
 
 def test_reading_begins_anew_also_inside_a_span(clock: Callable[[float], None]) -> None:
-    spans = Spans(CPU, is_on=True)
-    with spans.span("log"):
+    timer = StepTimer(CPU, is_on=True)
+    with timer.span("log"):
         clock(0.003)
-        assert spans.read(1)["ms_log"] == pytest.approx(3)
+        assert timer.read(1)["ms_log"] == pytest.approx(3)
         clock(0.002)
     clock(0.001)
-    again = spans.read(1)
+    again = timer.read(1)
     assert (again["ms_log"], again["ms_other"]) == pytest.approx((2, 1))
-    assert sum(spans.read(1).values()) == 0
+    assert sum(timer.read(1).values()) == 0
 
 
 def test_an_error_inside_a_span_ends_it(clock: Callable[[float], None]) -> None:
-    spans = Spans(CPU, is_on=True)
-    with pytest.raises(ValueError, match="no"), spans.span("step"):
+    timer = StepTimer(CPU, is_on=True)
+    with pytest.raises(ValueError, match="no"), timer.span("step"):
         raise ValueError("no")
     clock(0.001)
-    assert spans.read(1)["ms_other"] == pytest.approx(1)
+    assert timer.read(1)["ms_other"] == pytest.approx(1)
 
 
 def test_two_modules_make_a_span_from_the_first_to_the_last(clock: Callable[[float], None]) -> None:
@@ -73,23 +73,23 @@ def test_two_modules_make_a_span_from_the_first_to_the_last(clock: Callable[[flo
             clock(0.005)
             return values
 
-    spans, first, last = Spans(CPU, is_on=True), Slow(), Slow()
-    spans.watch_(first, last, name="target")
-    with spans.span("forward"):
+    timer, first, last = StepTimer(CPU, is_on=True), Slow(), Slow()
+    timer.watch_(first, last, name="target")
+    with timer.span("forward"):
         last(first(torch.ones(1)))
         clock(0.001)
-    figures = spans.read(1)
+    figures = timer.read(1)
     assert (figures["ms_target"], figures["ms_forward"]) == pytest.approx((10, 1))
 
 
 def test_switched_off_it_costs_less_than_a_microsecond_and_says_nothing() -> None:
-    spans, module = Spans(CPU, is_on=False), nn.Linear(1, 1)
-    spans.watch_(module, module, name="target")
+    timer, module = StepTimer(CPU, is_on=False), nn.Linear(1, 1)
+    timer.watch_(module, module, name="target")
     assert not module._forward_hooks
-    assert spans.read(1) == {}
+    assert timer.read(1) == {}
     begun = time.process_time()
     for _ in range(20_000):
-        with spans.span("forward"):
+        with timer.span("forward"):
             pass
     assert time.process_time() - begun < 20_000 * 2e-6  # a tenth of that on an idle machine
 
@@ -99,17 +99,17 @@ def test_on_a_gpu_the_gpus_own_time_counts() -> None:
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
     device = torch.device("cuda")
-    spans, matrix = Spans(device, is_on=True), torch.randn(4096, 4096, device=device)
+    timer, matrix = StepTimer(device, is_on=True), torch.randn(4096, 4096, device=device)
     matrix @ matrix
     torch.cuda.synchronize()
-    spans.read(1)
+    timer.read(1)
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    with spans.span("forward"):
+    with timer.span("forward"):
         begin.record()
         for _ in range(20):
             matrix @ matrix
         end.record()
-    figures = spans.read(1)
+    figures = timer.read(1)
     assert figures["ms_forward"] == pytest.approx(begin.elapsed_time(end), rel=0.1)
 
 
@@ -119,12 +119,12 @@ def test_steps_to_trace_are_counted_as_in_the_metrics(text: str, steps: range) -
 
 
 def test_a_trace_holds_the_chosen_steps_alone(tmp_path: Path) -> None:
-    spans = Spans(CPU, is_on=False)
-    trace = StepTrace(range(1, 3), folder=tmp_path / "profile", device=CPU, spans=spans)
+    timer = StepTimer(CPU, is_on=False)
+    trace = Profiler(range(1, 3), folder=tmp_path / "profile", device=CPU, timer=timer)
     told = []
     for step in range(4):
         trace.before(step)
-        with spans.span("forward"):
+        with timer.span("forward"):
             torch.ones(step + 3, step + 3) @ torch.ones(step + 3, step + 3)
         told.append(trace.after(step))
     assert trace.close() is None
@@ -139,7 +139,7 @@ def test_a_trace_holds_the_chosen_steps_alone(tmp_path: Path) -> None:
 
 def test_a_trace_that_cannot_be_written_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    trace = StepTrace(range(1), folder=tmp_path / "file", device=CPU, spans=Spans(CPU, is_on=False))
+    trace = Profiler(range(1), folder=tmp_path / "file", device=CPU, timer=StepTimer(CPU, is_on=False))
     trace.before(0)
     assert "warning: the trace of steps 1-1 cannot be written" in str(trace.after(0))
 
@@ -149,23 +149,23 @@ def run_loop(run: Any, *, steps: int) -> Path:
     from cmae_scale.config.batches import plan_batch
     from cmae_scale.config.schedules import TargetMomentum, WarmupCosine
     from cmae_scale.data.bad_samples import BadSamples
-    from cmae_scale.data.stream import MasterBatch
+    from cmae_scale.data.stream import CropBatch
     from cmae_scale.engine.loop import take_steps
-    from cmae_scale.engine.metrics.logger import Journal
+    from cmae_scale.engine.metrics.logger import MetricsLogger
     from cmae_scale.engine.pretraining import Pretraining, start_pretraining, watch_health
     from cmae_scale.engine.process.group import start_processes
 
-    place = start_processes()
-    batch = plan_batch(run.deepspeed, ranks=place.world.size)
-    session = start_pretraining(run, place=place, data_order="none")
-    method = Pretraining(session, batch, TargetMomentum(0.9, total_steps=steps), watch_health(session))
+    context = start_processes()
+    batch = plan_batch(run.deepspeed, ranks=context.world.size)
+    state = start_pretraining(run, context=context, data_order="none")
+    task = Pretraining(state, batch, TargetMomentum(0.9, total_steps=steps), watch_health(state))
     times = Timetable(steps_per_epoch=steps, total_steps=steps, warmup_steps=1, save_every_steps=steps)
-    journal = Journal(
-        session, times=times, metric_names=method.metric_names, image_flops=1, health=method.health
+    logger = MetricsLogger(
+        state, times=times, metric_names=task.metric_names, image_flops=1, health=task.health
     )
     side = run.cmae.views.master_px
-    masters = (
-        MasterBatch(
+    crops = (
+        CropBatch(
             torch.randint(0, 256, (batch.micro, 1, 3, side, side), dtype=torch.uint8),
             torch.zeros(batch.micro, dtype=torch.int64),
             (),
@@ -177,9 +177,9 @@ def run_loop(run: Any, *, steps: int) -> Path:
     )
     lr = WarmupCosine(peak=1e-3, total_steps=steps, warmup_steps=1)
     bad = BadSamples(0.1)
-    take_steps(method, journal, lambda _: nullcontext(masters), steps=range(steps), lr=lr, bad=bad)
-    journal.close()
-    return journal.path
+    take_steps(task, logger, lambda _: nullcontext(crops), steps=range(steps), lr=lr, bad=bad)
+    logger.close()
+    return logger.path
 
 
 @pytest.mark.slow_unless(stage=3)

@@ -1,4 +1,4 @@
-"""Monitors that fail or stall: training never waits for them and never ends by them."""
+"""MetricsWriters that fail or stall: training never waits for them and never ends by them."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from cmae_scale.engine.metrics import writers
-from cmae_scale.engine.metrics.writers import Monitors, without_monitors
+from cmae_scale.engine.metrics.writers import MetricsWriters, without_monitors
 
 CSV = {"csv_monitor": {"enabled": True, "output_path": "x", "job_name": "y"}}
 TWO = {**CSV, "tensorboard": {"enabled": True, "output_path": "x", "job_name": "y"}}
@@ -32,7 +32,7 @@ class Sink:
 
 def test_what_is_written_arrives_in_order() -> None:
     sink = Sink(lambda: None)
-    opened = Monitors(CSV, is_first=True, say=print, build=lambda config: sink)
+    opened = MetricsWriters(CSV, is_first=True, say=print, build=lambda config: sink)
     for step in range(100):
         opened.write([("loss", 1.0, step)])
     opened.close()
@@ -44,7 +44,7 @@ def test_a_monitor_that_raises_is_told_of_once() -> None:
         raise OSError("[Errno 28] No space left on device")
 
     said: list[str] = []
-    opened = Monitors(CSV, is_first=True, say=said.append, build=lambda config: Sink(fail))
+    opened = MetricsWriters(CSV, is_first=True, say=said.append, build=lambda config: Sink(fail))
     for step in range(10):
         opened.write([("loss", 1.0, step)])
     opened.close()
@@ -56,7 +56,7 @@ def test_a_monitor_that_cannot_be_opened_is_told_of() -> None:
         raise RuntimeError("no such server\nmore")
 
     said: list[str] = []
-    opened = Monitors(CSV, is_first=True, say=said.append, build=build)
+    opened = MetricsWriters(CSV, is_first=True, say=said.append, build=build)
     opened.write([("loss", 1.0, 0)])
     opened.close()
     assert said == ["warning: csv_monitor cannot be opened (no such server)"]
@@ -74,7 +74,7 @@ def test_a_stalled_monitor_holds_up_neither_training_nor_the_other_monitor(
     def build(config: Any) -> Sink:
         return stalled if config.csv_monitor.enabled else well
 
-    opened = Monitors(TWO, is_first=True, say=said.append, build=build)
+    opened = MetricsWriters(TWO, is_first=True, say=said.append, build=build)
     for step in range(50):
         opened.write([("loss", 1.0, step)])
         arrived.acquire()
@@ -84,7 +84,7 @@ def test_a_stalled_monitor_holds_up_neither_training_nor_the_other_monitor(
 
 
 def test_only_the_first_rank_opens_monitors() -> None:
-    opened = Monitors(CSV, is_first=False, say=print, build=lambda config: pytest.fail("opened"))
+    opened = MetricsWriters(CSV, is_first=False, say=print, build=lambda config: pytest.fail("opened"))
     opened.write([("loss", 1.0, 0)])
     opened.close()
 
@@ -109,7 +109,7 @@ def open_wandb(kept: dict[str, Any]) -> tuple[str | None, str | None]:
         found.extend(os.environ.get(name) for name in ("WANDB_RUN_ID", "WANDB_RESUME"))
         return Sink(lambda: None)
 
-    opened = Monitors(
+    opened = MetricsWriters(
         {"wandb": {"enabled": True, "project": "none"}}, is_first=True, say=print, kept=kept, build=build
     )
     opened.close()
@@ -133,17 +133,17 @@ def test_a_run_that_goes_on_is_the_same_one_for_wandb(
 
 def test_states_keep_nothing_for_monitors_that_are_off() -> None:
     kept: dict[str, Any] = {}
-    Monitors(CSV, is_first=True, say=print, kept=kept, build=lambda config: Sink(lambda: None)).close()
+    MetricsWriters(CSV, is_first=True, say=print, kept=kept, build=lambda config: Sink(lambda: None)).close()
     assert kept == {}
 
 
 SCRIPT = """
 import json, sys, time
 from cmae_scale.engine.process.group import start_processes
-from cmae_scale.engine.metrics.writers import Monitors
+from cmae_scale.engine.metrics.writers import MetricsWriters
 start_processes()
 said = []
-opened = Monitors({"wandb": {"enabled": True, "project": "none"}}, is_first=True, say=said.append,
+opened = MetricsWriters({"wandb": {"enabled": True, "project": "none"}}, is_first=True, say=said.append,
                   kept={"wandb_id": "a1b2c3d4"})
 opened.write([("loss", 1.0, 0)])
 print("WRITTEN", len(said), flush=True)

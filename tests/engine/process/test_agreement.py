@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from cmae_scale.core.errors import DataError
-from cmae_scale.engine.process.agreement import Answer, PeerFailedError, RollCall
+from cmae_scale.engine.process.agreement import Answer, PeerFailedError, RankAgreement
 from cmae_scale.engine.process.signals import InterruptedRunError, StopRequest
 
 
@@ -17,9 +17,9 @@ def test_alone_it_is_the_work_itself() -> None:
     def fail() -> None:
         raise DataError("cut")
 
-    assert RollCall(StopRequest()).answer(lambda: 3) == Answer(3, None)
+    assert RankAgreement(StopRequest()).answer(lambda: 3) == Answer(3, None)
     with pytest.raises(DataError, match="cut"):
-        RollCall(StopRequest()).answer(fail)
+        RankAgreement(StopRequest()).answer(fail)
 
 
 @pytest.mark.dist
@@ -31,7 +31,7 @@ def test_when_one_rank_fails_all_end_at_the_same_step(
         from cmae_scale.engine.process.group import start_processes
 
         rank = start_processes().world.rank
-        roll_call = RollCall(StopRequest())
+        agreement = RankAgreement(StopRequest())
 
         def read(step: int) -> int:
             if rank == 1 and step == 3:
@@ -40,7 +40,7 @@ def test_when_one_rank_fails_all_end_at_the_same_step(
 
         for step in range(10):
             try:
-                assert roll_call.answer(lambda step=step: read(step)) == Answer(step, None)
+                assert agreement.answer(lambda step=step: read(step)) == Answer(step, None)
             except (kind, PeerFailedError) as error:
                 return step, type(error).__name__, str(error)
         raise AssertionError("nothing failed")
@@ -62,11 +62,11 @@ def test_a_signal_to_one_rank_is_answered_by_all_at_the_same_step(
         rank = start_processes().world.rank
         with StopRequest() as stop:
             stop.hold()
-            roll_call = RollCall(stop)
+            agreement = RankAgreement(stop)
             for step in range(10):
                 if rank == 1 and step == 4:
                     os.kill(os.getpid(), number)
-                request = roll_call.answer(lambda: None).request
+                request = agreement.answer(lambda: None).request
                 if request is not None:
                     return step, request
         raise AssertionError("nobody asked")
@@ -79,7 +79,7 @@ def test_a_request_ends_a_wait_for_data() -> None:
         stop.hold()
         timer = threading.Timer(0.2, lambda: stop.tell("SIGTERM"))
         timer.start()
-        assert RollCall(stop).answer(lambda: threading.Event().wait()) == Answer(None, "SIGTERM")
+        assert RankAgreement(stop).answer(lambda: threading.Event().wait()) == Answer(None, "SIGTERM")
 
 
 def test_before_there_is_anything_to_save_a_signal_ends_the_process_at_once() -> None:

@@ -17,10 +17,10 @@ import pytest
 from cmae_scale.config.cmae import FaultsConfig
 from cmae_scale.core.errors import DataError
 from cmae_scale.core.world import read_world
-from cmae_scale.engine.process.agreement import RollCall
-from cmae_scale.engine.process.heartbeat import Pulse
+from cmae_scale.engine.process.agreement import RankAgreement
+from cmae_scale.engine.process.heartbeat import Heartbeat
 from cmae_scale.engine.process.signals import StopRequest
-from cmae_scale.engine.process.watchdog import Watch
+from cmae_scale.engine.process.watchdog import Watchdog
 
 pytestmark = pytest.mark.dist
 
@@ -29,27 +29,27 @@ PATIENT = FaultsConfig(step_timeout_s=300, peer_timeout_s=300)
 
 @pytest.fixture
 def watched(let_ranks_end: Callable[..., Any], tmp_path: Path) -> Callable[..., Any]:
-    """`watched(work)`: how ranks end that run `work(rank, pulse)` and then wait for one another, watched."""
+    """`watched(work)`: how ranks end that run `work(rank, heartbeat)` and then wait for one another, watched."""
 
     def run(
-        work: Callable[[int, Pulse], None], *, ranks: int = 3, faults: FaultsConfig = PATIENT, **more: Any
+        work: Callable[[int, Heartbeat], None], *, ranks: int = 3, faults: FaultsConfig = PATIENT, **more: Any
     ) -> Any:
         def be() -> int | None:
             from cmae_scale.engine.process.group import start_processes
 
-            place = start_processes()
-            rank, out = place.world.rank, tmp_path
-            watch = Watch(
-                world=place.world,
-                pulse=place.pulse,
-                stop=place.stop,
+            context = start_processes()
+            rank, out = context.world.rank, tmp_path
+            watch = Watchdog(
+                world=context.world,
+                heartbeat=context.heartbeat,
+                stop=context.stop,
                 faults=faults,
                 out=out,
                 on_end=lambda cause: (out / f"end_{rank}").write_text(cause) and None,
             )
             with watch:
                 try:
-                    work(rank, place.pulse)
+                    work(rank, context.heartbeat)
                     meet()
                 except DataError as error:
                     watch.report(str(error), is_shared=True)
@@ -80,7 +80,7 @@ def notes(folder: Path) -> dict[str, str]:
 
 
 def test_all_end_well(watched: Callable[..., Any], tmp_path: Path) -> None:
-    ended = watched(lambda rank, pulse: time.sleep(0.2 * rank))
+    ended = watched(lambda rank, heartbeat: time.sleep(0.2 * rank))
     assert [(end.status, end.stderr) for end in ended] == [(0, "")] * 3
     assert not notes(tmp_path)
 
@@ -90,8 +90,8 @@ def test_all_end_well(watched: Callable[..., Any], tmp_path: Path) -> None:
 def test_a_killed_rank_is_named_by_all_others(
     watched: Callable[..., Any], tmp_path: Path, victim: int
 ) -> None:
-    def work(rank: int, pulse: Pulse) -> None:
-        pulse.enter("computing gradients", step=5)
+    def work(rank: int, heartbeat: Heartbeat) -> None:
+        heartbeat.enter("computing gradients", step=5)
         time.sleep(3)  # what a rank does is told every second
         if rank == victim:
             os.kill(os.getpid(), signal.SIGKILL)
@@ -116,7 +116,7 @@ def test_a_killed_rank_is_named_by_all_others(
 def test_a_frozen_rank_is_named_by_all_others(
     watched: Callable[..., Any], tmp_path: Path, victim: int
 ) -> None:
-    def work(rank: int, pulse: Pulse) -> None:
+    def work(rank: int, heartbeat: Heartbeat) -> None:
         if rank == victim:
             os.kill(os.getpid(), signal.SIGSTOP)
 
@@ -131,7 +131,7 @@ def test_a_frozen_rank_is_named_by_all_others(
 
 
 def test_an_error_of_one_rank_ends_the_others_with_its_words(watched: Callable[..., Any]) -> None:
-    def work(rank: int, pulse: Pulse) -> None:
+    def work(rank: int, heartbeat: Heartbeat) -> None:
         if rank == 2:
             raise ZeroDivisionError("by nothing")
 
@@ -144,7 +144,7 @@ def test_an_error_of_one_rank_ends_the_others_with_its_words(watched: Callable[.
 
 
 def test_an_error_of_rank_0_ends_the_others_with_its_words(watched: Callable[..., Any]) -> None:
-    def work(rank: int, pulse: Pulse) -> None:
+    def work(rank: int, heartbeat: Heartbeat) -> None:
         if rank == 0:
             raise ZeroDivisionError("by nothing")
 
@@ -157,7 +157,7 @@ def test_an_error_of_rank_0_ends_the_others_with_its_words(watched: Callable[...
 def test_an_error_that_all_ranks_share_ends_each_by_itself(
     watched: Callable[..., Any], tmp_path: Path
 ) -> None:
-    def work(rank: int, pulse: Pulse) -> None:
+    def work(rank: int, heartbeat: Heartbeat) -> None:
         time.sleep(0.5 * rank)
         raise DataError("the shard is cut")
 
@@ -171,21 +171,21 @@ def _ranks_that_call_late(monkeypatch: pytest.MonkeyPatch) -> None:
     """All ranks but the first are slow to tell rank 0 who they are."""
     from cmae_scale.engine.process import watchdog
 
-    original = watchdog.call_desk
+    original = watchdog.connect_to_server
 
     def call_late(*args: Any, **options: Any) -> Any:
         if read_world().rank:
             time.sleep(1)
         return original(*args, **options)
 
-    monkeypatch.setattr(watchdog, "call_desk", call_late)
+    monkeypatch.setattr(watchdog, "connect_to_server", call_late)
 
 
 @pytest.mark.usefixtures("_ranks_that_call_late")
 def test_ranks_that_are_late_to_call_still_end_by_the_error_that_all_share(
     watched: Callable[..., Any],
 ) -> None:
-    def work(rank: int, pulse: Pulse) -> None:
+    def work(rank: int, heartbeat: Heartbeat) -> None:
         raise DataError("the shard is cut")
 
     assert [(end.status, end.stderr) for end in watched(work)] == [(2, "")] * 3
@@ -193,7 +193,7 @@ def test_ranks_that_are_late_to_call_still_end_by_the_error_that_all_share(
 
 @pytest.mark.usefixtures("_ranks_that_call_late")
 def test_ranks_that_are_late_to_call_still_hear_why_rank_0_ends(watched: Callable[..., Any]) -> None:
-    def work(rank: int, pulse: Pulse) -> None:
+    def work(rank: int, heartbeat: Heartbeat) -> None:
         if rank == 0:
             raise ZeroDivisionError("by nothing")
 
@@ -202,7 +202,7 @@ def test_ranks_that_are_late_to_call_still_hear_why_rank_0_ends(watched: Callabl
 
 
 def test_data_that_only_one_rank_cannot_read_ends_the_others(watched: Callable[..., Any]) -> None:
-    def work(rank: int, pulse: Pulse) -> None:
+    def work(rank: int, heartbeat: Heartbeat) -> None:
         if rank == 1:
             raise DataError("the shard is cut")
 
@@ -216,11 +216,11 @@ def test_data_that_only_one_rank_cannot_read_ends_the_others(watched: Callable[.
 def test_a_stuck_step_leaves_everyones_stacks(
     watched: Callable[..., Any], tmp_path: Path, ranks: int
 ) -> None:
-    def work(rank: int, pulse: Pulse) -> None:
-        pulse.enter("reading data", step=4)
+    def work(rank: int, heartbeat: Heartbeat) -> None:
+        heartbeat.enter("reading data", step=4)
         if rank == ranks - 1:
             wait_for_a_store()
-        pulse.enter("waiting for the others", step=4)
+        heartbeat.enter("waiting for the others", step=4)
 
     ended = watched(work, ranks=ranks, faults=FaultsConfig(step_timeout_s=2))
     assert [end.status for end in ended] == [1] * ranks
@@ -260,8 +260,8 @@ def wait_for_a_store() -> None:
 def test_a_run_that_was_stopped_and_continued_as_a_whole_goes_on(watched: Callable[..., Any]) -> None:
     """As a scheduler suspends a job, or a machine sleeps."""
 
-    def work(rank: int, pulse: Pulse) -> None:
-        pulse.enter("computing gradients", step=1)
+    def work(rank: int, heartbeat: Heartbeat) -> None:
+        heartbeat.enter("computing gradients", step=1)
         pid = os.getpid()
         doze = f"sleep 0.5; kill -STOP {pid}; sleep 7; kill -CONT {pid}"
         with subprocess.Popen(["sh", "-c", doze]):
@@ -273,11 +273,11 @@ def test_a_run_that_was_stopped_and_continued_as_a_whole_goes_on(watched: Callab
 
 @pytest.mark.slow
 def test_slow_is_not_stuck(watched: Callable[..., Any]) -> None:
-    def work(rank: int, pulse: Pulse) -> None:
+    def work(rank: int, heartbeat: Heartbeat) -> None:
         for step in range(12):
-            pulse.enter("computing gradients", step=step)
+            heartbeat.enter("computing gradients", step=step)
             time.sleep(0.5)
-        pulse.enter("saving the state", step=12, patience=10)
+        heartbeat.enter("saving the state", step=12, patience=10)
         time.sleep(6)
 
     ended = watched(work, ranks=2, faults=FaultsConfig(step_timeout_s=5))
@@ -293,11 +293,11 @@ def test_asked_again_after_a_while_a_process_leaves_at_once(
         from cmae_scale.engine.process.group import start_processes
 
         with StopRequest() as stop:
-            place = start_processes(stop=stop)
+            context = start_processes(stop=stop)
             stop.hold()
-            with Watch(
-                world=place.world,
-                pulse=place.pulse,
+            with Watchdog(
+                world=context.world,
+                heartbeat=context.heartbeat,
                 stop=stop,
                 faults=FaultsConfig(),
                 out=tmp_path,
@@ -336,13 +336,13 @@ def test_a_request_reaches_ranks_that_wait_for_one_another(
         from cmae_scale.engine.process.group import start_processes
 
         with StopRequest() as stop:
-            place = start_processes(stop=stop)
+            context = start_processes(stop=stop)
             stop.hold()
-            rank = place.world.rank
-            roll_call = RollCall(stop)
-            with Watch(
+            rank = context.world.rank
+            agreement = RankAgreement(stop)
+            with Watchdog(
                 world=read_world(),
-                pulse=place.pulse,
+                heartbeat=context.heartbeat,
                 stop=stop,
                 faults=FaultsConfig(),
                 out=tmp_path,
@@ -351,7 +351,7 @@ def test_a_request_reaches_ranks_that_wait_for_one_another(
                 meet()
                 (tmp_path / f"here_{rank}").touch()
                 # rank 0 has its data and waits in C++, where no Python handler can run; rank 1's never come
-                answer = roll_call.answer(lambda: None if rank == 0 else threading.Event().wait())
+                answer = agreement.answer(lambda: None if rank == 0 else threading.Event().wait())
                 (tmp_path / f"answer_{rank}").write_text(json.dumps(answer.request))
         return 75
 

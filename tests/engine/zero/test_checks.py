@@ -127,9 +127,9 @@ def test_a_model_built_in_shards_has_the_weights_of_one_built_whole(
         from cmae_scale.engine.process.group import start_processes
         from cmae_scale.models import build_cmae
 
-        place = start_processes()
+        context = start_processes()
         run = tiny_run(ranks=2, stage=3, cmae=odd, **settings)
-        model, _ = build_model(run, device=place.device)
+        model, _ = build_model(run, device=context.device)
         assert all(parameter.numel() == 0 for parameter in model.parameters())
         assert all(buffer.device.type == "cpu" for buffer in model.buffers())
         split = dict(model.named_buffers())

@@ -12,7 +12,7 @@ from cmae_scale.config.cmae import CmaeConfig, LossConfig
 from cmae_scale.config.run_file import read_run
 from cmae_scale.core.errors import ConfigError
 from cmae_scale.engine.inputs import draw_step
-from cmae_scale.engine.metrics.average import Meter
+from cmae_scale.engine.metrics.average import MetricAverage
 from cmae_scale.engine.metrics.logger import drop_later_lines, set_aside
 from cmae_scale.engine.optim import weight_decay_groups
 from cmae_scale.engine.precision import read_precision
@@ -66,7 +66,7 @@ def losses(value: float) -> torch.Tensor:
 
 
 def test_the_meter_gives_means_since_the_last_reading() -> None:
-    meter = Meter(METRIC_NAMES)
+    meter = MetricAverage(METRIC_NAMES)
     for value in (1.0, 2.0, 6.0):
         meter.add(losses(value))
     assert meter.read() == {"loss": 3, "pixel": 1, "contrast": 2}

@@ -17,18 +17,18 @@ from typing import Any, NamedTuple
 
 import torch
 
-from cmae_scale.core.errors import ConfigError
-from cmae_scale.report.records import describe_hardware, write_record
-from cmae_scale.trials.gpu_checks import (
+from cmae_scale.benchmarks.gpu_checks import (
+    benchmark_kernels,
     check_agreement,
     check_repetition,
     check_trace,
     check_waits,
     describe_device,
-    race_kernels,
 )
-from cmae_scale.trials.gpu_speed import race_loader, race_steps
-from cmae_scale.trials.noise import Stage
+from cmae_scale.benchmarks.gpu_speed import benchmark_loader, benchmark_steps
+from cmae_scale.benchmarks.noise import Stage
+from cmae_scale.core.errors import ConfigError
+from cmae_scale.report.records import describe_hardware, write_record
 
 Figures = dict[str, Any]
 Results = dict[str, dict[str, Figures]]  # by part and name
@@ -47,9 +47,9 @@ PARTS = {
     "trace": Part(check_trace, 90),
     "repetition": Part(check_repetition, 90),
     "waits": Part(check_waits, 60),
-    "kernels": Part(race_kernels, 60),
-    "loader": Part(race_loader, 120),
-    "steps": Part(race_steps, 600),
+    "kernels": Part(benchmark_kernels, 60),
+    "loader": Part(benchmark_loader, 120),
+    "steps": Part(benchmark_steps, 600),
 }
 END = "end"  # of a part: whether it was quick, or why it failed
 

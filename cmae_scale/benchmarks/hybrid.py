@@ -15,12 +15,14 @@ from cmae_scale.layers.sites import place_sites
 from cmae_scale.models.build import build_encoder
 from cmae_scale.models.hybrid import HybridEncoder
 from cmae_scale.models.init import init_transformer_
-from cmae_scale.report.records import Lap
+from cmae_scale.report.records import Timing
 
 KEPT, WHOLE = "kept sites", "whole maps"
 
 
-def race_encoders(cfg: CmaeConfig, *, compute: torch.dtype, batch: int, rounds: int) -> dict[str, list[Lap]]:
+def benchmark_encoders(
+    cfg: CmaeConfig, *, compute: torch.dtype, batch: int, rounds: int
+) -> dict[str, list[Timing]]:
     """Seconds per image of forward and backward, interleaved, after a round that warms up.
 
     Matrix products are in `compute`. AssertionError if the two ways give other tokens (compared in fp32).
@@ -38,12 +40,12 @@ def race_encoders(cfg: CmaeConfig, *, compute: torch.dtype, batch: int, rounds: 
     }
     with torch.no_grad():
         torch.testing.assert_close(ways[WHOLE](), ways[KEPT](), rtol=1e-4, atol=1e-4)
-    laps: dict[str, list[Lap]] = {name: [] for name in ways}
+    laps: dict[str, list[Timing]] = {name: [] for name in ways}
     for number in range(rounds + 1):
         for name, way in ways.items():
             lap = _time(way, compute)
             if number > 0:
-                laps[name].append(Lap(lap.cpu_s / batch, lap.wall_s / batch))
+                laps[name].append(Timing(lap.cpu_s / batch, lap.wall_s / batch))
     return laps
 
 
@@ -83,10 +85,10 @@ def _run_masked(block: nn.Module, sites: Tensor, places: object, visible: Tensor
     return output
 
 
-def _time(way: Callable[[], Tensor], compute: torch.dtype) -> Lap:
+def _time(way: Callable[[], Tensor], compute: torch.dtype) -> Timing:
     is_low = compute is not torch.float32
     cpu_s, wall_s = time.process_time(), time.perf_counter()
     with torch.autocast("cpu", dtype=compute if is_low else None, enabled=is_low):
         tokens = way()
     torch.autograd.backward(tokens.float().square().mean())
-    return Lap(time.process_time() - cpu_s, time.perf_counter() - wall_s)
+    return Timing(time.process_time() - cpu_s, time.perf_counter() - wall_s)

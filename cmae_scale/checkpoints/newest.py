@@ -5,10 +5,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from cmae_scale.checkpoints.commit import find_damage, list_states, read_description
+from cmae_scale.checkpoints.description import STATE_FORMAT
 from cmae_scale.config.run_file import Run
 from cmae_scale.core.errors import ConfigError
-from cmae_scale.states.commit import find_damage, list_states, read_description
-from cmae_scale.states.description import STATE_FORMAT
 
 Found = tuple[str | None, dict[str, Any] | None]  # what is wrong with a state, or None; its description
 
@@ -52,7 +52,7 @@ def choose_state(folder: Path, *, remedy: str, check: Callable[[Path], Found] = 
     return None
 
 
-def read_newest_stamp(folder: Path) -> dict[str, Any] | None:
+def read_newest_metadata(folder: Path) -> dict[str, Any] | None:
     """What wrote the newest state that can be read, of which nothing else is checked; None without one."""
     for path in list_states(folder):
         with suppress(ValueError):

@@ -4,7 +4,7 @@ On a GPU torch counts the bytes of its tensors itself. On a CPU the operating sy
 
 Resident memory says what tensors take only if the allocator gives back what is freed. So glibc is told to map
 every tensor of more than 64 KiB by itself, which it unmaps when the tensor dies, and to share one arena. What
-the interpreter, libraries and a first small session of the same kind take is the baseline; the peak is the
+the interpreter, libraries and a first small state of the same kind take is the baseline; the peak is the
 kernel's own high-water mark after that.
 """
 
@@ -25,10 +25,10 @@ from cmae_scale.config.batches import BatchSizes, plan_batch
 from cmae_scale.config.cmae import Attention, CmaeConfig
 from cmae_scale.config.run_file import Run, read_run, resolve_run
 from cmae_scale.config.schedules import TargetMomentum
-from cmae_scale.data.stream import MasterBatch
+from cmae_scale.data.stream import CropBatch
 from cmae_scale.engine.pretraining import Pretraining, start_pretraining, watch_health
-from cmae_scale.engine.process.group import Place, start_processes, stop_processes
-from cmae_scale.engine.session import Session
+from cmae_scale.engine.process.group import RankContext, start_processes, stop_processes
+from cmae_scale.engine.train_state import TrainState
 from cmae_scale.planning.forecast import assume_precision, choose_kernel, describe_job
 from cmae_scale.sizing.memory import Moment, predict_peak
 from cmae_scale.sizing.zero import Device
@@ -178,25 +178,25 @@ def measure_footprint(
     return [found[rank] for rank in range(ranks)]
 
 
-def train_on_noise(run: Run, *, place: Place, batch: BatchSizes, steps: int) -> Session:
-    """The session after steps on random images that hold what the training loop holds, as long as it does."""
+def train_on_noise(run: Run, *, context: RankContext, batch: BatchSizes, steps: int) -> TrainState:
+    """The state after steps on random images that hold what the training loop holds, as long as it does."""
     cfg = run.cmae
-    session = start_pretraining(run, place=place, data_order="noise")
+    state = start_pretraining(run, context=context, data_order="noise")
     momentum = TargetMomentum(cfg.target.momentum, total_steps=steps)
-    method = Pretraining(session, batch, momentum, watch_health(session))
+    method = Pretraining(state, batch, momentum, watch_health(state))
     crops = 2 if cfg.views.target_crop == "random" else 1
     shape = (batch.micro, crops, 3, cfg.views.master_px, cfg.views.master_px)
-    with session.use_attention():
+    with state.use_attention():
         for step in range(steps):
             parts = []
             for micro in range(batch.accumulation):
                 images = torch.randint(0, 256, shape, dtype=torch.uint8)
                 labels = torch.zeros(batch.micro, dtype=torch.int64)
-                parts.append(MasterBatch(images, labels, (), step, micro))
+                parts.append(CropBatch(images, labels, (), step, micro))
             method.accumulate(parts, step=step)
-            session.engine.step()
+            state.engine.step()
             method.follow_(step=step)
-    return session
+    return state
 
 
 def _be_rank(run: Run, ranks: int, steps: int, answers: Any) -> None:
@@ -209,18 +209,18 @@ def _be_rank(run: Run, ranks: int, steps: int, answers: Any) -> None:
 
 
 def _measure(run: Run, *, ranks: int, steps: int) -> Footprint:
-    place = start_processes()
+    context = start_processes()
     batch = plan_batch(run.deepspeed, ranks=ranks)
     resolved = resolve_run(run, batch=batch, total_steps=steps, warmup_steps=0)
     small = replace(resolved, settings=_shrink(resolved.cmae))
     micro = 2
     total = micro * batch.accumulation * ranks
     warm = BatchSizes(total=total, micro=micro, accumulation=batch.accumulation)
-    train_on_noise(small, place=place, batch=warm, steps=2)
+    train_on_noise(small, context=context, batch=warm, steps=2)
     gc.collect()
-    baseline = _start_counting(place.device)
-    train_on_noise(resolved, place=place, batch=batch, steps=steps)
-    peak = _read_peak(place.device)
+    baseline = _start_counting(context.device)
+    train_on_noise(resolved, context=context, batch=batch, steps=steps)
+    peak = _read_peak(context.device)
     stop_processes()
     return Footprint(baseline, peak)
 

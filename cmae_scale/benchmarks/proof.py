@@ -7,7 +7,7 @@ from cmae_scale.config.cmae import DataConfig, ViewsConfig
 from cmae_scale.data.bad_samples import BadSamples
 from cmae_scale.data.mix import MixPlan
 from cmae_scale.data.shard_set import ShardSet
-from cmae_scale.data.stream import MasterBatch, open_batches
+from cmae_scale.data.stream import CropBatch, open_batches
 
 WORLDS = [(ranks, workers) for ranks in (1, 2, 4) for workers in (1, 2, 3)]
 
@@ -52,7 +52,7 @@ def digest_epochs(
             stream.close()
 
 
-def _read_rows(batch: MasterBatch) -> Iterator[bytes]:
+def _read_rows(batch: CropBatch) -> Iterator[bytes]:
     for image, label, key in zip(batch.images.numpy(), batch.labels.tolist(), batch.keys, strict=True):
         yield image.tobytes() + f"{label} {key}\n".encode()
 

@@ -18,7 +18,7 @@ KINDS = {"bad": "unreadable", "small": "too small", "duplicate": "duplicates"}
 
 
 @dataclass
-class Tally:
+class ShardStats:
     """Sums over shards. `short_sides` counts images by their short side, px, `noted` by kinds of NOTES.
 
     `grey_range` are the extreme values of all grey of over 8 bits, None without any.
@@ -40,7 +40,7 @@ class Tally:
         self.formats[ending] += 1
         self.short_sides[short_side] += 1
 
-    def add(self, other: "Tally") -> None:
+    def add(self, other: "ShardStats") -> None:
         """Add the sums of another tally."""
         self.images += other.images
         self.image_bytes += other.image_bytes
@@ -64,7 +64,7 @@ class Tally:
             yield f"skipped {total:,}: {kinds}; skipped.jsonl names each"
 
 
-def pack_tally(tally: Tally) -> dict[str, Any]:
+def pack_stats(tally: ShardStats) -> dict[str, Any]:
     """A tally as JSON can keep it."""
     return {
         "images": tally.images,
@@ -77,9 +77,9 @@ def pack_tally(tally: Tally) -> dict[str, Any]:
     }
 
 
-def unpack_tally(packed: Mapping[str, Any]) -> Tally:
-    """What `pack_tally` packed."""
-    return Tally(
+def unpack_stats(packed: Mapping[str, Any]) -> ShardStats:
+    """What `pack_stats` packed."""
+    return ShardStats(
         packed["images"],
         packed["image_bytes"],
         Counter(packed["formats"]),

@@ -8,11 +8,11 @@ import torch
 from cmae_scale.config.batches import BatchSizes, plan_batch
 from cmae_scale.config.run_file import Run, read_run, resolve_run
 from cmae_scale.config.schedules import TargetMomentum
-from cmae_scale.data.stream import MasterBatch
+from cmae_scale.data.stream import CropBatch
 from cmae_scale.engine.pretraining import Pretraining, start_pretraining
-from cmae_scale.engine.process.group import Place
+from cmae_scale.engine.process.group import RankContext
 from cmae_scale.engine.step import METRIC_NAMES
-from cmae_scale.engine.step_guard import Guard
+from cmae_scale.engine.step_guard import NonFiniteGuard
 
 _STEPS = 1000  # of the schedules: none of the trials comes so far
 # a model that takes no time, for a rehearsal
@@ -69,7 +69,7 @@ def read_noise_run(size: Size, stage: Stage) -> Run:
     return resolve_run(run, batch=batch, total_steps=_STEPS, warmup_steps=1)
 
 
-def make_noise(run: Run, batch: BatchSizes, *, step: int, pin: bool) -> list[MasterBatch]:
+def make_noise(run: Run, batch: BatchSizes, *, step: int, pin: bool) -> list[CropBatch]:
     """A rank's micro-batches of random images, from `step` alone."""
     views, rng = run.cmae.views, torch.Generator().manual_seed(step)
     crops = 2 if views.target_crop == "random" else 1
@@ -78,27 +78,27 @@ def make_noise(run: Run, batch: BatchSizes, *, step: int, pin: bool) -> list[Mas
     for micro in range(batch.accumulation):
         images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=rng)
         labels = torch.zeros(batch.micro, dtype=torch.int64)
-        parts.append(MasterBatch(images.pin_memory() if pin else images, labels, (), step, micro))
+        parts.append(CropBatch(images.pin_memory() if pin else images, labels, (), step, micro))
     return parts
 
 
 class NoiseTraining:
-    """A run under way: `take(step, masters)` is a whole optimizer step as the loop takes it."""
+    """A run under way: `take(step, crops)` is a whole optimizer step as the loop takes it."""
 
-    def __init__(self, run: Run, *, place: Place) -> None:
+    def __init__(self, run: Run, *, context: RankContext) -> None:
         self.batch = plan_batch(run.deepspeed, ranks=1)
-        self.session = start_pretraining(run, place=place, data_order="noise")
+        self.state = start_pretraining(run, context=context, data_order="noise")
         momentum = TargetMomentum(run.cmae.target.momentum, total_steps=_STEPS)
-        self.method = Pretraining(self.session, self.batch, momentum)
-        self.guard = Guard(self.session.engine, metric_names=METRIC_NAMES, device=place.device)
+        self.task = Pretraining(self.state, self.batch, momentum)
+        self.guard = NonFiniteGuard(self.state.engine, metric_names=METRIC_NAMES, device=context.device)
 
-    def take(self, step: int, masters: Sequence[MasterBatch]) -> torch.Tensor:
+    def take(self, step: int, crops: Sequence[CropBatch]) -> torch.Tensor:
         """Losses of the step, on the device."""
-        with self.session.use_attention():
+        with self.state.use_attention():
             self.guard.open()
-            losses = self.method.accumulate(masters, step=step)
-            with self.session.spans.span("step"):
+            losses = self.task.accumulate(crops, step=step)
+            with self.state.timer.span("step"):
                 self.guard.apply(step, losses, keys=())
-            with self.session.spans.span("ema"):
-                self.method.follow_(step=step)
+            with self.state.timer.span("ema"):
+                self.task.follow_(step=step)
         return losses

@@ -13,16 +13,16 @@ from cmae_scale.core.collectives import gather_objects
 from cmae_scale.core.files import write_text
 from cmae_scale.report.confusion import write_confusion
 from cmae_scale.report.plots import read_metrics
-from cmae_scale.tasks.judge import Judge, Verdict
+from cmae_scale.tasks.evaluator import EvalResult, Evaluator
 from cmae_scale.tasks.task import Task
 
 
 @dataclass
-class Examination:
+class Validator:
     """An evaluation of the training loop. The best network so far is in RUN/model, the last in RUN/last."""
 
     task: Task
-    judge: Judge
+    judge: Evaluator
     gather: Callable[[], Mapping[str, Tensor]]  # the trained weights, on all ranks
     out: Path
     every_steps: int
@@ -66,12 +66,12 @@ class Examination:
             self.best = max(found, key=lambda line: float(line["val_top1"]))  # the first of equals
 
 
-def draw_confusion(out: Path, verdict: Verdict, *, classes: tuple[str, ...]) -> None:
+def draw_confusion(out: Path, verdict: EvalResult, *, classes: tuple[str, ...]) -> None:
     """RUN/confusion.png; a picture comes after what it shows is on disk."""
     write_confusion(out / "confusion.png", confusion=verdict.scores.confusion, names=classes)
 
 
-def write_predictions(out: Path, verdict: Verdict, *, classes: tuple[str, ...], is_first: bool) -> None:
+def write_predictions(out: Path, verdict: EvalResult, *, classes: tuple[str, ...], is_first: bool) -> None:
     """RUN/predictions.csv, in the order of the shards. All ranks call it together."""
     share, guess = verdict.probabilities.max(dim=1)
     own = list(

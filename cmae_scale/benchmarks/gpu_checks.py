@@ -15,16 +15,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import sdpa_kernel
 
+from cmae_scale.benchmarks.noise import NoiseTraining, Size, Stage, make_noise, read_noise_run
 from cmae_scale.config.batches import plan_batch
 from cmae_scale.config.run_file import Run
 from cmae_scale.engine.ema import TargetEma
 from cmae_scale.engine.inputs import StepImages, draw_step
-from cmae_scale.engine.metrics.step_timer import Spans
+from cmae_scale.engine.metrics.step_timer import StepTimer
 from cmae_scale.engine.process.group import start_processes, stop_processes
 from cmae_scale.engine.step import accumulate_gradients
 from cmae_scale.layers.attention import KERNELS
 from cmae_scale.models import CMAE, build_cmae
-from cmae_scale.trials.noise import NoiseTraining, Size, Stage, make_noise, read_noise_run
 
 Figures = dict[str, Any]
 Measured = Iterator[tuple[str, Figures]]
@@ -63,7 +63,7 @@ def describe_device(stage: Stage) -> Measured:
     yield "device", figures
 
 
-def race_kernels(stage: Stage) -> Measured:
+def benchmark_kernels(stage: Stage) -> Measured:
     """Milliseconds of attention forward and backward for 64 images, by kernel; None where it cannot run."""
     for heads, tokens, width in SHAPES:
         key = f"{heads} heads of {width}, {tokens} tokens"
@@ -75,7 +75,7 @@ def race_kernels(stage: Stage) -> Measured:
             for _ in range(3)
         )
 
-        def attend(query: Tensor = query, keys: Tensor = keys, values: Tensor = values) -> None:
+        def run_context(query: Tensor = query, keys: Tensor = keys, values: Tensor = values) -> None:
             torch.autograd.backward(F.scaled_dot_product_attention(query, keys, values).sum())
 
         figures: Figures = {}
@@ -83,7 +83,7 @@ def race_kernels(stage: Stage) -> Measured:
             with warnings.catch_warnings(), nullcontext() if kernel is None else sdpa_kernel(kernel):
                 warnings.simplefilter("ignore")
                 try:
-                    figures[name] = 1e3 * time_median(attend, stage=stage)
+                    figures[name] = 1e3 * time_median(run_context, stage=stage)
                 except RuntimeError:
                     figures[name] = None  # it cannot run these
         yield key, figures
@@ -126,7 +126,7 @@ def check_trace(stage: Stage) -> Measured:
 
 def check_repetition(stage: Stage) -> Measured:
     """Whether two runs of the same steps end with the same bits, by stage."""
-    place = start_processes()
+    context = start_processes()
     for zero in (1, 3):
         key = f"ZeRO {zero}"
         if key in stage.known:
@@ -134,11 +134,11 @@ def check_repetition(stage: Stage) -> Measured:
         run = read_noise_run(Size("vits", micro=32, changes=(f"zero_optimization.stage={zero}",)), stage)
         ends = []
         for _ in range(2):
-            training = NoiseTraining(run, place=place)
+            training = NoiseTraining(run, context=context)
             for step in range(5):
                 noise = make_noise(run, training.batch, step=step, pin=False)
                 losses = training.take(step, noise).tolist()
-            ends.append((losses, training.method.gather_encoder()))
+            ends.append((losses, training.task.gather_encoder()))
         (first, weights), (second, others) = ends
         yield (
             key,
@@ -155,10 +155,10 @@ def check_waits(stage: Stage) -> Measured:
     """How often the host waits for the GPU in a steady step, and where."""
     if stage.known:
         return
-    place = start_processes()
-    training = NoiseTraining(read_noise_run(Size("vits", micro=32, accumulation=2), stage), place=place)
+    context = start_processes()
+    training = NoiseTraining(read_noise_run(Size("vits", micro=32, accumulation=2), stage), context=context)
     for step in range(3):
-        noise = make_noise(training.session.run, training.batch, step=step, pin=not stage.is_rehearsal)
+        noise = make_noise(training.state.run, training.batch, step=step, pin=not stage.is_rehearsal)
         with _catch_waits(stage) as waits:
             training.take(step, noise)
     yield "a step", {"waits": len(waits), "places": sorted(set(waits))}
@@ -235,7 +235,7 @@ def _learn(engine: _BareEngine, run: Run, *, step: int) -> Tensor:
         first_row=0,
         cfg=run.cmae,
         device=engine.device,
-        spans=Spans(engine.device, is_on=False),
+        timer=StepTimer(engine.device, is_on=False),
     )
     return accumulate_gradients(engine, images).cpu()
 

@@ -12,7 +12,7 @@ from cmae_scale.sizing.flops import count_flops
 DEFAULT_MFU = 0.25
 
 
-class Outlook(NamedTuple):
+class Estimate(NamedTuple):
     """The run as amounts. Time and cost are None where no speed, or no price, is assumed."""
 
     steps: int
@@ -37,7 +37,7 @@ def estimate(
     mfu: float,
     remat: Remat,
     price: float | None,
-) -> Outlook:
+) -> Estimate:
     """The whole run on `ranks` GPUs of `peak_flops` each, at `price` per GPU-hour.
 
     Utilisation counts what had to be computed, so recomputation makes the run longer at the same `mfu`.
@@ -47,7 +47,7 @@ def estimate(
     if peak_flops is not None:
         gpu_s = 1000 * per_image * REPEATED[remat] / (peak_flops * mfu)
     gpu_hours = None if gpu_s is None else gpu_s * images / 1000 / 3600
-    return Outlook(
+    return Estimate(
         steps=times.total_steps,
         epochs=times.total_steps / times.steps_per_epoch,
         images=images,

@@ -99,7 +99,7 @@ class Outcome:
         return f"{self.kill!s:20} newest state {self.newest:15} {others}".rstrip()
 
 
-def draw_kills(seed: int, *, ranks: int, start_s: float, save_s: float) -> Iterator[Kill]:
+def draw_crashes(seed: int, *, ranks: int, start_s: float, save_s: float) -> Iterator[Kill]:
     """Kills without end, of which a third come while a state is being written."""
     rng = random.Random(seed)  # noqa: S311
     victims: list[int | None] = [None, *range(ranks)]
@@ -119,7 +119,7 @@ def prove_survival(job: Job, *, kills: int, seed: int, tell: Callable[[str], Non
         reference = replace(job, out=Path(folder) / "reference" / "run")
         expected, start_s, save_s = _run_unharmed(reference)
         tell(f"never killed: {len(expected[0])} lines of metrics, first step after {start_s:.0f} s")
-        drawn = draw_kills(seed, ranks=job.ranks, start_s=start_s, save_s=save_s)
+        drawn = draw_crashes(seed, ranks=job.ranks, start_s=start_s, save_s=save_s)
         outcomes: list[Outcome] = []
         runs = 0
         while len(outcomes) < kills:

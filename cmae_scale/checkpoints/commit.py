@@ -17,10 +17,10 @@ import re
 from pathlib import Path
 from typing import Any
 
+from cmae_scale.checkpoints.description import check_description
 from cmae_scale.core.credentials import write_settings
 from cmae_scale.core.files import PART, digest_file, remove, sync, write_text
 from cmae_scale.core.strict_json import parse_json
-from cmae_scale.states.description import check_description
 
 _COMMITTED = re.compile(r"step_([0-9]{8,18})")
 DESCRIPTION, SEAL = "state.json", "state.sha256"

@@ -15,7 +15,7 @@ class _Part(BaseModel):
     model_config = ConfigDict(strict=True)
 
 
-class _Stamp(_Part):
+class _Metadata(_Part):
     kind: dict[str, Any]
     ranks: int
     zero_stage: int
@@ -41,7 +41,7 @@ class _File(_Part):
 
 class _Description(_Part):
     step: Count
-    stamp: _Stamp
+    stamp: _Metadata
     counters: _Counters
     extra: dict[str, Any]
     files: Annotated[dict[ShareName, _File], Field(min_length=1)]
@@ -50,7 +50,7 @@ class _Description(_Part):
 def check_description(description: Any, *, step: int) -> None:
     """Raise ValueError unless the content of a state.json has all that is read of it, and is of `step`.
 
-    Of another format only that is asked of it which `Stamp.compare` needs to say so.
+    Of another format only that is asked of it which `CheckpointMetadata.compare` needs to say so.
     """
     try:
         if description["stamp"]["format"] == STATE_FORMAT:

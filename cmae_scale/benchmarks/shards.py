@@ -7,17 +7,17 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from cmae_scale.data.masters import decode_pixels
-from cmae_scale.report.records import Lap
+from cmae_scale.data.crops import decode_pixels
+from cmae_scale.report.records import Timing
 
 COPY = "copy and hash"
 MAKE = "make_shards"
 DECODE = "decode"
 
 
-def race_shards(
+def benchmark_shards(
     files: Sequence[Path], *, make: Callable[[Path], None], scratch: Path, rounds: int
-) -> dict[str, list[Lap]]:
+) -> dict[str, list[Timing]]:
     """Seconds per image of each, interleaved, after a round that warms up and does not count.
 
     `make` writes shards of the files into the folder that it is given, in this process.
@@ -37,7 +37,7 @@ def race_shards(
         for path in files:
             decode_pixels(path.read_bytes(), max_mpx=50.0)
 
-    laps: dict[str, list[Lap]] = {COPY: [], MAKE: [], DECODE: []}
+    laps: dict[str, list[Timing]] = {COPY: [], MAKE: [], DECODE: []}
     for number in range(rounds + 1):
         for name, work in {COPY: copy, MAKE: make, DECODE: decode}.items():
             with tempfile.TemporaryDirectory(dir=scratch) as folder:
@@ -45,15 +45,15 @@ def race_shards(
                 work(Path(folder))
                 cpu_s, wall_s = time.process_time() - cpu_s, time.perf_counter() - wall_s
             if number > 0:
-                laps[name].append(Lap(cpu_s / len(files), wall_s / len(files)))
+                laps[name].append(Timing(cpu_s / len(files), wall_s / len(files)))
     return laps
 
 
-def describe_shard_race(laps: dict[str, list[Lap]], *, images: int, mb_per_image: float) -> str:
+def describe_shard_benchmark(laps: dict[str, list[Timing]], *, images: int, mb_per_image: float) -> str:
     """The lowest times and rates, in lines for people."""
     title = f"lowest of {len(laps[MAKE])}"
     lines = [f"{title:14} {'CPU ms':>8} {'ms':>8} {'MB/s':>8}   for each of {images:,} images"]
-    lowest = {name: Lap(*map(min, zip(*runs, strict=True))) for name, runs in laps.items()}
+    lowest = {name: Timing(*map(min, zip(*runs, strict=True))) for name, runs in laps.items()}
     for name, (cpu_s, wall_s) in lowest.items():
         lines.append(f"{name:14} {1e3 * cpu_s:8.3f} {1e3 * wall_s:8.3f} {mb_per_image / wall_s:8.1f}")
     gain = lowest[DECODE].wall_s / lowest[MAKE].wall_s

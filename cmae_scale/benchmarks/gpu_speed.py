@@ -8,20 +8,20 @@ from typing import Any
 
 import torch
 
+from cmae_scale.benchmarks.noise import NoiseTraining, Size, Stage, make_noise, read_noise_run
 from cmae_scale.config.batches import plan_batch
 from cmae_scale.config.cmae import DataConfig
 from cmae_scale.config.run_file import Run
 from cmae_scale.data.bad_samples import BadSamples
 from cmae_scale.data.mix import plan_data
 from cmae_scale.data.shard_set import open_shards
-from cmae_scale.data.stream import BatchStream, MasterBatch, open_batches
+from cmae_scale.data.stream import BatchStream, CropBatch, open_batches
 from cmae_scale.engine.hardware import read_peak_flops
-from cmae_scale.engine.process.group import Place, start_processes, stop_processes
+from cmae_scale.engine.process.group import RankContext, start_processes, stop_processes
 from cmae_scale.layers.attention import describe_attention
 from cmae_scale.planning.forecast import describe_job
 from cmae_scale.sizing.memory import predict_peak
 from cmae_scale.sizing.zero import Device
-from cmae_scale.trials.noise import NoiseTraining, Size, Stage, make_noise, read_noise_run
 
 Figures = dict[str, Any]
 COMPILED = ("cmae.compile=blocks",)
@@ -48,12 +48,12 @@ SIZES = (
 QUICK = 5  # of them with --quick
 
 
-def race_steps(stage: Stage) -> Iterator[tuple[str, Figures]]:
+def benchmark_steps(stage: Stage) -> Iterator[tuple[str, Figures]]:
     """Images per second, share of the peak, memory beside its prediction, and where the time goes."""
-    place = start_processes()
+    context = start_processes()
     for size in SIZES[:QUICK] if stage.is_quick else SIZES:
         if name_size(size) not in stage.known:
-            yield name_size(size), measure_steps(size, stage, place)
+            yield name_size(size), measure_steps(size, stage, context)
     stop_processes()
 
 
@@ -63,7 +63,7 @@ def name_size(size: Size) -> str:
     return ", ".join([size.run_file, f"{size.micro} x {size.accumulation}", *changes])
 
 
-def measure_steps(size: Size, stage: Stage, place: Place) -> Figures:
+def measure_steps(size: Size, stage: Stage, context: RankContext) -> Figures:
     """The figures of one size; what fails is told in them."""
     run = read_noise_run(size, stage)
     torch.compiler.reset()
@@ -74,27 +74,27 @@ def measure_steps(size: Size, stage: Stage, place: Place) -> Figures:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
     try:
-        training = NoiseTraining(run, place=place)
+        training = NoiseTraining(run, context=context)
         noise = cycle(make_noise(run, training.batch, step=0, pin=is_cuda))
         time_steps(training, noise, steps=4)
-        training.session.spans.read(4)
+        training.state.timer.read(4)
         steps = 2 if stage.is_rehearsal else 10
         step_s = time_steps(training, noise, steps=steps)
-        spans = training.session.spans.read(steps)
+        timer = training.state.timer.read(steps)
     except (RuntimeError, torch.OutOfMemoryError) as error:
         return {"failed": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
     device: Device = "cuda" if is_cuda else "cpu"
-    predicted = predict_peak(describe_job(training.session.run, batch=training.batch, ranks=1, device=device))
+    predicted = predict_peak(describe_job(training.state.run, batch=training.batch, ranks=1, device=device))
     peak = torch.cuda.max_memory_allocated() - before if is_cuda else 0
     return {
-        **_rate(training, step_s, place),
+        **_rate(training, step_s, context),
         "peak_gib": peak / 2**30,
         "predicted_gib": predicted.total_bytes / 2**30,
-        "spans": {name: value for name, value in spans.items() if value},
+        "spans": {name: value for name, value in timer.items() if value},
     }
 
 
-def time_steps(training: NoiseTraining, batches: Iterator[MasterBatch], *, steps: int) -> float:
+def time_steps(training: NoiseTraining, batches: Iterator[CropBatch], *, steps: int) -> float:
     """Seconds of a step in a row of `steps`, all of the device's work included."""
     _wait()
     begin_s = time.perf_counter()
@@ -104,12 +104,12 @@ def time_steps(training: NoiseTraining, batches: Iterator[MasterBatch], *, steps
     return (time.perf_counter() - begin_s) / steps
 
 
-def race_loader(stage: Stage) -> Iterator[tuple[str, Figures]]:
+def benchmark_loader(stage: Stage) -> Iterator[tuple[str, Figures]]:
     """Images per second of the loader alone, and of ViT-S steps with it; nothing without --shards."""
     if not stage.shards:
         return
-    place, run = start_processes(), read_noise_run(Size("vits", 128), stage)
-    training = NoiseTraining(run, place=place)
+    context, run = start_processes(), read_noise_run(Size("vits", 128), stage)
+    training = NoiseTraining(run, context=context)
     for workers in (2,) if stage.is_rehearsal else (4, 8, 14):
         if f"{workers} workers" in stage.known:
             continue
@@ -122,7 +122,7 @@ def race_loader(stage: Stage) -> Iterator[tuple[str, Figures]]:
         with open_feed(run, stage, workers=workers, steps=steps + 4) as stream:
             time_steps(training, stream, steps=4)
             step_s = time_steps(training, stream, steps=steps)
-        yield f"{workers} workers", {"loader_images_per_s": alone, **_rate(training, step_s, place)}
+        yield f"{workers} workers", {"loader_images_per_s": alone, **_rate(training, step_s, context)}
     stop_processes()
 
 
@@ -145,12 +145,12 @@ def open_feed(run: Run, stage: Stage, *, workers: int, steps: int) -> BatchStrea
     )
 
 
-def _rate(training: NoiseTraining, step_s: float, place: Place) -> Figures:
-    rate, peak = training.batch.total / step_s, read_peak_flops(place.device)
+def _rate(training: NoiseTraining, step_s: float, context: RankContext) -> Figures:
+    rate, peak = training.batch.total / step_s, read_peak_flops(context.device)
     figures: Figures = {"ms_per_step": 1e3 * step_s, "images_per_s": rate}
     if peak is not None:
-        figures["mfu"] = training.method.image_flops * rate / peak
-    return {**figures, "attention": describe_attention(training.session.attention)}
+        figures["mfu"] = training.task.image_flops * rate / peak
+    return {**figures, "attention": describe_attention(training.state.attention)}
 
 
 def _wait() -> None:

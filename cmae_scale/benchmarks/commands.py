@@ -21,18 +21,20 @@ if TYPE_CHECKING:
 
 def measure_loader(args: argparse.Namespace) -> None:
     """Print and record what a sample costs, for us and for others, and how they compare."""
+    from cmae_scale.benchmarks.loader_memory import measure_footprint
+    from cmae_scale.benchmarks.loaders import OURS, Contender, benchmark, describe_benchmark, record_benchmark
     from cmae_scale.data.shard_set import open_shards
     from cmae_scale.report.records import write_record
-    from cmae_scale.trials.loader_memory import measure_footprint
-    from cmae_scale.trials.races import OURS, Course, describe_race, race, record_race
 
     data = DataConfig(shards=tuple(args.shards), workers=args.workers)
     shards = open_shards(data.shards, data=data)
     views = read_views(args)
-    course = Course(shards, args.folder, views, workers=args.workers, batch=args.batch, samples=args.samples)
-    laps = race(course, rounds=args.rounds)
-    tell(describe_race(laps))
-    results: dict[str, dict[str, object]] = record_race(laps)
+    course = Contender(
+        shards, args.folder, views, workers=args.workers, batch=args.batch, samples=args.samples
+    )
+    laps = benchmark(course, rounds=args.rounds)
+    tell(describe_benchmark(laps))
+    results: dict[str, dict[str, object]] = record_benchmark(laps)
     memory = measure_footprint(data, views=views, batch=args.batch, epochs=args.epochs)
     tell(f"resident memory after each epoch, MiB: {' '.join(f'{mib:.0f}' for mib in memory)}")
     results[OURS]["resident_mib"] = memory
@@ -49,9 +51,9 @@ def measure_loader(args: argparse.Namespace) -> None:
 
 def prove_stream(args: argparse.Namespace) -> None:
     """Print a digest of every epoch's global batches for each world. DataError unless all are equal."""
+    from cmae_scale.benchmarks.proof import WORLDS, digest_worlds
     from cmae_scale.data.mix import plan_data
     from cmae_scale.data.shard_set import open_shards
-    from cmae_scale.trials.proof import WORLDS, digest_worlds
 
     data = DataConfig(shards=tuple(args.shards))
     if args.batch % 4:
@@ -74,8 +76,8 @@ def prove_stream(args: argparse.Namespace) -> None:
 
 def measure_shards(args: argparse.Namespace) -> None:
     """Print and record what it costs to put an image into a shard."""
-    from cmae_scale.report.records import summarise_laps, write_record
-    from cmae_scale.trials.shard_races import describe_shard_race, race_shards
+    from cmae_scale.benchmarks.shards import benchmark_shards, describe_shard_benchmark
+    from cmae_scale.report.records import summarise_timings, write_record
     from data_prep.make_shards import main as make_shards
 
     def make(out: Path) -> None:
@@ -87,9 +89,9 @@ def measure_shards(args: argparse.Namespace) -> None:
     if not files:
         raise ConfigError(f"--folder {args.folder} holds no class folders with files")
     mb = sum(path.stat().st_size for path in files) / 1e6 / len(files)
-    laps = race_shards(files, make=make, scratch=args.scratch, rounds=args.rounds)
-    tell(describe_shard_race(laps, images=len(files), mb_per_image=mb))
-    results = {name: summarise_laps(runs, per="image") for name, runs in laps.items()}
+    laps = benchmark_shards(files, make=make, scratch=args.scratch, rounds=args.rounds)
+    tell(describe_shard_benchmark(laps, images=len(files), mb_per_image=mb))
+    results = {name: summarise_timings(runs, per="image") for name, runs in laps.items()}
     write_record(args.record, config={"images": len(files), "mb_per_image": mb}, results=results)
     tell(f"record {args.record}")
 
@@ -98,8 +100,8 @@ def measure_memory(args: argparse.Namespace) -> None:
     """Print and record what real steps take here, on the CPU if there is no GPU, and what was predicted."""
     import torch
 
+    from cmae_scale.benchmarks.peak_memory import CASES, STEPS, compare_footprints
     from cmae_scale.report.records import write_record
-    from cmae_scale.trials.footprint import CASES, STEPS, compare_footprints
 
     device: "Device" = "cuda" if torch.cuda.is_available() else "cpu"
     cases = [case for number, case in enumerate(CASES, start=1) if not args.only or number in args.only]
@@ -117,11 +119,11 @@ def measure_hybrid(args: argparse.Namespace) -> None:
     """Print and record what leaving hidden patches out saves the hybrid encoder."""
     import torch
 
+    from cmae_scale.benchmarks.hybrid import KEPT, WHOLE, benchmark_encoders
     from cmae_scale.config.run_file import read_run
     from cmae_scale.config.sizes import read_size
     from cmae_scale.engine.precision import Product, read_precision, settle_precision
-    from cmae_scale.report.records import summarise_laps, write_record
-    from cmae_scale.trials.hybrid_race import KEPT, WHOLE, race_encoders
+    from cmae_scale.report.records import summarise_timings, write_record
 
     run = read_run(args.deepspeed_config, args.set)
     cfg, width = run.cmae, read_size(run.cmae.model).embed_dim
@@ -131,21 +133,21 @@ def measure_hybrid(args: argparse.Namespace) -> None:
     run, told = settle_precision(run, device=torch.device("cpu"), product=product)
     tell("\n".join(told))
     compute = read_precision(run.deepspeed).compute
-    laps = race_encoders(cfg, compute=compute, batch=args.batch, rounds=args.rounds)
+    laps = benchmark_encoders(cfg, compute=compute, batch=args.batch, rounds=args.rounds)
     lowest = {name: min(lap.wall_s for lap in runs) for name, runs in laps.items()}
     for name, wall_s in lowest.items():
         tell(f"{name:12} {1e3 * wall_s:8.1f} ms an image, forward and backward, lowest of {args.rounds}")
     tell(f"the same tokens from kept sites alone {lowest[WHOLE] / lowest[KEPT]:.2f} times as fast")
-    results = {name: summarise_laps(runs, per="image") for name, runs in laps.items()}
+    results = {name: summarise_timings(runs, per="image") for name, runs in laps.items()}
     config = {"model": cfg.model.encoder, "mask_ratio": cfg.mask.ratio, "batch": args.batch}
     config["products"] = str(compute)
     write_record(args.record, config=config, results=results)
     tell(f"record {args.record}")
 
 
-def prove_kills(args: argparse.Namespace) -> None:
+def run_crash_test(args: argparse.Namespace) -> None:
     """Print what each kill -9 did. DataError unless every run ends as the one that was never killed."""
-    from cmae_scale.trials.kills import Job, prove_survival
+    from cmae_scale.benchmarks.crash_test import Job, prove_survival
 
     # named, because a run that was killed before its first state would try kernels again
     overrides = ("--set", "cmae.model.attention=explicit", *args.set)
@@ -164,8 +166,8 @@ def prove_kills(args: argparse.Namespace) -> None:
 def measure_gpu(args: argparse.Namespace) -> None:
     """Print and record part after part of what a GPU does; what the record has already stays."""
     os.environ["DS_ACCELERATOR"] = args.device  # before DeepSpeed is imported
-    from cmae_scale.trials.gpu import measure_parts
-    from cmae_scale.trials.noise import Stage
+    from cmae_scale.benchmarks.gpu import measure_parts
+    from cmae_scale.benchmarks.noise import Stage
 
     with TemporaryDirectory() as scratch:
         stage = Stage(args.device, is_quick=args.quick, scratch=scratch, shards=tuple(args.shards))
@@ -184,6 +186,6 @@ TRIALS = {
     "shards": measure_shards,
     "memory": measure_memory,
     "hybrid": measure_hybrid,
-    "kill": prove_kills,
+    "kill": run_crash_test,
     "gpu": measure_gpu,
 }

@@ -23,12 +23,12 @@ from torch.utils.data import DataLoader
 from cmae_scale.config.cmae import DataConfig, ViewsConfig
 from cmae_scale.data.bad_samples import BadSamples
 from cmae_scale.data.counter_rng import Purpose, draw_uniforms
+from cmae_scale.data.crops import decode_crops
 from cmae_scale.data.decode import CROP_DRAWS
-from cmae_scale.data.masters import decode_master
 from cmae_scale.data.mix import plan_data
 from cmae_scale.data.shard_set import ShardSet
 from cmae_scale.data.stream import open_batches
-from cmae_scale.report.records import Lap, summarise_laps
+from cmae_scale.report.records import Timing, summarise_timings
 
 BARE = "bare decode and crop, one thread"
 BARE_THREADS = "bare decode and crop, in as many"
@@ -39,7 +39,7 @@ IDLE_S = 0.005  # of CPU time
 
 
 @dataclass(frozen=True)
-class Course:
+class Contender:
     """What is run: `samples` images of the shards (and of `folder`, the same as files) in each round."""
 
     shards: ShardSet
@@ -55,7 +55,7 @@ Batches = Iterator[
 ]  # does the work of one batch after another, without end, and says how many samples it was
 
 
-def race(course: Course, *, rounds: int) -> dict[str, list[Lap]]:
+def benchmark(course: Contender, *, rounds: int) -> dict[str, list[Timing]]:
     """Every contestant once in each round, after one that warms up and does not count."""
     torch.set_num_threads(1)  # as every worker of a DataLoader has it
     with ExitStack() as stack:
@@ -69,7 +69,7 @@ def race(course: Course, *, rounds: int) -> dict[str, list[Lap]]:
             contestants["ImageFolder + torchvision + DataLoader"] = prepare_image_folder(
                 course, course.folder
             )
-        laps: dict[str, list[Lap]] = {name: [] for name in contestants}
+        laps: dict[str, list[Timing]] = {name: [] for name in contestants}
         for number in range(rounds + 1):
             for name, batches in contestants.items():
                 lap = _run_lap(batches, steps=course.samples // course.batch)
@@ -78,7 +78,7 @@ def race(course: Course, *, rounds: int) -> dict[str, list[Lap]]:
     return laps
 
 
-def describe_race(laps: dict[str, list[Lap]]) -> str:
+def describe_benchmark(laps: dict[str, list[Timing]]) -> str:
     """Each contestant's lowest CPU time, in lines for people, and our share of the decoder's own."""
     lowest = {name: min(lap.cpu_s for lap in runs) for name, runs in laps.items()}
     title = f"CPU time per sample, lowest of {len(laps[OURS])}"
@@ -91,27 +91,27 @@ def describe_race(laps: dict[str, list[Lap]]) -> str:
     return "\n".join(lines)
 
 
-def record_race(laps: dict[str, list[Lap]]) -> dict[str, dict[str, object]]:
+def record_benchmark(laps: dict[str, list[Timing]]) -> dict[str, dict[str, object]]:
     """The same as figures."""
     ours = min(lap.cpu_s for lap in laps[OURS])
     return {
         name: {
-            **summarise_laps(runs, per="sample"),
+            **summarise_timings(runs, per="sample"),
             "times_ours": min(lap.cpu_s for lap in runs) / ours,
         }
         for name, runs in laps.items()
     }
 
 
-def _run_lap(batches: Batches, *, steps: int) -> Lap:
+def _run_lap(batches: Batches, *, steps: int) -> Timing:
     """From full buffers to full buffers: so much work as it took to make `steps` batches."""
     cpu_s, wall_s = _settle(), time.perf_counter()
     samples = sum(islice(batches, steps))
     wall_s = time.perf_counter() - wall_s
-    return Lap((_settle() - cpu_s) / samples, wall_s / samples)
+    return Timing((_settle() - cpu_s) / samples, wall_s / samples)
 
 
-def prepare_bare(course: Course, *, threads: int) -> Batches:
+def prepare_bare(course: Contender, *, threads: int) -> Batches:
     """The limit: our decoder alone, on bytes that lie in memory and numbers that are drawn.
 
     Several threads at once slow each other down, whatever they do: a processor's caches and often its cores
@@ -125,7 +125,7 @@ def prepare_bare(course: Course, *, threads: int) -> Batches:
 
     def decode(part: list[tuple[bytes, list[float]]]) -> None:
         for image, numbers in part:
-            decode_master(
+            decode_crops(
                 image,
                 side=course.views.master_px,
                 scale=course.views.crop_scale,
@@ -143,7 +143,7 @@ def prepare_bare(course: Course, *, threads: int) -> Batches:
             yield len(batch)
 
 
-def prepare_ours(course: Course, stack: ExitStack) -> Batches:
+def prepare_ours(course: Contender, stack: ExitStack) -> Batches:
     """Shards to batches, as a run on one rank reads them."""
     data = DataConfig(shards="as given", workers=course.workers)
     plan = plan_data(course.shards, data, global_batch=course.batch, seed=0)
@@ -163,7 +163,7 @@ def prepare_ours(course: Course, stack: ExitStack) -> Batches:
     return (len(batch.images) for batch in stack.enter_context(stream))
 
 
-def prepare_webdataset(course: Course) -> Batches:
+def prepare_webdataset(course: Contender) -> Batches:
     """The stock reader with a shuffle buffer, torchvision's decoder, worker processes."""
     import webdataset
     from torchvision.io import ImageReadMode, decode_jpeg
@@ -180,7 +180,7 @@ def prepare_webdataset(course: Course) -> Batches:
     return _prepare_loader(course, stored, workers=workers)
 
 
-def prepare_image_folder(course: Course, folder: Path) -> Batches:
+def prepare_image_folder(course: Contender, folder: Path) -> Batches:
     """The stock data set on single files, Pillow's decoder, worker processes."""
     from torchvision.datasets import ImageFolder
     from torchvision.transforms import v2
@@ -204,7 +204,7 @@ def _build_crop(views: ViewsConfig) -> Callable[[Any], Any]:
     return crop
 
 
-def _prepare_loader(course: Course, source: Any, *, workers: int, sampler: Any = None) -> Batches:
+def _prepare_loader(course: Contender, source: Any, *, workers: int, sampler: Any = None) -> Batches:
     loader: Iterable[Any] = DataLoader(
         source, batch_size=course.batch, num_workers=workers, sampler=sampler, persistent_workers=False
     )

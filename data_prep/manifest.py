@@ -25,7 +25,7 @@ from data_prep.layout import Part, ShardPlan, Skipped
 from data_prep.listing import Item
 from data_prep.locks import hold_part
 from data_prep.sources import Read, Source
-from data_prep.tally import Tally, pack_tally, unpack_tally
+from data_prep.stats import ShardStats, pack_stats, unpack_stats
 
 OPTIONS_NAME = ".making.json"
 STAGING_NAME = ".appending"  # folder in which --append makes its shards
@@ -41,12 +41,12 @@ class WrittenShard:
 
     info: ShardInfo
     skipped: tuple[Skipped, ...] = ()
-    tally: Tally = field(default_factory=Tally)
+    tally: ShardStats = field(default_factory=ShardStats)
     digests: tuple[tuple[int, str], ...] = ()  # position, 128 bits of BLAKE2b of the original bytes
 
 
 @contextmanager
-def open_ledger(out: Path, options: dict[str, Any], *, part: Part) -> Iterator[None]:
+def open_manifest(out: Path, options: dict[str, Any], *, part: Part) -> Iterator[None]:
     """The folder, held for this part of the work alone, cleaned of what its killed forerunners left.
 
     ConfigError when another process holds it, or when it was begun with other options.
@@ -96,7 +96,7 @@ def record_shard(out: Path, written: WrittenShard) -> None:
         record = {
             "info": asdict(written.info),
             "skipped": written.skipped,
-            "tally": pack_tally(written.tally),
+            "tally": pack_stats(written.tally),
             "digests": written.digests,
         }
         file.write(json.dumps(record).encode())
@@ -112,7 +112,7 @@ def read_record(out: Path, name: str) -> WrittenShard | None:
         return WrittenShard(
             ShardInfo(**record["info"]),
             tuple(Skipped(*each) for each in record["skipped"]),
-            unpack_tally(record["tally"]),
+            unpack_stats(record["tally"]),
             tuple((position, digest) for position, digest in record["digests"]),
         )
 

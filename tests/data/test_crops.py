@@ -15,10 +15,10 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as tv
 
 from cmae_scale.core.errors import DataError
-from cmae_scale.data import masters
+from cmae_scale.data import crops
 from cmae_scale.data.counter_rng import Purpose, draw_uniforms
+from cmae_scale.data.crops import decode_crops, decode_pixels, find_jpeg_decoder
 from cmae_scale.data.decode import CROP_DRAWS, Box, decode_image, random_crop_box
-from cmae_scale.data.masters import decode_master, decode_pixels, find_jpeg_decoder
 from cmae_scale.data.regions import RegionDecoders
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -50,7 +50,7 @@ def read_photographs(folder: Path) -> list[bytes]:
 def test_a_master_is_torchvisions_resized_crop_bit_for_bit(width: int, height: int) -> None:
     image = picture(width, height)
     numbers = [draws(n) for n in range(6)]
-    crops = decode_master(encode(image), side=48, scale=SCALE, ratio=RATIO, max_mpx=50.0, draws=numbers)
+    crops = decode_crops(encode(image), side=48, scale=SCALE, ratio=RATIO, max_mpx=50.0, draws=numbers)
     for crop, number in zip(crops, numbers, strict=True):
         box = random_crop_box(width, height, scale=SCALE, ratio=RATIO, draws=number)
         expected = tv.resized_crop(
@@ -69,7 +69,7 @@ def test_a_master_is_torchvisions_resized_crop_bit_for_bit(width: int, height: i
 def test_masters_of_photographs_are_pillows_but_for_rounding(shared_data: Path) -> None:
     errors = []
     for number, data in enumerate(read_photographs(shared_data)):
-        crop = decode_master(data, side=256, scale=SCALE, ratio=RATIO, max_mpx=50.0, draws=[draws(number)])
+        crop = decode_crops(data, side=256, scale=SCALE, ratio=RATIO, max_mpx=50.0, draws=[draws(number)])
         image = decode_image(data, max_mpx=50.0)
         box = random_crop_box(image.width, image.height, scale=SCALE, ratio=RATIO, draws=draws(number))
         expected = image.crop(box).resize((256, 256), Image.Resampling.BICUBIC)
@@ -91,7 +91,7 @@ def test_the_pixels_do_not_depend_on_the_decoder_that_is_installed(
         pytest.skip("simplejpeg is not installed")
     data = encode(picture(201, 155).convert(mode), "JPEG", **options)
     fast = decode_pixels(data, max_mpx=1.0).copy()
-    monkeypatch.setattr(masters, "DECODE_JPEG", None)
+    monkeypatch.setattr(crops, "DECODE_JPEG", None)
     np.testing.assert_array_equal(fast, decode_pixels(data, max_mpx=1.0))
 
 
@@ -100,7 +100,7 @@ def test_real_photographs_too(shared_data: Path, monkeypatch: pytest.MonkeyPatch
         pytest.skip("simplejpeg is not installed")
     photographs = read_photographs(shared_data)
     fast = [decode_pixels(data, max_mpx=50.0).copy() for data in photographs]
-    monkeypatch.setattr(masters, "DECODE_JPEG", None)
+    monkeypatch.setattr(crops, "DECODE_JPEG", None)
     for data, pixels in zip(photographs, fast, strict=True):
         np.testing.assert_array_equal(pixels, decode_pixels(data, max_mpx=50.0))
 
@@ -125,18 +125,18 @@ def test_masters_do_not_depend_on_which_decoders_are_installed(
 ) -> None:
     def decode(number: int) -> torch.Tensor:
         data = encode(picture(203, 155), "JPEG")
-        return decode_master(data, side=48, scale=scale, ratio=RATIO, max_mpx=1.0, draws=[draws(number)])
+        return decode_crops(data, side=48, scale=scale, ratio=RATIO, max_mpx=1.0, draws=[draws(number)])
 
     pytest.importorskip("nvidia.nvimgcodec")
     parts = []
-    decode_part = masters.REGIONS.decode
-    monkeypatch.setattr(masters.REGIONS, "decode", lambda *a: parts.append(decode_part(*a)) or parts[-1])
+    decode_part = crops.REGIONS.decode
+    monkeypatch.setattr(crops.REGIONS, "decode", lambda *a: parts.append(decode_part(*a)) or parts[-1])
     fast = [decode(number) for number in range(20)]
     assert len(parts) > 5
     assert all(part is not None for part in parts)
-    monkeypatch.setattr(masters.REGIONS, "decode", lambda *_: None)
+    monkeypatch.setattr(crops.REGIONS, "decode", lambda *_: None)
     assert all(torch.equal(crop, decode(number)) for number, crop in enumerate(fast))
-    monkeypatch.setattr(masters, "DECODE_JPEG", None)
+    monkeypatch.setattr(crops, "DECODE_JPEG", None)
     assert all(torch.equal(crop, decode(number)) for number, crop in enumerate(fast))
 
 
@@ -145,7 +145,7 @@ def test_a_file_that_was_cut_below_the_part_is_bad_too() -> None:
     for share in (0.5, 0.9, 0.999):
         cut = data[: int(len(data) * share)]
         with pytest.raises(DataError, match="cannot be decoded"):
-            decode_master(cut, side=48, scale=(0.05, 0.1), ratio=RATIO, max_mpx=1.0, draws=[draws(0)])
+            decode_crops(cut, side=48, scale=(0.05, 0.1), ratio=RATIO, max_mpx=1.0, draws=[draws(0)])
 
 
 def test_a_region_decoder_that_does_not_start_is_no_matter(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,7 +182,7 @@ def test_which_images_are_bad_does_not_depend_on_the_decoder(
 ) -> None:
     """Bytes behind the image and between its markers worry one decoder and not the other: Pillow decides."""
     if not has_fast:
-        monkeypatch.setattr(masters, "DECODE_JPEG", None)
+        monkeypatch.setattr(crops, "DECODE_JPEG", None)
     data = encode(picture(200, 150), "JPEG")
     for odd in (data + b"trailing", data[:2] + b"\xff\xfe\x00\x04hi" + data[2:]):
         assert decode_pixels(odd, max_mpx=1.0).shape == (150, 200, 3)
@@ -195,6 +195,6 @@ def test_a_decoder_that_announces_more_than_allowed_is_not_asked(monkeypatch: py
     def refuse(_: bytes, **__: object) -> None:
         raise AssertionError("decoded before the header was checked")
 
-    monkeypatch.setattr(masters, "DECODE_JPEG", refuse)
+    monkeypatch.setattr(crops, "DECODE_JPEG", refuse)
     with pytest.raises(DataError, match="above the limit of"):
         decode_pixels(encode(picture(200, 150), "JPEG"), max_mpx=0.01)

@@ -59,7 +59,7 @@ _SCRATCH = _Scratch()
 REGIONS = RegionDecoders()
 
 
-def decode_master(
+def decode_crops(
     data: bytes,
     *,
     side: int,

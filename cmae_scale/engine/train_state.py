@@ -13,29 +13,29 @@ from cmae_scale.core.collectives import gather_objects
 from cmae_scale.core.credentials import write_settings
 from cmae_scale.core.errors import ConfigError
 from cmae_scale.engine.arithmetic import Choices
-from cmae_scale.engine.checkpoint.metadata import Stamp
+from cmae_scale.engine.checkpoint.metadata import CheckpointMetadata
 from cmae_scale.engine.checkpoint.save_load import Keeping, load_newest, save_state
 from cmae_scale.engine.ema import Pair, TargetEma
-from cmae_scale.engine.metrics.step_timer import Spans
+from cmae_scale.engine.metrics.step_timer import StepTimer
 from cmae_scale.engine.precision import Precision, read_precision
-from cmae_scale.engine.process.group import Place
+from cmae_scale.engine.process.group import RankContext
 from cmae_scale.engine.start import Engine, start_engine
 from cmae_scale.engine.zero.checks import check_memory_plan
 from cmae_scale.layers.attention import use_attention
 
 
 @dataclass
-class Session:
+class TrainState:
     """`first_step` optimizer steps were done when it started. Methods are called by all ranks together."""
 
     run: Run
-    place: Place
+    context: RankContext
     engine: Engine
     ema: TargetEma
     attention: Choices
-    stamp: Stamp
+    metadata: CheckpointMetadata
     first_step: int
-    spans: Spans  # where the time goes, if the run file asks
+    timer: StepTimer  # where the time goes, if the run file asks
     notices: list[str] = field(default_factory=list)  # what the user should know
     extra: dict[str, Any] = field(default_factory=dict)  # JSON that belongs to the state, by who keeps it
 
@@ -54,12 +54,12 @@ class Session:
             self.engine,
             self.run.out / "checkpoints",
             step=step,
-            stamp=self.stamp,
+            metadata=self.metadata,
             masters=self.ema.named_masters(),
             averages=self.ema.named_averages(self.engine.module),
             extra=self.extra,
             keeping=Keeping(self.run.settings.checkpoint.keep, keep_every_steps),
-            world=self.place.world,
+            world=self.context.world,
         )
 
     def restore(self) -> bool:
@@ -67,64 +67,64 @@ class Session:
         loaded = load_newest(
             self.engine,
             self.run.out / "checkpoints",
-            stamp=self.stamp,
+            metadata=self.metadata,
             masters=self.ema.named_masters(),
             averages=self.ema.named_averages(self.engine.module),
             changes_allowed=self.run.settings.checkpoint.resume == "anyway",
-            world=self.place.world,
+            world=self.context.world,
         )
         if loaded is None:
             return False
-        self.ema.renew_()
+        self.ema.sync_()
         self.first_step, self.extra = loaded.step, loaded.extra
         self.notices += loaded.notices
         return True
 
 
-def start_session(
+def start_train_state(
     run: Run,
     *,
-    place: Place,
+    context: RankContext,
     model: nn.Module,
     pairs: Sequence[Pair],
     attention: Choices,
-    stamp: Stamp,
+    metadata: CheckpointMetadata,
     groups: list[dict[str, Any]] | None = None,
     notices: Sequence[str] = (),
-) -> Session:
+) -> TrainState:
     """Everything of the run on this rank, at the newest state in the run folder or at step 0.
 
-    `run` is resolved; `pairs` are the parameters that follow others as a moving average; `stamp` says which
+    `run` is resolved; `pairs` are the parameters that follow others as a moving average; `metadata` says which
     states continue this run; `groups` are the optimizer's, where pre-training's are not meant.
     Raises ConfigError when the run folder cannot be written, or holds states of
     another kind of run.
     """
-    _open_folder(run, place)
-    check_memory_plan(run.deepspeed, device=place.device.type, has_target=bool(pairs))
+    _open_folder(run, context)
+    check_memory_plan(run.deepspeed, device=context.device.type, has_target=bool(pairs))
     engine = start_engine(model, run, groups=groups)
-    session = Session(
+    state = TrainState(
         run=run,
-        place=place,
+        context=context,
         engine=engine,
         # an average outside of the model is in no state but as these masters
         ema=TargetEma(
             pairs,
             keep_master=groups is not None or read_precision(run.deepspeed).needs_master,
-            device=place.device,
+            device=context.device,
         ),
         attention=attention,
-        stamp=stamp,
+        metadata=metadata,
         first_step=0,
-        spans=Spans(place.device, is_on=run.settings.monitor.breakdown),
+        timer=StepTimer(context.device, is_on=run.settings.monitor.breakdown),
         notices=list(notices),
     )
     resume = run.settings.checkpoint.resume
-    if resume != "never" and not session.restore() and resume == "required":
+    if resume != "never" and not state.restore() and resume == "required":
         raise ConfigError(
             f"{run.out / 'checkpoints'} holds no state to go on from: name the run's folder with --out, or "
             f"start anew with --set {run.kind}.checkpoint.resume=auto"
         )
-    return session
+    return state
 
 
 def name_precision(precision: Precision) -> str:
@@ -140,10 +140,10 @@ def count_trainable(module: nn.Module) -> int:
     return sum(getattr(p, "ds_numel", p.numel()) for p in module.parameters() if p.requires_grad)
 
 
-def _open_folder(run: Run, place: Place) -> None:
+def _open_folder(run: Run, context: RankContext) -> None:
     """Write the resolved run file; where that fails, all ranks say so."""
     failed = None
-    if place.world.is_first:
+    if context.world.is_first:
         try:
             run.out.mkdir(parents=True, exist_ok=True)
             write_settings(run.out / "config.json", dump_run(run))

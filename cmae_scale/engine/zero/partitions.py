@@ -7,18 +7,18 @@ from deepspeed.utils import safe_get_full_fp32_param
 from torch import Tensor, nn
 
 
-def shard_of(parameter: nn.Parameter) -> Tensor:
+def partition_of(parameter: nn.Parameter) -> Tensor:
     """The elements of `parameter` that live on this rank: all of them below ZeRO-3."""
     shard: Any = getattr(parameter, "ds_tensor", None)
     return parameter.data if shard is None else shard.data
 
 
 def master_of(parameter: nn.Parameter) -> Tensor:
-    """The fp32 values behind the elements of `shard_of(parameter)`, where the optimizer keeps them.
+    """The fp32 values behind the elements of `partition_of(parameter)`, where the optimizer keeps them.
 
     That is the CPU when ZeRO-3 has its optimizer there; DeepSpeed's own call would copy them to the GPU.
     """
-    shard = shard_of(parameter)
+    shard = partition_of(parameter)
     if not parameter.requires_grad:
         return shard.float()
     if not hasattr(parameter, "ds_tensor"):
@@ -34,7 +34,7 @@ def master_of(parameter: nn.Parameter) -> Tensor:
 
 
 def own_elements(parameter: nn.Parameter, shard: Tensor) -> Tensor:
-    """`shard`, laid out as `shard_of(parameter)`, without the padding that ends the last rank's.
+    """`shard`, laid out as `partition_of(parameter)`, without the padding that ends the last rank's.
 
     ZeRO-3 cuts every parameter into equal parts; what fills up the last one is whatever was in memory.
     """

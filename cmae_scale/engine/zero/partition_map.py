@@ -1,7 +1,7 @@
 """Where the elements of every parameter live on this rank, whatever ZeRO stage and number format runs.
 
 What an optimizer moves is a flat fp32 tensor that holds many parameters, or parts of them, one after the
-other; which ones, each DeepSpeed optimizer says in its own way. Here they all become `Piece`s. A state is
+other; which ones, each DeepSpeed optimizer says in its own way. Here they all become `ParamPartition`s. A state is
 nothing but the pieces of all ranks, so it can be taken up by any other way of cutting the same parameters.
 Source: DeepSpeed 0.19.8, runtime/zero/{stage_1_and_2,stage3}.py, runtime/bf16_optimizer.py, runtime/fp16/.
 """
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
-class Piece:
+class ParamPartition:
     """Elements `start` to `stop` of the parameter `name`, flattened: in `holder` they begin at `offset`.
 
     `holder` is what the optimizer updates (or the moving average, or nobody). `is_replicated`: every rank
@@ -45,7 +45,9 @@ class _Home(NamedTuple):
     is_replicated: bool
 
 
-def list_pieces(engine: Any, *, masters: Mapping[str, Tensor], averages: Mapping[str, Tensor]) -> list[Piece]:
+def list_partitions(
+    engine: Any, *, masters: Mapping[str, Tensor], averages: Mapping[str, Tensor]
+) -> list[ParamPartition]:
     """The pieces of all parameters on this rank; `masters` are fp32 values of frozen ones, by name.
 
     `averages` are moving averages beside the model, by the name of what they follow, whole on every rank.
@@ -68,9 +70,11 @@ def list_pieces(engine: Any, *, masters: Mapping[str, Tensor], averages: Mapping
             home = _Home(masters.get(name, parameter), 0, 0, parameter.numel(), is_replicated=True)
         stop = min(home.start + home.length, count_elements(parameter)) if home else 0
         if home and stop > home.start:
-            pieces.append(Piece(name, home.start, stop, home.holder, home.offset, home.is_replicated))
+            pieces.append(
+                ParamPartition(name, home.start, stop, home.holder, home.offset, home.is_replicated)
+            )
     return pieces + [
-        Piece(name, 0, average.numel(), average, 0, is_replicated=True, kind="average")
+        ParamPartition(name, 0, average.numel(), average, 0, is_replicated=True, kind="average")
         for name, average in averages.items()
     ]
 

@@ -23,7 +23,7 @@ from cmae_scale.tasks.scores import Scores, score
 
 
 @dataclass(frozen=True)
-class Judge:
+class Evaluator:
     """Looks at centred images of `shards`, every one exactly once over all ranks."""
 
     labelled: Labelled
@@ -55,21 +55,21 @@ class Judge:
         bad.check(sum(count for count, _ in counts), seen=sum(seen for _, seen in counts))
         return features
 
-    def judge_knn(self, encode: Predict, *, cfg: KnnConfig, fraction: float = 1.0) -> "Verdict":
+    def judge_knn(self, encode: Predict, *, cfg: KnnConfig, fraction: float = 1.0) -> "EvalResult":
         """Nearest neighbours: the training shards vote on the validation shards."""
         bank = build_bank(self.look(encode, self.labelled.train, fraction=fraction))
         features = self.look(encode, self.labelled.val)
         votes = vote(features, bank, cfg=cfg, classes=len(self.labelled.classes), rank=self.world.rank)
-        return Verdict(score(votes, features.labels), features, votes / votes.sum(dim=1, keepdim=True))
+        return EvalResult(score(votes, features.labels), features, votes / votes.sum(dim=1, keepdim=True))
 
-    def judge_classifier(self, predict: Predict) -> "Verdict":
+    def judge_classifier(self, predict: Predict) -> "EvalResult":
         """A network with a head."""
         logits = self.look(predict, self.labelled.val)
-        return Verdict(score(logits.values, logits.labels), logits, logits.values.softmax(dim=1))
+        return EvalResult(score(logits.values, logits.labels), logits, logits.values.softmax(dim=1))
 
 
 @dataclass(frozen=True)
-class Verdict:
+class EvalResult:
     """Scores over all ranks; `features` and `probabilities` are of this rank's validation images."""
 
     scores: Scores
