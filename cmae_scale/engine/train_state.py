@@ -94,10 +94,9 @@ def start_train_state(
 ) -> TrainState:
     """Everything of the run on this rank, at the newest state in the run folder or at step 0.
 
-    `run` is resolved; `pairs` are the parameters that follow others as a moving average; `metadata` says which
-    states continue this run; `groups` are the optimizer's, where pre-training's are not meant.
-    Raises ConfigError when the run folder cannot be written, or holds states of
-    another kind of run.
+    `run` is resolved; `pairs` are the parameters that follow others as a moving average; `metadata` says
+    which states continue this run; `groups` are the optimizer's, where pre-training's are not meant.
+    Raises ConfigError when the run folder cannot be written, or holds states of another kind of run.
     """
     _open_folder(run, context)
     check_memory_plan(run.deepspeed, device=context.device.type, has_target=bool(pairs))

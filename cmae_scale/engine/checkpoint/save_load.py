@@ -59,8 +59,8 @@ def save_state(
 ) -> str | None:
     """Write the state after `step` optimizer steps and drop older ones. None, or what failed.
 
-    `masters` and `averages` are those of `list_partitions`, `extra` is JSON that `load_newest` gives back. A full
-    or lost disk on any rank leaves the previous states as they are.
+    `masters` and `averages` are those of `list_partitions`, `extra` is JSON that `load_newest` gives back.
+    A full or lost disk on any rank leaves the previous states as they are.
     """
     part = commit.name_part(folder, step=step)
     failed = _on_first(world, lambda: _open_part(part))

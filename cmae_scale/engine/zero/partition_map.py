@@ -1,8 +1,8 @@
 """Where the elements of every parameter live on this rank, whatever ZeRO stage and number format runs.
 
 What an optimizer moves is a flat fp32 tensor that holds many parameters, or parts of them, one after the
-other; which ones, each DeepSpeed optimizer says in its own way. Here they all become `ParamPartition`s. A state is
-nothing but the pieces of all ranks, so it can be taken up by any other way of cutting the same parameters.
+other; which ones, each DeepSpeed optimizer says in its own way. Here they all become `ParamPartition`s. A
+checkpoint is nothing but those of all ranks, so any other way of partitioning can take it up.
 Source: DeepSpeed 0.19.8, runtime/zero/{stage_1_and_2,stage3}.py, runtime/bf16_optimizer.py, runtime/fp16/.
 """
 

@@ -29,7 +29,7 @@ PATIENT = FaultsConfig(step_timeout_s=300, peer_timeout_s=300)
 
 @pytest.fixture
 def watched(let_ranks_end: Callable[..., Any], tmp_path: Path) -> Callable[..., Any]:
-    """`watched(work)`: how ranks end that run `work(rank, heartbeat)` and then wait for one another, watched."""
+    """`watched(work)`: how watched ranks end that run `work(rank, heartbeat)` and wait for one another."""
 
     def run(
         work: Callable[[int, Heartbeat], None], *, ranks: int = 3, faults: FaultsConfig = PATIENT, **more: Any
