@@ -37,7 +37,7 @@ def number_labels(values: Iterable[object], *, place: str) -> Labels:
     if words < present and words <= BLANKS_OF_PANDAS:
         classes, order = _order_numbers({number for number in numbers.values() if number is not None})
         return Labels(classes, {value: order.get(numbers.get(value)) for value in distinct})
-    spelt = {value: decode_name(str(value).strip(), place=place) for value in present}
+    spelt = {value: decode_name(_spell(value), place=place) for value in present}
     classes = tuple(sorted(set(spelt.values())))
     by_name = {name: number for number, name in enumerate(classes)}
     return Labels(classes, {value: by_name.get(spelt.get(value, "")) for value in distinct})
@@ -94,6 +94,12 @@ def _read_number(value: Hashable) -> int | float | None:
     if isinstance(value, float):
         return int(value) if value.is_integer() else value
     return int(value) if isinstance(value, int) else None
+
+
+def _spell(label: Hashable) -> str:
+    """A label as the name of a class. 0 and 0.0 are one label, so they have one name, whichever came first."""
+    number = None if isinstance(label, str) else _read_number(label)
+    return str(label).strip() if number is None else str(number)
 
 
 def _order_numbers(found: set[int | float]) -> tuple[tuple[str, ...], Mapping[int | float | None, int]]:

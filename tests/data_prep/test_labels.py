@@ -4,7 +4,7 @@ import random
 from collections.abc import Sequence
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from cmae_scale.core.errors import ConfigError
@@ -48,6 +48,8 @@ LABELS = st.one_of(
 
 
 @given(st.lists(LABELS, max_size=12), st.randoms())
+@example([0, 0.0, "a"], random.Random(1))
+@example([0.0, 0, True, 1, "a"], random.Random(2))
 def test_any_labels_are_numbered_alike_in_any_order(values: list[object], shuffle: random.Random) -> None:
     first = number_labels(values, place="here")
     shuffle.shuffle(values)
