@@ -1,7 +1,7 @@
 """From decoded master images to the two normalised views, batched and on the images' own device.
 
-`draws` says every random number of a global batch, `geometry` cuts, `color` colours and blurs, `views` puts
-them together. Imports core only (and torch); the data, models and engine folders are unknown here.
+`draws` says every random number of a global batch, `color` colours and blurs, `views` cuts and puts them
+together. Imports core only (and torch); the data, models and engine folders are unknown here.
 """
 
 from cmae_scale.augment.draws import ViewNumbers as ViewNumbers

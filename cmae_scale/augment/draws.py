@@ -1,5 +1,6 @@
 """Every random number of the views of one global batch, drawn before any rank takes its share."""
 
+import hashlib
 from dataclasses import dataclass
 
 import torch
@@ -7,6 +8,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from cmae_scale.config.cmae import ViewsConfig
+
+
+def step_generator(seed: int, *, step: int, purpose: str) -> torch.Generator:
+    """A CPU generator for one purpose ("views", "mask") of one step: equal on all ranks and restarts."""
+    digest = hashlib.blake2b(f"{seed}/{purpose}/{step}".encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)  # what the entries of `ViewNumbers.order` mean
 

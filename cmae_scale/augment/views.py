@@ -1,15 +1,49 @@
 """The online and the target view of a batch of master images."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
 from cmae_scale.augment.color import blur_radius, gaussian_blur, grayscale, jitter_
 from cmae_scale.augment.draws import HUE, ViewNumbers
-from cmae_scale.augment.geometry import cut_windows
 from cmae_scale.config.cmae import ViewsConfig
+
+
+def cut_windows(
+    images: UInt8[Tensor, "batch crops channels master master"],
+    rows: Int[Tensor, " some"],
+    *,
+    crop: int,
+    top: Int[Tensor, " some"],
+    left: Int[Tensor, " some"],
+    flip: Bool[Tensor, " some"],
+    side: int,
+) -> UInt8[Tensor, "some channels side side"]:
+    """Window i is cut at (top[i], left[i]) from crop `crop` of image rows[i], mirrored first where flip[i].
+
+    `rows`, `top`, `left` and `flip` are on the CPU; nothing is read back from the images' device.
+    A window is `side` pieces of `side` neighbouring bytes per channel: seeing the images as one long line and
+    picking those pieces by their first byte is plain memory copy, ten times as fast as gathering bytes.
+    """
+    _, crops, channels, master, _ = images.shape
+    device, count = images.device, len(rows)
+    # Mirroring the master and cutting at `left` is cutting at the mirrored place and mirroring the window.
+    left = torch.where(flip, master - side - left, left)
+    corner = (rows * crops + crop) * channels * master**2 + top * master + left
+    line = (
+        torch.arange(side, device=device) * master
+        + torch.arange(channels, device=device)[:, None] * master**2
+    )
+    starts = corner.to(device, non_blocking=True)[:, None, None] + line
+    flat = images.reshape(-1)
+    pieces = flat.as_strided((flat.numel() - side + 1, side), (1, 1))
+    windows = pieces.index_select(0, starts.flatten()).view(count, channels, side, side)
+    # Mirror all and choose: two byte copies, no scattered write.
+    choice = torch.arange(count) + count * flip
+    return torch.cat([windows, windows.flip(-1)]).index_select(0, choice.to(device, non_blocking=True))
+
 
 # Float bytes of the images worked on together. Does not change results. On a CPU a group and its temporaries
 # stay in the cache; elsewhere few launches count, and that memory stays bounded.
@@ -133,3 +167,14 @@ def _normalise_(images: Float[Tensor, "batch 3 side side"], *, views: ViewsConfi
     """From [0, white] to zero mean and unit deviation over the training set, in place."""
     mean, std = _channels(images, views=views)
     images.sub_(mean * white).div_(std * white)
+
+
+@torch.no_grad()
+def normalise(
+    images: UInt8[Tensor, "batch 3 side side"], *, mean: Sequence[float], std: Sequence[float]
+) -> Float[Tensor, "batch 3 side side"]:
+    """Images with `mean` (of RGB in [0, 1]) taken away and divided by `std`, on their own device."""
+    centre, spread = torch.tensor([list(mean), list(std)]).to(images.device, non_blocking=True)[
+        ..., None, None
+    ]
+    return images.float().sub_(centre * 255).div_(spread * 255)

@@ -8,8 +8,8 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from cmae_scale.augment import ViewNumbers, draw_views, online_view, target_view
+from cmae_scale.augment.draws import step_generator
 from cmae_scale.config.cmae import CmaeConfig
-from cmae_scale.core.draws import step_generator
 from cmae_scale.data.prefetch import copy_ahead
 from cmae_scale.data.stream import CropBatch
 from cmae_scale.engine.metrics.step_timer import StepTimer

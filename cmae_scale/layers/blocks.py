@@ -1,4 +1,4 @@
-"""The transformer block of encoder and decoders, and the way blocks are run."""
+"""The transformer block of encoder and decoders, the way blocks are run, and a linear layer kept in fp32."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -38,3 +38,12 @@ def build_blocks(
 def run_block(block: BlockCall, tokens: Float[Tensor, "batch tokens embed"]) -> Tensor:
     """The block's output, activations kept for backward: how a model runs unless told to rematerialise."""
     return block(tokens)
+
+
+class ExactLinear(nn.Linear):
+    """nn.Linear under a class of its own, whose weights DeepSpeed sends between ranks unrounded.
+
+    With torch_autocast, ZeRO-3 gathers the weights of plain nn.Linear in bf16, and which copy a step sees
+    then depends on what was gathered before. That makes no difference where autocast rounds anyway; layers
+    that run outside of autocast use this one.
+    """

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from cmae_scale.config.cmae import Pool
 from cmae_scale.config.transfer import CropConfig, FinetuneConfig
 from cmae_scale.core.errors import ConfigError
-from cmae_scale.layers.sync_norm import SyncBatchNorm
+from cmae_scale.models.heads import SyncBatchNorm
 from cmae_scale.models.networks import POOLS, Network, build_network, list_blocks
 from cmae_scale.models.pretrained import PretrainedEncoder
 from cmae_scale.models.weights import write_model

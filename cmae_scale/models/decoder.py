@@ -7,10 +7,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from cmae_scale.config.cmae import DecoderConfig
-from cmae_scale.layers.blocks import NORM_EPS, BlockRunner, build_blocks, run_block
-from cmae_scale.layers.exact import ExactLinear
+from cmae_scale.layers.blocks import NORM_EPS, BlockRunner, ExactLinear, build_blocks, run_block
 from cmae_scale.layers.masking import TokenMask, scatter_tokens, take_tokens
-from cmae_scale.layers.positions import sincos_positions
+from cmae_scale.layers.patches import sincos_positions
 
 
 class CompletedTokens(NamedTuple):

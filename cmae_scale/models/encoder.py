@@ -7,8 +7,7 @@ from torch import Tensor, nn
 from cmae_scale.config.sizes import EncoderSize
 from cmae_scale.layers.blocks import NORM_EPS, BlockRunner, build_blocks, run_block
 from cmae_scale.layers.masking import TokenMask, take_tokens
-from cmae_scale.layers.patches import PatchEmbed, patchify
-from cmae_scale.layers.positions import sincos_positions
+from cmae_scale.layers.patches import PatchEmbed, patchify, sincos_positions
 
 
 class ImageEncoder(nn.Module):

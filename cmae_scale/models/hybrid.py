@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from cmae_scale.config.sizes import COARSE, FINE, KERNEL, ConvStages, EncoderSize
 from cmae_scale.layers.blocks import NORM_EPS, BlockRunner, build_blocks, run_block
 from cmae_scale.layers.masking import TokenMask
-from cmae_scale.layers.patches import PatchProjection, patchify
-from cmae_scale.layers.positions import sincos_positions
+from cmae_scale.layers.patches import PatchProjection, patchify, sincos_positions
 from cmae_scale.layers.sites import KeptSites, SiteProjection, place_sites
 from cmae_scale.models.encoder import ImageEncoder
 

@@ -9,7 +9,7 @@ import timm
 import torch
 from torch import nn
 
-from cmae_scale.augment.plain import normalise
+from cmae_scale.augment.views import normalise
 from cmae_scale.config.transfer import CropConfig
 from cmae_scale.core.errors import ConfigError, DataError
 from cmae_scale.data.crops import empty_crops

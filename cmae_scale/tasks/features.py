@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int64, UInt8
 from torch import Tensor, nn
 
-from cmae_scale.augment.plain import normalise
+from cmae_scale.augment.views import normalise
 from cmae_scale.config.cmae import Pool
 from cmae_scale.config.transfer import CropConfig
 from cmae_scale.core.collectives import gather_objects, gather_rows

@@ -11,10 +11,10 @@ from jaxtyping import Float
 from timm.optim import param_groups_layer_decay
 from torch import Tensor
 
+from cmae_scale.augment.draws import step_generator
 from cmae_scale.augment.erasing import ErasedBoxes, draw_boxes, erase_
 from cmae_scale.augment.mixing import MixNumbers, draw_mixes, mix_images, mix_labels
 from cmae_scale.config.transfer import CropConfig, FinetuneConfig
-from cmae_scale.core.draws import step_generator
 from cmae_scale.core.errors import DataError
 from cmae_scale.data.stream import CropBatch
 from cmae_scale.layers.attention import set_attention_

@@ -97,7 +97,7 @@ def _read_number(value: Hashable) -> int | float | None:
 
 
 def _spell(label: Hashable) -> str:
-    """A label as the name of a class. 0 and 0.0 are one label, so they have one name, whichever came first."""
+    """A label as the name of a class: 0 and 0.0, which are one label, have one name."""
     number = None if isinstance(label, str) else _read_number(label)
     return str(label).strip() if number is None else str(number)
 

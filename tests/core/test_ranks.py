@@ -4,8 +4,8 @@ from typing import Any
 import pytest
 import torch
 
+from cmae_scale.augment.draws import step_generator
 from cmae_scale.core import collectives
-from cmae_scale.core.draws import step_generator
 from cmae_scale.core.errors import ConfigError
 from cmae_scale.core.world import World, read_world
 

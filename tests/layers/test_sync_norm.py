@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from cmae_scale.core.errors import ConfigError
-from cmae_scale.layers.sync_norm import SyncBatchNorm
+from cmae_scale.models.heads import SyncBatchNorm
 
 DIM = 6
 

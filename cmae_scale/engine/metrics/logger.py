@@ -16,17 +16,15 @@ from torch import Tensor
 
 from cmae_scale.config.durations import Timetable
 from cmae_scale.config.run_file import name_settings
-from cmae_scale.core.collectives import sum_of_ranks
+from cmae_scale.core.collectives import gather_rows, sum_of_ranks, world_size
 from cmae_scale.core.files import LineFile, write_whole
 from cmae_scale.core.progress import Progress, format_seconds
 from cmae_scale.core.strict_json import parse_line
 from cmae_scale.data.bad_samples import BadSamples
 from cmae_scale.engine.hardware import read_peak_flops
-from cmae_scale.engine.metrics.advice import CollapseWarnings
-from cmae_scale.engine.metrics.average import MetricAverage
 from cmae_scale.engine.metrics.bad_samples import BadList
-from cmae_scale.engine.metrics.health import Health
-from cmae_scale.engine.metrics.profiler import Profiler, read_steps
+from cmae_scale.engine.metrics.health import CollapseWarnings, Health
+from cmae_scale.engine.metrics.step_timer import Profiler, read_steps
 from cmae_scale.engine.metrics.writers import Event, MetricsWriters
 from cmae_scale.engine.optim import read_learning_rate
 from cmae_scale.engine.train_state import TrainState
@@ -295,3 +293,27 @@ def list_events(metrics: Metrics) -> list[Event]:
 
 def _show(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
+
+
+class MetricAverage:
+    """Collects the losses of steps, which have `names`, until they are read."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = tuple(names)
+        self._losses: list[Tensor] = []
+
+    def add(self, losses: Float[Tensor, " metrics"]) -> None:
+        """Remember one step of this rank. Waits for nothing."""
+        self._losses.append(losses)
+
+    def read(self) -> dict[str, float | None]:
+        """Means by name, over the steps since the last reading and over all ranks; None without any step.
+
+        Every rank must call it at the same step, and have added the same ones.
+        """
+        if not self._losses:
+            return dict.fromkeys(self.names)
+        table = gather_rows(torch.stack(self._losses)).view(world_size(), len(self._losses), len(self.names))
+        means = table.cpu().double().mean(dim=(0, 1)).tolist()
+        self._losses = []
+        return dict(zip(self.names, means, strict=True))

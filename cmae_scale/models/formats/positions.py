@@ -8,7 +8,7 @@ from jaxtyping import Float
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 
-from cmae_scale.layers.positions import sincos_positions
+from cmae_scale.layers.patches import sincos_positions
 
 _SAME = 4e-3  # what rounding to bf16 makes of numbers up to 1
 

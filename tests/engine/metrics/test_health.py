@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from cmae_scale.config.run_file import Run
-from cmae_scale.engine.metrics.advice import CollapseWarnings
-from cmae_scale.engine.metrics.health import measure_spread
+from cmae_scale.engine.metrics.health import CollapseWarnings, measure_spread
 
 ODD = {"heads": {"hidden_dim": 33, "out_dim": 7}}  # so that ZeRO-3 has to pad
 

@@ -12,8 +12,7 @@ import torch
 from torch import nn
 
 from cmae_scale.config.durations import Timetable
-from cmae_scale.engine.metrics.profiler import Profiler, read_steps
-from cmae_scale.engine.metrics.step_timer import SPANS, StepTimer
+from cmae_scale.engine.metrics.step_timer import SPANS, Profiler, StepTimer, read_steps
 
 CPU = torch.device("cpu")
 

@@ -1,4 +1,4 @@
-"""The contrastive loss of CMAE."""
+"""The contrast loss: InfoNCE, which is CMAE's, and BYOL's, with which the paper compares it."""
 
 import torch
 import torch.nn.functional as F
@@ -24,3 +24,14 @@ def infonce(
         logits = query @ keys.T / temperature
         own_key = first_row + torch.arange(len(query), device=query.device)
         return F.cross_entropy(logits, own_key)
+
+
+def byol(query: Float[Tensor, "batch dim"], key: Float[Tensor, "batch dim"]) -> Float[Tensor, ""]:
+    """Mean squared distance of unit vectors, 2 - 2 cos, between each query and its own key: 0 to 4.
+
+    In fp32 whatever comes in. No gradient reaches the keys.
+
+    Source: BYOL (arXiv:2006.07733) equation 2; paper 4.4 compares it with InfoNCE.
+    """
+    cosine = F.cosine_similarity(query.float(), key.detach().float(), dim=-1)
+    return (2 - 2 * cosine).mean()

@@ -4,8 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cmae_scale.core.slurm import FIRST_PORT, PORTS, choose_port, describe_task, first_host
-from cmae_scale.core.world import World, read_world
+from cmae_scale.core.world import FIRST_PORT, PORTS, World, choose_port, describe_task, first_host, read_world
 
 TASK = {
     "SLURM_JOB_ID": "4711",
