@@ -74,9 +74,9 @@ def train(run: Run, context: "RankContext", *, stop_at: int | None = None) -> No
     from cmae_scale.data.mix import plan_data
     from cmae_scale.data.shard_set import open_shards
     from cmae_scale.data.stream import open_batches
-    from cmae_scale.engine.loop import take_steps
-    from cmae_scale.engine.metrics.logger import MetricsLogger
-    from cmae_scale.engine.pretraining import Pretraining, describe, start_pretraining, watch_health
+    from cmae_scale.engine.loop import open_logger, take_steps
+    from cmae_scale.engine.pretraining import Pretraining
+    from cmae_scale.engine.setup import describe, start_pretraining, watch_health
     from cmae_scale.tasks.knn_monitor import open_knn_monitor
 
     rank, ranks = context.world.rank, context.world.size
@@ -91,13 +91,7 @@ def train(run: Run, context: "RankContext", *, stop_at: int | None = None) -> No
 
     state = start_pretraining(run, context=context, data_order=plan.describe())
     task = Pretraining(state, batch, schedules.momentum, watch_health(state))
-    logger = MetricsLogger(
-        state,
-        times=times,
-        metric_names=task.metric_names,
-        image_flops=task.image_flops,
-        health=task.health,
-    )
+    logger = open_logger(task, times=times)
     logger.say(describe(state, images=shards.total, times=times))
     for fault in find_run_faults(run, batch=batch, ranks=ranks, times=times):
         logger.say(f"warning: {fault}")

@@ -106,8 +106,7 @@ def train(
 ) -> None:
     """The run on this rank: to its end, with an exported model, or to `stop_at`, with a saved state."""
     from cmae_scale.data.bad_samples import BadSamples
-    from cmae_scale.engine.loop import take_steps
-    from cmae_scale.engine.metrics.logger import MetricsLogger
+    from cmae_scale.engine.loop import open_logger, take_steps
     from cmae_scale.engine.transfer import describe_transfer, start_transfer
     from cmae_scale.models.classifier import say_how_to_open
     from cmae_scale.report import read_metrics, write_curves
@@ -133,7 +132,7 @@ def train(
         ema=ema,
     )
     state = training.state
-    logger = MetricsLogger(state, times=times, metric_names=task.metric_names, image_flops=task.image_flops)
+    logger = open_logger(training, times=times)
     judge, clock = bench.judge, Clock(plan.steps_per_epoch, batch.total, times.total_steps)
     every = read_steps(cfg.monitor.evaluate_every, clock=clock, place="transfer.monitor.evaluate_every")
     examination = Validator(task, judge, training.gather, run.out, max(1, every), times.total_steps)

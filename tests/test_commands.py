@@ -343,3 +343,38 @@ def test_a_typo_is_told_before_torch_is_loaded(repository: Path, tmp_path: Path)
     assert done.stderr.splitlines() == [
         "error: ds_configs/vitl.json: \"cmae.mask.ratoi\" is not a setting; did you mean 'ratio'?"
     ]
+
+
+@pytest.mark.dist
+def test_an_ordinary_step_runs_through_few_files(
+    on_ranks: Callable[..., list[Any]], digits: Path, repository: Path, tmp_path: Path
+) -> None:
+    data = [f"cmae.data.shards={digits}/train", f"cmae.data.val_shards={digits}/val"]
+    command = ["--deepspeed_config", str(repository / "ds_configs" / "quickstart.json"), "--stop_at", "5"]
+    command += ["--out", str(tmp_path / "run"), "--set", *data, "cmae.monitor.log_every=100"]
+
+    def trace() -> set[str]:
+        from cmae_scale.engine.loop import Trainer
+        from cmae_scale.pretrain import main
+
+        package = str(Path(sys.modules["cmae_scale"].__file__ or "").parent)
+        take, opened = Trainer.take, set[str]()
+
+        def note(frame: Any, event: str, _: Any) -> None:
+            if event == "call" and frame.f_code.co_filename.startswith(package):
+                opened.add(frame.f_code.co_filename.removeprefix(package + "/"))
+
+        def take_traced(self: Any, step: int, crops: Any) -> bool:
+            sys.setprofile(note if step == 3 else None)  # of this thread: not of those that read data
+            try:
+                return take(self, step, crops)
+            finally:
+                sys.setprofile(None)
+
+        Trainer.take = take_traced  # type: ignore[method-assign]
+        assert main(command) == 0
+        return opened
+
+    (opened,) = on_ranks(trace, ranks=1)
+    assert {"engine/loop.py", "engine/pretraining.py", "engine/ema.py", "losses/pixels.py"} <= opened
+    assert len(opened) <= 25, sorted(opened)

@@ -263,22 +263,16 @@ def run(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Path:
 
 def read_finished(run: Path) -> None:
     from cmae_scale.core.world import World
-    from cmae_scale.engine.loss_trend import Trend, TrendFile
-    from cmae_scale.engine.metrics.bad_samples import BadList
-    from cmae_scale.engine.metrics.logger import drop_later_lines
+    from cmae_scale.engine.metrics.files import BadList, drop_later_lines
     from cmae_scale.engine.process.run_folder import open_folder
     from cmae_scale.engine.skipped_steps import SkippedSteps
     from cmae_scale.models.pretrained import open_encoder
     from cmae_scale.tasks.study import read_curve
 
-    open_trend = TrendFile(run / "loss_trend.json", is_first=True)
-    trend = Trend(values=torch.zeros(3, dtype=torch.float64))
     read_all(
         lambda: read_run(run / "config.json"),
         lambda: read_state(run / "checkpoints"),
         lambda: read_logs(run),
-        lambda: open_trend.load_(trend, step=2),
-        lambda: open_trend.save(trend, step=6),
         lambda: read_encoder_folder(run / "encoder"),
         lambda: open_encoder(str(run)),
         lambda: read_curve(run),

@@ -103,19 +103,20 @@ def at_step(step: int, act: Callable[[], None], *, rank: int | None = None) -> C
     def patch() -> None:
         from cmae_scale.engine.pretraining import Pretraining
 
-        original = Pretraining.accumulate
+        original = Pretraining.take_step
 
-        def accumulate(self: Any, masters: Any, *, step: int) -> Any:
-            losses = original(self, masters, step=step)
-            if step == at and rank in (None, int(os.environ["RANK"])):
+        def take_step(self: Any, crops: Any, *, step: int, update: Any) -> Any:
+            def act_and_update(losses: Any) -> bool:
                 mark = self.state.run.out / f"acted_{os.environ['RANK']}"
-                if not mark.exists():
+                if step == at and rank in (None, int(os.environ["RANK"])) and not mark.exists():
                     mark.touch()
                     act()
-            return losses
+                return bool(update(losses))
+
+            return original(self, crops, step=step, update=act_and_update)
 
         at = step
-        Pretraining.accumulate = accumulate  # type: ignore[method-assign]
+        Pretraining.take_step = take_step  # type: ignore[method-assign]
 
     return patch
 
@@ -267,15 +268,16 @@ def test_a_signal_while_the_engine_is_being_built_is_not_lost(
     pretrain: Callable[..., Any], arguments: Callable[..., list[str]], tmp_path: Path
 ) -> None:
     def patch() -> None:
+        from cmae_scale.engine import train_state
 
-        original = state.start_engine
+        original = train_state.start_engine
 
         def start_engine(*args: Any, **options: Any) -> Any:
             if os.environ["RANK"] == "1":
                 os.kill(os.getpid(), signal.SIGTERM)
             return original(*args, **options)
 
-        state.start_engine = start_engine
+        train_state.start_engine = start_engine  # type: ignore[attr-defined]
 
     ended = pretrain(arguments(), before=patch)
     assert [end.status for end in ended] == [75, 75]
@@ -333,7 +335,7 @@ def test_a_step_that_never_ends_leaves_stacks_and_its_name(
     assert [end.status for end in ended] == [1, 1]
     assert re.search(r"no progress for \d+ s: rank 1 \(", ended[0].stderr)
     assert "computing gradients, step 4" in ended[0].stderr
-    assert "accumulate" in (tmp_path / "run" / "stacks" / "rank_1.txt").read_text()
+    assert "act_and_update" in (tmp_path / "run" / "stacks" / "rank_1.txt").read_text()
 
 
 @pytest.mark.slow

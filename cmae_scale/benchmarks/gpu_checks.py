@@ -21,8 +21,8 @@ from cmae_scale.config.run_file import Run
 from cmae_scale.engine.ema import TargetEma
 from cmae_scale.engine.inputs import StepImages, draw_step
 from cmae_scale.engine.metrics.step_timer import StepTimer
+from cmae_scale.engine.pretraining import accumulate_gradients
 from cmae_scale.engine.process.group import start_processes, stop_processes
-from cmae_scale.engine.step import accumulate_gradients
 from cmae_scale.layers.attention import KERNELS
 from cmae_scale.models import CMAE, build_cmae
 
@@ -234,6 +234,7 @@ def _learn(engine: _BareEngine, run: Run, *, step: int) -> Tensor:
         draw_step(run.cmae, total=batch.total, step=step),
         first_row=0,
         cfg=run.cmae,
+        has_target=run.cmae.has_contrast,
         device=engine.device,
         timer=StepTimer(engine.device, is_on=False),
     )

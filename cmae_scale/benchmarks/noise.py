@@ -9,9 +9,9 @@ from cmae_scale.config.batches import BatchSizes, plan_batch
 from cmae_scale.config.run_file import Run, read_run, resolve_run
 from cmae_scale.config.schedules import TargetMomentum
 from cmae_scale.data.stream import CropBatch
-from cmae_scale.engine.pretraining import Pretraining, start_pretraining
+from cmae_scale.engine.pretraining import METRIC_NAMES, Pretraining
 from cmae_scale.engine.process.group import RankContext
-from cmae_scale.engine.step import METRIC_NAMES
+from cmae_scale.engine.setup import start_pretraining
 from cmae_scale.engine.step_guard import NonFiniteGuard
 
 _STEPS = 1000  # of the schedules: none of the trials comes so far
@@ -95,10 +95,9 @@ class NoiseTraining:
     def take(self, step: int, crops: Sequence[CropBatch]) -> torch.Tensor:
         """Losses of the step, on the device."""
         with self.state.use_attention():
-            self.guard.open()
-            losses = self.task.accumulate(crops, step=step)
-            with self.state.timer.span("step"):
-                self.guard.apply(step, losses, keys=())
-            with self.state.timer.span("ema"):
-                self.task.follow_(step=step)
-        return losses
+            self.guard.open(step, keys=())
+            return self.task.take_step(crops, step=step, update=self._update)
+
+    def _update(self, losses: torch.Tensor) -> bool:
+        with self.state.timer.span("step"):
+            return self.guard.apply(losses)

@@ -26,8 +26,9 @@ from cmae_scale.config.cmae import Attention, CmaeConfig
 from cmae_scale.config.run_file import Run, read_run, resolve_run
 from cmae_scale.config.schedules import TargetMomentum
 from cmae_scale.data.stream import CropBatch
-from cmae_scale.engine.pretraining import Pretraining, start_pretraining, watch_health
+from cmae_scale.engine.pretraining import Pretraining
 from cmae_scale.engine.process.group import RankContext, start_processes, stop_processes
+from cmae_scale.engine.setup import start_pretraining, watch_health
 from cmae_scale.engine.train_state import TrainState
 from cmae_scale.planning.forecast import assume_precision, choose_kernel, describe_job
 from cmae_scale.sizing.memory import Moment, predict_peak
@@ -183,7 +184,12 @@ def train_on_noise(run: Run, *, context: RankContext, batch: BatchSizes, steps: 
     cfg = run.cmae
     state = start_pretraining(run, context=context, data_order="noise")
     momentum = TargetMomentum(cfg.target.momentum, total_steps=steps)
-    method = Pretraining(state, batch, momentum, watch_health(state))
+    task = Pretraining(state, batch, momentum, watch_health(state))
+
+    def update(_: torch.Tensor) -> bool:
+        state.engine.step()
+        return bool(state.engine.was_step_applied())
+
     crops = 2 if cfg.views.target_crop == "random" else 1
     shape = (batch.micro, crops, 3, cfg.views.master_px, cfg.views.master_px)
     with state.use_attention():
@@ -193,9 +199,7 @@ def train_on_noise(run: Run, *, context: RankContext, batch: BatchSizes, steps: 
                 images = torch.randint(0, 256, shape, dtype=torch.uint8)
                 labels = torch.zeros(batch.micro, dtype=torch.int64)
                 parts.append(CropBatch(images, labels, (), step, micro))
-            method.accumulate(parts, step=step)
-            state.engine.step()
-            method.follow_(step=step)
+            task.take_step(parts, step=step, update=update)
     return state
 
 

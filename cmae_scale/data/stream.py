@@ -6,8 +6,9 @@ lock, so threads are enough, and no image travels between processes. No value de
 """
 
 import threading
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from functools import cache
 from queue import SimpleQueue
 from types import TracebackType
 from typing import NamedTuple
@@ -284,3 +285,38 @@ class _Filling:
         return CropBatch(
             self.images, torch.from_numpy(self._labels), tuple(self._keys), self.raw.step, self.raw.micro
         )
+
+
+def copy_ahead(batches: Iterable[CropBatch], device: torch.device) -> Iterator[CropBatch]:
+    """The same batches with their images on `device`. On CUDA, the next one is copied while one is computed.
+
+    The copy runs on a stream of its own, from pinned memory. Labels stay where they are.
+    """
+    if device.type != "cuda":
+        yield from batches
+        return
+    side = _side_stream(device)
+    ahead: tuple[CropBatch, torch.cuda.Event] | None = None
+    for batch in batches:
+        with torch.cuda.stream(side):
+            copied = replace(batch, images=batch.images.to(device, non_blocking=True).contiguous())
+            event = side.record_event()
+        if ahead is not None:
+            yield _hand_over(*ahead)
+        ahead = copied, event
+    if ahead is not None:
+        yield _hand_over(*ahead)
+
+
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """The one stream for copies to `device`: torch gives what was freed on a stream to that stream alone."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+
+def _hand_over(batch: CropBatch, copied: torch.cuda.Event) -> CropBatch:
+    """Make the consumer's stream wait for the copy, and the copy's memory wait for the consumer's stream."""
+    stream = torch.cuda.current_stream(batch.images.device)
+    stream.wait_event(copied)
+    batch.images.record_stream(stream)
+    return batch

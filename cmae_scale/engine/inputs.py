@@ -10,8 +10,7 @@ from torch import Tensor
 from cmae_scale.augment import ViewNumbers, draw_views, online_view, target_view
 from cmae_scale.augment.draws import step_generator
 from cmae_scale.config.cmae import CmaeConfig
-from cmae_scale.data.prefetch import copy_ahead
-from cmae_scale.data.stream import CropBatch
+from cmae_scale.data.stream import CropBatch, copy_ahead
 from cmae_scale.engine.metrics.step_timer import StepTimer
 
 
@@ -19,7 +18,7 @@ from cmae_scale.engine.metrics.step_timer import StepTimer
 class MicroBatch:
     """What one forward pass of this rank sees; a view that it does not ask for is None.
 
-    Noise fixes the masks: see `CMAE.forward`. `first_row` is its place in the global batch.
+    Noise fixes the masks: see `CMAE.forward`. `first_row` is where it begins in the global batch.
     """
 
     online: Float[Tensor, "batch 3 side side"] | None
@@ -52,14 +51,14 @@ class StepDraws:
     ) -> MicroBatch:
         """The micro-batch made of `images`, which begin at row `first_row` of the global batch.
 
-        `online` and `target` say which views to make. A plain MAE has no target view.
+        `online` and `target` say which views to make.
         """
         count, device = len(images), images.device
         numbers = self.numbers.rows(first_row, count)
         rows = slice(first_row, first_row + count)
         return MicroBatch(
             online=online_view(images, numbers, views=cfg.views) if online else None,
-            target=target_view(images, numbers, views=cfg.views) if target and cfg.has_contrast else None,
+            target=target_view(images, numbers, views=cfg.views) if target else None,
             noise=self.noise[rows].to(device, non_blocking=True),
             target_noise=self.target_noise[rows].to(device, non_blocking=True),
             first_row=first_row,
@@ -90,6 +89,7 @@ class StepImages:
     draws: StepDraws
     first_row: int
     cfg: CmaeConfig
+    has_target: bool  # a plain MAE has no target view
     device: torch.device
     timer: StepTimer
 
@@ -107,7 +107,11 @@ class StepImages:
         def prepare(part: CropBatch, first_row: int) -> MicroBatch:
             with self.timer.span("augment"):
                 return self.draws.prepare(
-                    part.images, first_row=first_row, cfg=self.cfg, online=online, target=target
+                    part.images,
+                    first_row=first_row,
+                    cfg=self.cfg,
+                    online=online,
+                    target=target and self.has_target,
                 )
 
         micro = len(self.crops[0].images)

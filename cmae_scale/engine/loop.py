@@ -5,6 +5,7 @@ processes (data that ends, a signal, a step that goes wrong, a state to save) is
 together.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -15,18 +16,19 @@ from jaxtyping import Float
 from torch import Tensor
 
 from cmae_scale.config.batches import BatchSizes
+from cmae_scale.config.durations import Timetable
 from cmae_scale.config.schedules import WarmupCosine
 from cmae_scale.core.errors import DivergedError
 from cmae_scale.data.bad_samples import BadSamples
 from cmae_scale.data.stream import CropBatch
-from cmae_scale.engine.loss_trend import TrendFile
+from cmae_scale.engine.metrics.health import Health
 from cmae_scale.engine.metrics.logger import MetricsLogger
-from cmae_scale.engine.optim import set_learning_rate_
 from cmae_scale.engine.process.agreement import RankAgreement
 from cmae_scale.engine.process.heartbeat import PATIENT
 from cmae_scale.engine.process.signals import InterruptedRunError
 from cmae_scale.engine.skipped_steps import SkippedSteps
 from cmae_scale.engine.step_guard import NonFiniteGuard
+from cmae_scale.engine.train_state import TrainState
 
 Feed = Callable[
     [range], AbstractContextManager[Iterator[CropBatch]]
@@ -39,8 +41,12 @@ class TrainTask(Protocol):
     """What a run makes of its images."""
 
     @property
+    def state(self) -> TrainState:
+        """Engine, moving average and checkpoints of the run."""
+
+    @property
     def metric_names(self) -> tuple[str, ...]:
-        """Names of what `accumulate` gives. The first is the loss that is minimised."""
+        """Names of what `take_step` gives. The first is the loss that is minimised."""
 
     @property
     def batch(self) -> BatchSizes:
@@ -50,14 +56,18 @@ class TrainTask(Protocol):
     def image_flops(self) -> int:
         """Floating-point operations of one image's training step."""
 
-    def accumulate(self, crops: Sequence[CropBatch], *, step: int) -> Float[Tensor, " metrics"]:
-        """Gradients of a rank's micro-batches of one step; its mean losses on the device, without gradient.
+    @property
+    def health(self) -> Health | None:
+        """What is measured before each log line, if anything."""
 
-        `engine.step()` has been called for all micro-batches but the last: that one updates the weights.
+    def take_step(
+        self, crops: Sequence[CropBatch], *, step: int, update: Callable[[Tensor], bool]
+    ) -> Float[Tensor, " metrics"]:
+        """One optimizer step on a rank's micro-batches; its mean losses on the device, without gradient.
+
+        `engine.step()` is called here for all micro-batches but the last; `update`, called with the losses
+        once all gradients are there, does it for the last, and says whether the weights moved.
         """
-
-    def follow_(self, *, step: int) -> None:
-        """Whatever follows an update of the weights that has been applied."""
 
     def scheduled(self, step: int) -> dict[str, float]:
         """What changes from step to step by a schedule, besides the learning rate."""
@@ -71,6 +81,23 @@ class Evaluation(Protocol):
 
     def evaluate(self, done: int) -> dict[str, Any]:
         """What was found, by name: numbers, or numbers by class. Leaves the training as it is."""
+
+
+def open_logger(task: TrainTask, *, times: Timetable) -> MetricsLogger:
+    """What writes the run's metrics; its lines begin after the steps that are done already."""
+    state = task.state
+    return MetricsLogger(
+        state.run,
+        world=state.context.world,
+        device=state.context.device,
+        times=times,
+        metric_names=task.metric_names,
+        image_flops=task.image_flops,
+        timer=state.timer,
+        health=task.health,
+        extra=state.extra,
+        first_step=state.first_step,
+    )
 
 
 def take_steps(
@@ -91,7 +118,7 @@ def take_steps(
     trainer = Trainer(task, logger, lr=lr, bad=bad, end=steps.stop, evaluation=evaluation)
     while trainer.done < steps.stop:
         ahead = range(trainer.done, steps.stop)
-        with feed(ahead) as crops, logger.state.use_attention():
+        with feed(ahead) as crops, task.state.use_attention():
             for step in logger.watch(ahead):
                 if not trainer.take(step, crops):
                     break  # gone back to a state: its steps' data comes again
@@ -112,7 +139,7 @@ class Trainer:
     ) -> None:
         self.task, self.logger, self.lr, self.bad, self.end = task, logger, lr, bad, end
         self.evaluation = evaluation
-        self.state = state = logger.state
+        self.state = state = task.state
         self.done = self.saved = state.first_step
         self._first = state.first_step
         self._heartbeat = state.context.heartbeat
@@ -126,16 +153,14 @@ class Trainer:
             metric_names=task.metric_names,
             device=state.context.device,
             spike=faults.spike,
+            extra=state.extra,
         )
-        self._trends = TrendFile(state.run.out / "loss_trend.json", is_first=world.is_first)
-        if faults.spike is not None:
-            self._trends.load_(self._guard.trend, step=self.done)
 
     def take(self, step: int, crops: Iterator[CropBatch]) -> bool:
         """Optimizer step `step`, with its lines and its state. False when the run went back to a state."""
         parts = self._take_data(step, crops)
         set_learning_rate_(self.state.engine, self.lr, step=step)
-        if step in self._skipped:
+        if step in self._skipped.steps:
             self._guard.pass_over()
         elif not self._update(step, parts):
             return False
@@ -171,18 +196,9 @@ class Trainer:
 
     def _update(self, step: int, parts: Sequence[CropBatch]) -> bool:
         """The step itself; a bad one moves nothing. False when the run went back to a state."""
-        state = self.state
-        self._guard.open()
-        losses = self.task.accumulate(parts, step=step)
-        self._heartbeat.enter(
-            "updating the weights", step=step, patience=PATIENT if step == self._first else 1.0
-        )
-        self.logger.look_at_gradients()
-        with state.timer.span("step"):
-            bad = self._guard.apply(step, losses, keys=[key for part in parts for key in part.keys])
-        if state.engine.was_step_applied():  # fp16 skips a step that overflows
-            with state.timer.span("ema"):
-                self.task.follow_(step=step)
+        self._guard.open(step, keys=[key for part in parts for key in part.keys])
+        losses = self.task.take_step(parts, step=step, update=self._apply)
+        bad = self._guard.bad
         if bad is None:
             self.logger.add(losses)
             return True
@@ -191,18 +207,27 @@ class Trainer:
         except DivergedError:
             self._save_now()
             raise
-        if decision == "rewind" and state.restore():
-            self.logger.say(f"warning: {bad}: back to the state of step {state.first_step}, without it")
-            self._go_back(state.first_step)
+        if decision == "rewind" and self.state.restore():
+            step = self.state.first_step
+            self.logger.say(f"warning: {bad}: back to the checkpoint of step {step}, without it")
+            self._go_back(step)
             return False
         self.logger.say(f"warning: {bad}: the step is left out, nothing of it reached the weights")
         return True
 
+    def _apply(self, losses: Tensor) -> bool:
+        """Update the weights unless something is wrong with their gradients. Whether they moved."""
+        first, state = self.done == self._first, self.state
+        self._heartbeat.enter("updating the weights", step=self.done, patience=PATIENT if first else 1.0)
+        if self.task.health is not None:
+            self.task.health.look_at_gradients(state.engine)
+        with state.timer.span("step"):
+            return self._guard.apply(losses)
+
     def _go_back(self, step: int) -> None:
         self.done = self.saved = step
+        self._guard.recall(self.state.extra)
         self.logger.go_to(step)
-        if self._guard.spike is not None:
-            self._trends.load_(self._guard.trend, step=step)
 
     def _write(self) -> None:
         self._heartbeat.enter("writing metrics", step=self.done)
@@ -210,7 +235,13 @@ class Trainer:
             **self.task.scheduled(self.done - 1),
             "skipped_steps": len(self._skipped.before(self.done)),
         }
-        self.logger.write(self.done, scheduled=scheduled, bad=self.bad)
+        self.logger.write(
+            self.done,
+            lr=read_learning_rate(self.state.engine),
+            grad_norm=read_grad_norm(self.state.engine),
+            scheduled=scheduled,
+            bad=self.bad,
+        )
 
     def _save_now(self) -> str | None:
         """Save before leaving, if there is anything new. None, or what went wrong."""
@@ -223,8 +254,7 @@ class Trainer:
     def _save(self) -> str | None:
         self._heartbeat.enter("saving the state", step=self.done, patience=PATIENT)
         started_s = time.monotonic()
-        if self._guard.spike is not None:
-            self._trends.save(self._guard.trend, step=self.done)
+        self._guard.remember(self.state.extra)
         with self.state.timer.span("save"):
             failed = self.state.save(self.done, keep_every_steps=self.logger.times.keep_every_steps)
         if failed:
@@ -240,3 +270,24 @@ class Trainer:
                 f"for the {LAUNCHERS_GRACE_S:.0f} s between SIGTERM and the kill would hardly do"
             )
         return None
+
+
+def set_learning_rate_(engine: Any, lr: WarmupCosine, *, step: int) -> None:
+    """Have the engine's update number `step` use `lr`, unless the run file names a DeepSpeed scheduler.
+
+    A group's "lr_scale" is what its peak is multiplied by (layer-wise decay, a sweep).
+    """
+    if engine.lr_scheduler is None:
+        for group in engine.optimizer.param_groups:
+            group["lr"] = lr.at(step, scale=group.get("lr_scale", 1.0))
+
+
+def read_learning_rate(engine: Any) -> float:
+    """The learning rate in force: the highest of all groups."""
+    return max(float(group["lr"]) for group in engine.optimizer.param_groups)
+
+
+def read_grad_norm(engine: Any) -> float | None:
+    """Norm of the last step's whole gradient before clipping; None where unknown or not finite."""
+    norm = engine.get_global_grad_norm()
+    return None if norm is None or not math.isfinite(norm) else float(norm)

@@ -1,10 +1,9 @@
-"""The optimizer's parameter groups and its learning rate."""
+"""The optimizer's parameter groups, and the one optimizer that DeepSpeed does not have."""
 
 from typing import Any
 
 from torch import nn
 
-from cmae_scale.config.schedules import WarmupCosine
 from cmae_scale.core.errors import ConfigError
 
 _NO_DECAY_LEAVES = frozenset({"bias", "pos_embed"})
@@ -55,18 +54,3 @@ def build_lars(groups: list[dict[str, Any]], *, settings: dict[str, Any]) -> Any
         return Lars(groups, **params)
     except TypeError as error:
         raise ConfigError(f"optimizer.params: timm's LARS refuses them: {error}") from None
-
-
-def set_learning_rate_(engine: Any, lr: WarmupCosine, *, step: int) -> None:
-    """Have the engine's update number `step` use `lr`, unless the run file names a DeepSpeed scheduler.
-
-    A group's "lr_scale" is what its peak is multiplied by (layer-wise decay, a sweep).
-    """
-    if engine.lr_scheduler is None:
-        for group in engine.optimizer.param_groups:
-            group["lr"] = lr.at(step, scale=group.get("lr_scale", 1.0))
-
-
-def read_learning_rate(engine: Any) -> float:
-    """The learning rate in force: the highest of all groups."""
-    return max(float(group["lr"]) for group in engine.optimizer.param_groups)

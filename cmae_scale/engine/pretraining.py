@@ -1,76 +1,86 @@
-"""Pre-training as the loop knows it: what a step does with a rank's images, and what follows its update."""
+"""CMAE's training step as the paper has it: two views, two branches, two losses, update, moving average.
 
-import json
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+What the branches make of a view is in `models/cmae.py`, how views are drawn in `augment/`, the losses are in
+`losses/`. What surrounds a step (its data, a step that goes wrong, log lines, checkpoints) is in `loop.py`.
+
+Source: CMAE (arXiv:2207.13532) section 3 and figure 1.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from cmae_scale.config.batches import MICRO, BatchSizes
-from cmae_scale.config.cmae import DecoderConfig
-from cmae_scale.config.durations import Timetable
-from cmae_scale.config.run_file import Run
+from cmae_scale.config.batches import BatchSizes
+from cmae_scale.config.cmae import CmaeConfig, LossConfig
 from cmae_scale.config.schedules import TargetMomentum
-from cmae_scale.config.sizes import count_prefix, read_size
+from cmae_scale.core.collectives import gather_rows
 from cmae_scale.data.stream import CropBatch
-from cmae_scale.engine.arithmetic import settle_arithmetic
-from cmae_scale.engine.checkpoint.metadata import DataOrder, build_metadata
-from cmae_scale.engine.inputs import StepImages, draw_step
+from cmae_scale.engine.inputs import MicroBatch, StepImages, draw_step
 from cmae_scale.engine.metrics.health import Health
-from cmae_scale.engine.partition import build_model
-from cmae_scale.engine.precision import Product, read_precision
-from cmae_scale.engine.process.group import RankContext
-from cmae_scale.engine.step import METRIC_NAMES, accumulate_gradients
-from cmae_scale.engine.train_state import TrainState, count_trainable, name_precision, start_train_state
+from cmae_scale.engine.metrics.step_timer import StepTimer
+from cmae_scale.engine.train_state import TrainState
 from cmae_scale.engine.zero.gather import gather_weights
-from cmae_scale.layers.attention import AttentionShape, describe_attention, set_attention_
+from cmae_scale.layers.masking import TokenMask, take_tokens
+from cmae_scale.layers.patches import patchify
+from cmae_scale.losses import byol, infonce, pixel_loss
 from cmae_scale.models.export import export_run
-from cmae_scale.sizing.flops import count_flops, count_kept
+from cmae_scale.sizing.flops import count_flops
+
+METRIC_NAMES = ("loss", "pixel", "contrast")
 
 
-@dataclass(frozen=True)
 class Pretraining:
-    """CMAE, or MAE, as the method of a run (see loop.Method)."""
+    """CMAE, or MAE, as the task of a run (see `loop.TrainTask`)."""
 
-    state: TrainState
-    batch: BatchSizes
-    momentum: TargetMomentum
-    health: Health | None = None
+    metric_names = METRIC_NAMES  # `contrast` is before weight and scale: ln(keys) is chance for InfoNCE
 
-    @property
-    def metric_names(self) -> tuple[str, ...]:
-        """`contrast` is before weight and scale, so that ln(K) is chance for InfoNCE."""
-        return METRIC_NAMES
+    def __init__(
+        self, state: TrainState, batch: BatchSizes, momentum: TargetMomentum, health: Health | None = None
+    ) -> None:
+        self.state, self.batch, self.momentum, self.health = state, batch, momentum, health
+        self._cfg = state.run.cmae
+        self._has_target = self._cfg.has_contrast
+        self._first_row = state.context.world.rank * batch.local
+
+    def take_step(
+        self, crops: Sequence[CropBatch], *, step: int, update: Callable[[Tensor], bool]
+    ) -> Float[Tensor, " metrics"]:
+        """One optimizer step, by all ranks together; this rank's mean losses.
+
+        `crops` are this rank's micro-batches. `update` gets the losses, moves the weights by the gradients
+        that are there, and says whether it did: a step that is not finite moves nothing.
+        """
+        images = self._draw_views(crops, step=step)
+        losses = accumulate_gradients(self.state.engine, images, health=self.health)
+        if update(losses):
+            with self.state.timer.span("ema"):
+                self.state.ema.update_(self.momentum.at(step))  # the target follows the online branch
+        return losses
+
+    def _draw_views(self, crops: Sequence[CropBatch], *, step: int) -> StepImages:
+        """This rank's images, with the random numbers of the whole global batch for their views and masks."""
+        state = self.state
+        with state.timer.span("augment"):
+            draws = draw_step(self._cfg, total=self.batch.total, step=step)
+        return StepImages(
+            crops,
+            draws,
+            first_row=self._first_row,
+            cfg=self._cfg,
+            has_target=self._has_target,
+            device=state.context.device,
+            timer=state.timer,
+        )
 
     @property
     def image_flops(self) -> int:
         """Floating-point operations of one image's training step."""
-        return count_flops(self.state.run.cmae).training
-
-    def accumulate(self, crops: Sequence[CropBatch], *, step: int) -> Float[Tensor, " metrics"]:
-        """Gradients of this rank's micro-batches; views and masks are drawn for the whole global batch."""
-        state = self.state
-        with state.timer.span("augment"):
-            draws = draw_step(state.run.cmae, total=self.batch.total, step=step)
-        images = StepImages(
-            crops,
-            draws,
-            first_row=state.context.world.rank * self.batch.local,
-            cfg=state.run.cmae,
-            device=state.context.device,
-            timer=state.timer,
-        )
-        return accumulate_gradients(state.engine, images, health=self.health)
-
-    def follow_(self, *, step: int) -> None:
-        """The target follows the weights that step `step` has moved."""
-        self.state.ema.update_(self.momentum.at(step))
+        return count_flops(self._cfg).training
 
     def scheduled(self, step: int) -> dict[str, float]:
         """What changes from step to step, besides the learning rate."""
@@ -88,124 +98,90 @@ class Pretraining:
         return run.out / "encoder"
 
 
-def start_pretraining(run: Run, *, context: RankContext, data_order: DataOrder) -> TrainState:
-    """The state of a pre-training run; `data_order` tells the samples that a state belongs to."""
-    run, attention, record, notices = settle_arithmetic(
-        run,
-        device=context.device,
-        product=find_product(run),
-        attention=run.cmae.model.attention,
-        shapes=list_attention(run),
-    )
-    model, origin = build_model(run, device=context.device)
-    for part, choice in attention.items():
-        set_attention_(model.get_submodule(part), choice)
-    state = start_train_state(
-        run,
-        context=context,
-        model=model,
-        pairs=model.target_pairs(),
-        attention=attention,
-        metadata=build_metadata(
-            run,
-            kind=describe_kind(run, data_order=data_order),
-            ranks=context.world.size,
-            precision=name_precision(read_precision(run.deepspeed)),
-            attention=record,
-        ),
-        notices=[*notices, *origin],
-    )
-    if model.target_encoder is not None and model.target_projector is not None:
-        state.timer.watch_(model.target_encoder, model.target_projector, name="target")
-    return state
+class Passed(NamedTuple):
+    """What the pass of a micro-batch leaves behind, on the device and without gradient."""
+
+    losses: Float[Tensor, " metrics"]
+    query: Float[Tensor, "batch dim"] | None
+    keys: Float[Tensor, "total dim"] | None
 
 
-def watch_health(state: TrainState) -> Health | None:
-    """Signs of learning and of collapse in a pre-training run; None where the run file wants none."""
-    cfg, model = state.run.cmae, state.engine.module
-    if not cfg.monitor.health:
-        return None
-    modules = {
-        "encoder": [model.online_encoder],
-        "pixel_decoder": [model.pixel_decoder],
-        "feature_decoder": [model.feature_decoder],
-        "heads": [model.projector, model.predictor],
-    }
-    parts = {
-        name: [p for module in group if module is not None for p in module.parameters()]
-        for name, group in modules.items()
-    }
-    has_chance = cfg.has_contrast and cfg.loss.contrast == "infonce"
-    chance = math.log(state.run.deepspeed["train_batch_size"]) if has_chance else None
-    distance = state.ema.measure_distance if state.ema.target else None
-    return Health(parts, distance=distance, chance=chance)
+def accumulate_gradients(
+    engine: Any, images: StepImages, *, health: Health | None = None
+) -> Float[Tensor, " metrics"]:
+    """This rank's mean losses of one optimizer step, after forward and backward of all micro-batches.
 
-
-def describe_kind(run: Run, *, data_order: DataOrder) -> dict[str, Any]:
-    """What a pre-training run cannot change on the way without being another: samples, model and method."""
-    sections = json.loads(
-        run.cmae.model_dump_json(include={"model", "mask", "heads", "views", "loss", "target"})
-    )
-    for free in ("attention", "remat", "init"):  # change speed, memory or the beginning, not the model
-        del sections["model"][free]
-    return {
-        "train_batch_size": run.deepspeed["train_batch_size"],
-        "seed": run.cmae.seed,
-        "data": data_order,
-        **sections,
-    }
-
-
-def find_product(run: Run) -> Product:
-    """The first linear layer of the encoder's MLP on a micro-batch."""
-    model, [shape, *_] = run.cmae.model, list_attention(run).values()
-    width = read_size(model).embed_dim
-    return Product(shape.images * shape.tokens, width, int(width * model.mlp_ratio))
-
-
-def list_attention(run: Run) -> dict[str, AttentionShape]:
-    """What attention works on in each part of the model, by the part's name in it."""
-    cfg, images = run.cmae, run.deepspeed[MICRO]
-    size, prefix = read_size(cfg.model), count_prefix(cfg.model)
-    grid = cfg.views.img_px // cfg.model.patch_size
-    kept = partial(count_kept, grid, cell=cfg.mask.cell)
-
-    def shape(decoder: DecoderConfig) -> AttentionShape:
-        return AttentionShape(
-            decoder.num_heads, decoder.embed_dim // decoder.num_heads, grid**2 + prefix, images
+    They are METRIC_NAMES, on the device and without gradient; `contrast` is before weight and scale, so that
+    ln(K) is chance for InfoNCE, and 0 for a plain MAE. InfoNCE compares with the keys of the whole global
+    batch. With several micro-batches all their keys are computed first, which costs nothing extra: they carry
+    no gradient. `engine` counts the micro-batches; the update after the last is the caller's `engine.step()`.
+    """
+    keys = None
+    if images.has_target and len(images) > 1:
+        with images.timer.span("target"):
+            keys = compute_keys(engine, images)
+    learn = partial(_learn, engine, keys=keys, cfg=images.cfg, timer=images.timer)
+    passes: list[Passed] = []
+    for passed in map(learn, images.views(online=True, target=keys is None)):
+        passes.append(passed)
+        if len(passes) < len(images):
+            engine.step()
+    if health is not None and passed.keys is not None:
+        health.look_at_features(
+            torch.cat([one.query for one in passes if one.query is not None]), passed.keys
         )
-
-    heads, head_dim = size.num_heads, size.embed_dim // size.num_heads
-    shapes = {
-        "online_encoder": AttentionShape(heads, head_dim, kept(ratio=cfg.mask.ratio) + prefix, images),
-        "pixel_decoder": shape(cfg.model.pixel_decoder),
-    }
-    if cfg.has_contrast:
-        seen = kept(ratio=cfg.target.mask_ratio) + prefix
-        shapes["target_encoder"] = AttentionShape(heads, head_dim, seen, images, is_trained=False)
-        feature = cfg.model.feature_decoder
-        if feature.depth and not feature.shared:
-            shapes["feature_decoder"] = shape(feature)
-    return shapes
+    return torch.stack([one.losses for one in passes]).mean(dim=0)
 
 
-def describe(state: TrainState, *, images: int, times: Timetable) -> str:
-    """What runs, in a few lines."""
-    cfg, model = state.run.cmae, state.engine.module
-    kind = "hybrid ViT" if cfg.model.is_hybrid else "ViT"
-    name = cfg.model.encoder or f"{kind} {cfg.model.embed_dim} wide, {cfg.model.depth} deep"
-    method = "CMAE" if cfg.has_contrast else "MAE"
-    device = state.context.device
-    hardware = (
-        torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
-    )
-    batch_samples = state.run.deepspeed["train_batch_size"]
-    lines = [
-        f"{method} {name}: {count_trainable(model) / 1e6:.1f} M trainable parameters",
-        f"{images:,} images, {times.total_steps} steps of {batch_samples}, {times.steps_per_epoch} an epoch",
-        f"{state.context.world.size} x {device.type} ({hardware}), ZeRO {state.metadata.zero_stage}, "
-        f"{state.metadata.precision}, remat {cfg.model.remat}",
-        f"attention {describe_attention(state.attention)}",
-        f"run folder {state.run.out}" + (f", resumed at step {state.first_step}" if state.first_step else ""),
-    ]
-    return "\n".join([*lines, *state.notices])
+def _learn(
+    engine: Any, micro: MicroBatch, *, keys: Tensor | None, cfg: CmaeConfig, timer: StepTimer
+) -> Passed:
+    """Forward and backward pass of one micro-batch; `keys` are of the global batch, if it has more."""
+    assert micro.online is not None
+    query = None
+    with timer.span("forward"):
+        output = engine(micro.online, micro.target, noise=micro.noise, target_noise=micro.target_noise)
+        pixel = pixel_loss(
+            output.pixels, _hidden_patches(micro.online, output.mask, cfg), norm_pix=cfg.loss.norm_pix
+        )
+        total, contrast = pixel, torch.zeros_like(pixel)
+        if output.query is not None:
+            query, keys = output.query.detach(), gather_rows(output.key) if keys is None else keys
+            contrast = _contrast(output.query, keys, first_row=micro.first_row, loss=cfg.loss)
+            total = pixel + contrast_factor(cfg.loss) * contrast
+    with timer.span("backward"):
+        engine.backward(total)
+    return Passed(torch.stack([total.detach(), pixel.detach(), contrast.detach()]), query, keys)
+
+
+@torch.no_grad()
+def compute_keys(engine: Any, images: StepImages) -> Float[Tensor, "total dim"]:
+    """Target projections of the global batch, in the order of the global batch."""
+
+    def project(micro: MicroBatch) -> Tensor:
+        key: Tensor = engine(None, micro.target, target_noise=micro.target_noise).key
+        return key
+
+    return gather_rows(torch.cat(list(map(project, images.views(online=False, target=True)))))
+
+
+def _contrast(query: Tensor, keys: Tensor, *, first_row: int, loss: LossConfig) -> Tensor:
+    if loss.contrast == "byol":
+        return byol(query, keys[first_row : first_row + len(query)])
+    return infonce(query, keys, first_row=first_row, temperature=loss.temperature)
+
+
+def contrast_factor(loss: LossConfig) -> float:
+    """What the contrast loss is multiplied by: weight times scale.
+
+    Source: the official head multiplies InfoNCE by 2 * temperature (as MoCo v3), the paper by 1. BYOL's loss
+    has no temperature.
+    """
+    scale = 2 * loss.temperature if loss.contrast == "infonce" and loss.scale == "official" else 1.0
+    return loss.weight * scale
+
+
+def _hidden_patches(
+    online: Float[Tensor, "batch 3 side side"], mask: TokenMask, cfg: CmaeConfig
+) -> Float[Tensor, "batch hidden values"]:
+    return take_tokens(patchify(online, cfg.model.patch_size), mask.hidden)

@@ -34,7 +34,8 @@ def preview(engine: Any, masters: UInt8[Tensor, "batch 3 master master"], *, cfg
     """
     crops = 2 if cfg.views.target_crop == "random" else 1
     images = masters[:, None].expand(-1, crops, -1, -1, -1)
-    micro = draw_step(cfg, total=len(images), step=0).prepare(images, first_row=0, cfg=cfg)
+    draws = draw_step(cfg, total=len(images), step=0)
+    micro = draws.prepare(images, first_row=0, cfg=cfg, target=cfg.has_contrast)
     assert micro.online is not None
     engine.eval()
     output = engine(micro.online, None, noise=micro.noise)

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from cmae_scale.config.cmae import Remat
 from cmae_scale.core.errors import ConfigError
-from cmae_scale.layers.blocks import BlockCall, BlockRunner
+from cmae_scale.models.encoder import BlockCall, BlockRunner
 
 # A linear layer on [batch, tokens, embed] dispatches to addmm (mm without bias), explicit attention to bmm.
 _aten = torch.ops.aten

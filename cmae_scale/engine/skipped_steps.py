@@ -25,19 +25,16 @@ class SkippedSteps:
         self._faults = faults
         self._is_first = is_first
         # rank 0's reading: others may see a shared folder later
-        self._lines: dict[int, dict[str, Any]] = gather_objects(_read(path) if is_first else {})[0]
-
-    def __contains__(self, step: int) -> bool:
-        return step in self._lines
+        self.steps: dict[int, dict[str, Any]] = gather_objects(_read(path) if is_first else {})[0]
 
     def before(self, step: int) -> list[int]:
         """Those before `step`, in order."""
-        return sorted(listed for listed in self._lines if listed < step)
+        return sorted(listed for listed in self.steps if listed < step)
 
     def in_a_row(self, step: int) -> int:
         """How many steps directly before `step` were left out."""
         count = 0
-        while step - 1 - count in self._lines:
+        while step - 1 - count in self.steps:
             count += 1
         return count
 
@@ -61,9 +58,9 @@ class SkippedSteps:
             )
         decision: Decision = "skip"
         if faults.bad_step == "rewind" and newest_state is not None:
-            if any(line["rewound_to"] == newest_state for line in self._lines.values()):
+            if any(line["rewound_to"] == newest_state for line in self.steps.values()):
                 raise DivergedError(
-                    f"{bad}, again after going back to the state of step {newest_state}: that state or the "
+                    f"{bad}, again after going back to the checkpoint of step {newest_state}: it or the "
                     "settings are at fault, go back to an older one or lower cmae.schedule.base_lr"
                 )
             decision = "rewind"
@@ -82,7 +79,7 @@ class SkippedSteps:
             "samples": list(bad.samples),
             "rewound_to": rewound_to,
         }
-        self._lines[bad.step] = line
+        self.steps[bad.step] = line
         if self._is_first:
             self._file.add(json.dumps(line) + "\n")  # on a full disk it waits for the next one
 

@@ -8,7 +8,8 @@ updates with whatever it has.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +18,6 @@ from torch import Tensor, nn
 
 from cmae_scale.core.collectives import gather_objects, mean_of_ranks
 from cmae_scale.core.errors import DivergedError
-from cmae_scale.engine.loss_trend import Trend
 
 SHOWN_SAMPLES = 8
 MAX_OVERFLOWS = (
@@ -48,6 +48,33 @@ class BadStep(NamedTuple):
         )
 
 
+@dataclass(frozen=True)
+class LossStatistics:
+    """Running mean and variance of the losses of applied steps, on the device: asking waits for nothing."""
+
+    WARM_STEPS = 20  # before so many, nothing is a jump
+    MEMORY = 0.99  # weight of the past: about 100 steps
+
+    values: Float[Tensor, "3"]  # number of losses, mean, variance
+
+    def is_jump(self, loss: Float[Tensor, ""], *, deviations: float) -> Tensor:
+        """Whether `loss` is more than so many standard deviations above the mean."""
+        count, mean, variance = self.values
+        # a floor under the deviation: of losses that hardly move, every move would be a jump
+        limit = mean + deviations * variance.sqrt().clamp(min=1e-3 * mean.abs())
+        jump: Tensor = (count >= self.WARM_STEPS) & (loss.double() > limit)
+        return jump
+
+    def add_(self, loss: Float[Tensor, ""]) -> None:
+        """Follow `loss`. Young averages are plain ones, so that the first loss does not weigh too much."""
+        count, mean, variance = self.values
+        share = torch.clamp(1 / (count + 1), min=1 - self.MEMORY)
+        away = loss.double() - mean
+        new_mean = mean + share * away
+        new_variance = (1 - share) * (variance + share * away * away)
+        self.values.copy_(torch.stack([count + 1, new_mean, new_variance]))
+
+
 class NonFiniteGuard:
     """Stands between a rank's gradients and its weights. All ranks call its methods together.
 
@@ -57,17 +84,27 @@ class NonFiniteGuard:
     """
 
     def __init__(
-        self, engine: Any, *, metric_names: Sequence[str], device: torch.device, spike: float | None = None
+        self,
+        engine: Any,
+        *,
+        metric_names: Sequence[str],
+        device: torch.device,
+        spike: float | None = None,
+        extra: Mapping[str, Any] | None = None,
     ) -> None:
         self.engine = engine
         self.names = tuple(metric_names)
         self.spike = spike
-        self.trend = Trend(torch.zeros(3, dtype=torch.float64, device=device))
+        self.statistics = LossStatistics(torch.zeros(3, dtype=torch.float64, device=device))
+        self.recall(extra or {})
+        self.bad: BadStep | None = None  # what was wrong with the last step
         self._buffers = list(engine.module.buffers())
         self._kept = [torch.empty_like(buffer) for buffer in self._buffers]
         self._bad_gradient = torch.zeros((), dtype=torch.bool, device=device)
         self._spiked = torch.zeros((), dtype=torch.bool, device=device)
         self._losses: list[Tensor] = []
+        self._step = 0
+        self._keys: Sequence[str] = ()
         self._step_loss: Tensor | None = None
         self._overflows = 0
         # a plain torch optimizer, at stage 0 in fp32; under fp16 autocast torch's own scaler looks
@@ -83,40 +120,53 @@ class NonFiniteGuard:
         self._watch_backward()
 
     @torch.no_grad()
-    def open(self) -> None:
-        """A step begins."""
+    def open(self, step: int, *, keys: Sequence[str]) -> None:
+        """Optimizer step `step` begins, whose samples on this rank have `keys`."""
+        self._step, self._keys, self.bad = step, keys, None
         if self._buffers:
             torch._foreach_copy_(self._kept, self._buffers)
         self._bad_gradient.zero_()
         self._spiked.zero_()
         self._losses = []
 
-    def apply(self, step: int, losses: Float[Tensor, " metrics"], *, keys: Sequence[str]) -> BadStep | None:
-        """Update the weights with the gradients that are there, or leave everything as it was and say why.
+    def apply(self, losses: Float[Tensor, " metrics"]) -> bool:
+        """Update the weights with the gradients that are there, or leave everything as it was: see `bad`.
 
-        `engine.was_step_applied()` then tells the two apart: an fp16 step that overflows its loss scale is no
-        bad step, but is not applied either.
+        Returns whether the weights moved. An fp16 step that overflows its loss scale is no bad step, but
+        moves nothing either.
         """
         try:
             self._step_engine()
         except Exception as error:
             if "loss scale" not in str(error):
                 raise
-            raise DivergedError(f"fp16 overflows at step {step} at any loss scale: use bf16") from error
+            raise DivergedError(f"fp16 overflows at step {self._step} at any loss scale: use bf16") from error
         if self.engine.was_step_applied():
             self._overflows = 0
             if self.spike is not None and self._step_loss is not None:
-                self.trend.add_(self._step_loss)
-            return None
+                self.statistics.add_(self._step_loss)
+            return True
         self._undo()
-        bad = self._explain(step, losses, keys)
-        if bad is None:
+        self.bad = self._explain(losses)
+        if self.bad is None:
             self._overflows += 1
             if self._overflows > MAX_OVERFLOWS:
                 raise DivergedError(
-                    f"fp16 overflowed {self._overflows} steps in a row, the last at step {step}: use bf16"
+                    f"fp16 overflowed {self._overflows} steps in a row, the last at step {self._step}: "
+                    "use bf16"
                 )
-        return bad
+        return False
+
+    def remember(self, extra: dict[str, Any]) -> None:
+        """Write the loss statistics into a checkpoint's `extra`: a resumed run finds the same jumps."""
+        if self.spike is not None:
+            extra["loss_statistics"] = self.statistics.values.tolist()
+
+    def recall(self, extra: Mapping[str, Any]) -> None:
+        """Take up what `remember` wrote; without it the statistics begin anew."""
+        values = extra.get("loss_statistics")
+        is_whole = isinstance(values, list) and [type(value) for value in values] == [float] * 3
+        self.statistics.values.copy_(torch.tensor(values if is_whole else [0.0] * 3, dtype=torch.float64))
 
     def pass_over(self) -> None:
         """A step that is left out from the start: what is told of it is what is told of a bad one."""
@@ -141,7 +191,7 @@ class NonFiniteGuard:
         self.engine._global_grad_norm = norm
         self.engine.step()
 
-    def _explain(self, step: int, losses: Tensor, keys: Sequence[str]) -> BadStep | None:
+    def _explain(self, losses: Tensor) -> BadStep | None:
         """Why no update came, asked of all ranks. None: an fp16 overflow."""
         own = (losses.tolist(), bool(self._bad_gradient), bool(self._spiked))
         everywhere = gather_objects(own)
@@ -161,9 +211,9 @@ class NonFiniteGuard:
             if len(ranks) == len(everywhere) > 1:
                 ranks = []
         concerned = ranks or range(len(everywhere))
-        own_keys = list(keys) if self._rank() in concerned else []
+        own_keys = list(self._keys) if self._rank() in concerned else []
         return BadStep(
-            step=step,
+            step=self._step,
             cause=cause,
             ranks=tuple(ranks),
             losses={str(rank): dict(zip(self.names, everywhere[rank][0], strict=True)) for rank in concerned},
@@ -214,5 +264,5 @@ class NonFiniteGuard:
         if not self.engine.is_gradient_accumulation_boundary():
             return factor
         self._step_loss = mean_of_ranks(torch.stack(self._losses).mean())
-        self._spiked.copy_(self.trend.is_spike(self._step_loss, deviations=self.spike))
+        self._spiked.copy_(self.statistics.is_jump(self._step_loss, deviations=self.spike))
         return torch.where(self._spiked, math.nan, factor)

@@ -1,7 +1,7 @@
 """A task as the loop knows it: what a step does with a rank's images, and what follows its update."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from cmae_scale.config.batches import BatchSizes
 from cmae_scale.core.errors import ConfigError
-from cmae_scale.data.prefetch import copy_ahead
-from cmae_scale.data.stream import CropBatch
+from cmae_scale.data.stream import CropBatch, copy_ahead
 from cmae_scale.engine.arithmetic import Settled
 from cmae_scale.engine.checkpoint.metadata import DataOrder, build_metadata
 from cmae_scale.engine.ema import Pair
+from cmae_scale.engine.metrics.health import Health
 from cmae_scale.engine.precision import read_precision
 from cmae_scale.engine.process.group import RankContext
 from cmae_scale.engine.train_state import TrainState, count_trainable, name_precision, start_train_state
@@ -60,6 +60,7 @@ class Transfer:
     task: Task
     ema: float = 0.0
     ema_params: Mapping[str, nn.Parameter] = field(default_factory=dict)
+    health: Health | None = None  # of its losses alone, nothing more is measured
 
     @property
     def metric_names(self) -> tuple[str, ...]:
@@ -71,8 +72,10 @@ class Transfer:
         """The task's."""
         return self.task.image_flops
 
-    def accumulate(self, crops: Sequence[CropBatch], *, step: int) -> Float[Tensor, " metrics"]:
-        """Gradients of this rank's micro-batches, and the means of their losses."""
+    def take_step(
+        self, crops: Sequence[CropBatch], *, step: int, update: Callable[[Tensor], bool]
+    ) -> Float[Tensor, " metrics"]:
+        """One optimizer step on this rank's micro-batches; the means of their losses."""
         engine, batch = self.state.engine, self.batch
         first_row = self.state.context.world.rank * batch.local
         dtype = read_precision(self.state.run.deepspeed).parameters
@@ -85,11 +88,11 @@ class Transfer:
                 engine.step()
             means.append(losses.detach())
             first_row += batch.micro
-        return torch.stack(means).mean(dim=0)
-
-    def follow_(self, *, step: int) -> None:
-        """The moving average of the weights follows them."""
-        self.state.ema.update_(self.ema)
+        mean = torch.stack(means).mean(dim=0)
+        if update(mean):
+            with self.state.timer.span("ema"):
+                self.state.ema.update_(self.ema)
+        return mean
 
     def scheduled(self, step: int) -> dict[str, float]:
         """Nothing but the learning rate."""

@@ -1,17 +1,12 @@
-"""The transformer block of encoder and decoders, the way blocks are run, and a linear layer kept in fp32."""
+"""The transformer blocks of encoder and decoders, and a linear layer that is kept in fp32."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
-from typing import TypeAlias
 
-from jaxtyping import Float
 from timm.models.vision_transformer import Block
-from torch import Tensor, nn
+from torch import nn
 
 NORM_EPS = 1e-6  # of every LayerNorm. Source: timm VisionTransformer, facebookresearch/mae models_mae.py
-
-BlockCall: TypeAlias = Callable[[Tensor], Tensor]  # a block, or one with its other arguments bound
-BlockRunner: TypeAlias = Callable[[BlockCall, Tensor], Tensor]
 
 
 def build_blocks(
@@ -33,11 +28,6 @@ def build_blocks(
             for rate in drop_path or [0.0] * depth
         )
     )
-
-
-def run_block(block: BlockCall, tokens: Float[Tensor, "batch tokens embed"]) -> Tensor:
-    """The block's output, activations kept for backward: how a model runs unless told to rematerialise."""
-    return block(tokens)
 
 
 class ExactLinear(nn.Linear):

@@ -1,13 +1,24 @@
 """What an encoder is, and the plain one: the vision transformer."""
 
+from collections.abc import Callable
+from typing import TypeAlias
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from cmae_scale.config.sizes import EncoderSize
-from cmae_scale.layers.blocks import NORM_EPS, BlockRunner, build_blocks, run_block
+from cmae_scale.layers.blocks import NORM_EPS, build_blocks
 from cmae_scale.layers.masking import TokenMask, take_tokens
 from cmae_scale.layers.patches import PatchEmbed, patchify, sincos_positions
+
+BlockCall: TypeAlias = Callable[[Tensor], Tensor]  # a block, or one with its other arguments bound
+BlockRunner: TypeAlias = Callable[[BlockCall, Tensor], Tensor]
+
+
+def run_block(block: BlockCall, tokens: Float[Tensor, "batch tokens embed"]) -> Tensor:
+    """The block's output, activations kept for backward: how a model runs unless told to rematerialise."""
+    return block(tokens)
 
 
 class ImageEncoder(nn.Module):

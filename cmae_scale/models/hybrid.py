@@ -9,11 +9,11 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 
 from cmae_scale.config.sizes import COARSE, FINE, KERNEL, ConvStages, EncoderSize
-from cmae_scale.layers.blocks import NORM_EPS, BlockRunner, build_blocks, run_block
+from cmae_scale.layers.blocks import NORM_EPS, build_blocks
 from cmae_scale.layers.masking import TokenMask
 from cmae_scale.layers.patches import PatchProjection, patchify, sincos_positions
 from cmae_scale.layers.sites import KeptSites, SiteProjection, place_sites
-from cmae_scale.models.encoder import ImageEncoder
+from cmae_scale.models.encoder import BlockRunner, ImageEncoder, run_block
 
 # what follows the last block in pre-training, and what a fine-tuned hybrid no longer has
 ENDS = ("norm", "stage1_output_decode", "stage2_output_decode")

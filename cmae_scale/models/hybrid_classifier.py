@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from cmae_scale.config.sizes import COARSE, FINE, ConvStages, EncoderSize
-from cmae_scale.layers.blocks import NORM_EPS, run_block
+from cmae_scale.layers.blocks import NORM_EPS
 from cmae_scale.layers.sites import place_sites
+from cmae_scale.models.encoder import run_block
 from cmae_scale.models.hybrid import HybridTrunk
 
 HEAD_STD = 2e-5  # Source: Alpha-VL/ConvMAE main_finetune.py, as facebookresearch/mae

@@ -15,8 +15,8 @@ from cmae_scale.data.bad_samples import BadSamples
 from cmae_scale.data.decoding import CentreCrops
 from cmae_scale.data.labelled import Labelled
 from cmae_scale.data.ordered import count_samples, open_ordered
-from cmae_scale.data.prefetch import copy_ahead
 from cmae_scale.data.shard_set import ShardSet
+from cmae_scale.data.stream import copy_ahead
 from cmae_scale.tasks.features import Features, Predict, extract_features
 from cmae_scale.tasks.knn import build_bank, vote
 from cmae_scale.tasks.scores import Scores, score

@@ -5,8 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from cmae_scale.data.prefetch import copy_ahead
-from cmae_scale.data.stream import CropBatch
+from cmae_scale.data.stream import CropBatch, copy_ahead
 
 
 def make_batch(step: int, *, pin: bool = False) -> CropBatch:

@@ -92,8 +92,9 @@ def run_steps(
     from cmae_scale.config.schedules import TargetMomentum
     from cmae_scale.data.stream import CropBatch
     from cmae_scale.engine.checkpoint.save_load import Keeping, save_state
-    from cmae_scale.engine.pretraining import Pretraining, start_pretraining
+    from cmae_scale.engine.pretraining import Pretraining
     from cmae_scale.engine.process.group import start_processes
+    from cmae_scale.engine.setup import start_pretraining
     from cmae_scale.engine.zero.gather import gather_weights
 
     context = start_processes()
@@ -103,6 +104,11 @@ def run_steps(
     side, rank = run.cmae.views.master_px, context.world.rank
     rows = range(rank * batch.local, (rank + 1) * batch.local, batch.micro)
     losses, failed = {}, None
+
+    def update(_: torch.Tensor) -> bool:
+        state.engine.step()
+        return bool(state.engine.was_step_applied())
+
     for step in range(state.first_step if first is None else first, steps):
         if step == resave_at:
             again = save_state(
@@ -126,10 +132,7 @@ def run_steps(
             for micro, row in enumerate(rows)
         ]
         with state.use_attention():
-            losses[step] = task.accumulate(parts, step=step)
-        state.engine.step()
-        if state.engine.was_step_applied():
-            task.follow_(step=step)
+            losses[step] = task.take_step(parts, step=step, update=update)
         if step + 1 == save_at:
             failed = state.save(step + 1)
     norm = state.engine.get_global_grad_norm()
@@ -172,10 +175,10 @@ def train_loop(
     from cmae_scale.config.schedules import TargetMomentum, WarmupCosine
     from cmae_scale.core.errors import UserError
     from cmae_scale.data.bad_samples import BadSamples
-    from cmae_scale.engine.loop import take_steps
-    from cmae_scale.engine.metrics.logger import MetricsLogger
-    from cmae_scale.engine.pretraining import Pretraining, start_pretraining
+    from cmae_scale.engine.loop import open_logger, take_steps
+    from cmae_scale.engine.pretraining import Pretraining
     from cmae_scale.engine.process.group import start_processes
+    from cmae_scale.engine.setup import start_pretraining
     from cmae_scale.engine.zero.gather import gather_weights
 
     run = replace(run, settings=run.cmae.model_copy(update={"monitor": MonitorConfig(log_every=1)}))
@@ -184,7 +187,7 @@ def train_loop(
     state = start_pretraining(run, context=context, data_order="tiny")
     task = Pretraining(state, batch, TargetMomentum(run.cmae.target.momentum, total_steps=10))
     times = Timetable(100, TOTAL_STEPS, 1, save_every)
-    logger = MetricsLogger(state, times=times, metric_names=task.metric_names, image_flops=1)
+    logger = open_logger(task, times=times)
     said: list[str] = []
     logger.say = said.append  # type: ignore[method-assign]
     computed: list[int] = []

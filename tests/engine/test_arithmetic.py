@@ -18,7 +18,7 @@ from cmae_scale.engine import arithmetic, precision
 from cmae_scale.engine.arithmetic import settle_arithmetic
 from cmae_scale.engine.checkpoint.metadata import build_metadata
 from cmae_scale.engine.precision import Product, name_half, settle_precision
-from cmae_scale.engine.pretraining import find_product, list_attention
+from cmae_scale.engine.setup import find_product, list_attention
 from cmae_scale.layers.attention import Arithmetic, AttentionChoice, AttentionShape
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -312,8 +312,8 @@ def test_each_part_of_the_model_runs_its_own_kernel(
     run = tiny_run(cmae={"model": {"attention": "auto"}})
 
     def look() -> Any:
-        from cmae_scale.engine.pretraining import start_pretraining
         from cmae_scale.engine.process.group import start_processes
+        from cmae_scale.engine.setup import start_pretraining
 
         state = start_pretraining(run, context=start_processes(), data_order={})
         fused = {

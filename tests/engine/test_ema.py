@@ -107,8 +107,8 @@ def test_the_average_is_bit_equal_under_every_zero_stage(
 
     def follow(stage: int) -> Callable[[], Any]:
         def inside() -> Any:
-            from cmae_scale.engine.pretraining import start_pretraining
             from cmae_scale.engine.process.group import start_processes
+            from cmae_scale.engine.setup import start_pretraining
             from cmae_scale.engine.zero.gather import gather_weights
 
             zero = {

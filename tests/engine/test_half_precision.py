@@ -23,8 +23,9 @@ def overflow_once(run: Any) -> list[dict[str, Any]]:
     from cmae_scale.config.batches import plan_batch
     from cmae_scale.config.schedules import TargetMomentum
     from cmae_scale.data.stream import CropBatch
-    from cmae_scale.engine.pretraining import Pretraining, start_pretraining
+    from cmae_scale.engine.pretraining import Pretraining
     from cmae_scale.engine.process.group import start_processes
+    from cmae_scale.engine.setup import start_pretraining
     from cmae_scale.engine.zero.partitions import partition_of
 
     support_fp16()
@@ -39,19 +40,20 @@ def overflow_once(run: Any) -> list[dict[str, Any]]:
     state.engine.module.predictor.fc2.weight.register_hook(
         lambda gradient: gradient * float("inf") if step in (0, 3) else gradient
     )
+
+    def update(_: torch.Tensor) -> bool:
+        state.engine.step()
+        return bool(state.engine.was_step_applied())
+
     steps = []
     for step in range(6):
         before = [partition_of(p).clone() for p in state.ema.online + state.ema.target]
         side = run.cmae.views.master_px
         rng = torch.Generator().manual_seed(step)
         images = torch.randint(0, 256, (batch.micro, 1, 3, side, side), dtype=torch.uint8, generator=rng)
-        task.accumulate(
-            [CropBatch(images, torch.zeros(batch.micro, dtype=torch.int64), (), step, 0)], step=step
-        )
-        state.engine.step()
+        crops = [CropBatch(images, torch.zeros(batch.micro, dtype=torch.int64), (), step, 0)]
+        task.take_step(crops, step=step, update=update)
         applied = state.engine.was_step_applied()
-        if applied:
-            task.follow_(step=step)
         moved = [
             float((partition_of(p).float() - old.float()).abs().max()) if old.numel() else 0.0
             for p, old in zip(state.ema.online + state.ema.target, before, strict=True)

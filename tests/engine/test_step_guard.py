@@ -11,9 +11,8 @@ import torch
 
 from cmae_scale.config.cmae import FaultsConfig
 from cmae_scale.core.errors import DivergedError
-from cmae_scale.engine.loss_trend import Trend, TrendFile
 from cmae_scale.engine.skipped_steps import SkippedSteps
-from cmae_scale.engine.step_guard import MAX_OVERFLOWS, BadStep, NonFiniteGuard
+from cmae_scale.engine.step_guard import MAX_OVERFLOWS, BadStep, LossStatistics, NonFiniteGuard
 
 PRECISIONS = {
     "fp32": {},
@@ -126,7 +125,7 @@ def test_rewind_goes_back_to_the_newest_state_once(
     rewound = on_ranks(lambda: run_loop(run("rewound", "rewind"), faults=one, save_every=2), ranks=2)
     skipped = on_ranks(lambda: run_loop(run("skipped", "skip"), faults=one, save_every=2), ranks=2)
     assert rewound[0]["computed"] == [0, 1, 2, 3, 2, 3, 4, 5]
-    assert "back to the state of step 2" in rewound[0]["said"][0]
+    assert "back to the checkpoint of step 2" in rewound[0]["said"][0]
     assert_same(rewound, skipped)
     told = ("step", "loss", "skipped_steps")
     lines = [
@@ -140,7 +139,7 @@ def test_rewind_goes_back_to_the_newest_state_once(
     twice = on_ranks(
         lambda: run_loop(run("twice", "rewind"), faults=((2, 1, "loss"), *two), save_every=2), ranks=2
     )
-    assert all("again after going back to the state of step 2" in answer["error"] for answer in twice)
+    assert all("again after going back to the checkpoint of step 2" in answer["error"] for answer in twice)
 
 
 @pytest.mark.dist
@@ -188,7 +187,7 @@ def test_a_spike_is_left_out_as_a_nan_is(
     monkeypatch: pytest.MonkeyPatch,
     stage: int,
 ) -> None:
-    monkeypatch.setattr(Trend, "WARM_STEPS", 2)
+    monkeypatch.setattr(LossStatistics, "WARM_STEPS", 2)
 
     def run(name: str) -> Any:
         return tiny_run(
@@ -205,7 +204,7 @@ def test_a_spike_is_left_out_as_a_nan_is(
     assert_same(answers, on_ranks(lambda: run_loop(run("without")), ranks=2))
     on_ranks(lambda: run_loop(run("resumed"), save_every=3, end=3), ranks=2)
     resumed = on_ranks(lambda: run_loop(run("resumed"), faults=jump), ranks=2)
-    assert "the loss jumped at step 3" in resumed[0]["said"][0]  # the trend came with the state
+    assert "the loss jumped at step 3" in resumed[0]["said"][0]  # the statistics came with the checkpoint
     assert_same(resumed, answers)
 
 
@@ -261,51 +260,53 @@ class EngineThatOverflows:
 def test_endless_fp16_overflow_stops_the_run() -> None:
     guard = NonFiniteGuard(EngineThatOverflows(), metric_names=["loss"], device=torch.device("cpu"))
     for step in range(MAX_OVERFLOWS):
-        guard.open()
-        assert guard.apply(step, torch.ones(1), keys=["a"]) is None
+        guard.open(step, keys=["a"])
+        assert not guard.apply(torch.ones(1))
+        assert guard.bad is None
     with pytest.raises(DivergedError, match=f"overflowed {MAX_OVERFLOWS + 1} steps in a row"):
-        guard.apply(MAX_OVERFLOWS, torch.ones(1), keys=["a"])
+        guard.apply(torch.ones(1))
 
 
 def test_a_loss_scale_that_cannot_fall_further_stops_the_run() -> None:
     # DeepSpeed's words
     error = "Current loss scale already at minimum - cannot decrease scale anymore. Exiting run."
     guard = NonFiniteGuard(EngineThatOverflows(error), metric_names=["loss"], device=torch.device("cpu"))
+    guard.open(7, keys=["a"])
     with pytest.raises(DivergedError, match="fp16 overflows at step 7 at any loss scale"):
-        guard.apply(7, torch.ones(1), keys=["a"])
+        guard.apply(torch.ones(1))
 
 
-def test_a_trend_is_the_mean_and_deviation_of_the_last_losses(rng: torch.Generator) -> None:
+def test_loss_statistics_are_the_mean_and_deviation_of_the_last_losses(rng: torch.Generator) -> None:
     losses = 3 + torch.randn(50, generator=rng, dtype=torch.float64)
-    trend = Trend(torch.zeros(3, dtype=torch.float64))
+    statistics = LossStatistics(torch.zeros(3, dtype=torch.float64))
     for loss in losses:
-        trend.add_(loss)
-    count, mean, variance = trend.values
+        statistics.add_(loss)
+    count, mean, variance = statistics.values
     assert count == 50
     torch.testing.assert_close(mean, losses.mean())
     torch.testing.assert_close(variance, losses.var(correction=0))
     at = mean + 5 * variance.sqrt()
-    assert trend.is_spike(at + 1e-6, deviations=5)
-    assert not trend.is_spike(at - 1e-6, deviations=5)
+    assert statistics.is_jump(at + 1e-6, deviations=5)
+    assert not statistics.is_jump(at - 1e-6, deviations=5)
 
 
-def test_trends_of_the_last_saves_are_on_disk(tmp_path: Path) -> None:
-    file = TrendFile(tmp_path / "loss_trend.json", is_first=True)
-    for step in range(20):
-        file.save(Trend(torch.tensor([step, 2.0, 3.0], dtype=torch.float64)), step=step)
-    trend = Trend(torch.zeros(3, dtype=torch.float64))
-    file.load_(trend, step=15)
-    assert trend.values.tolist() == [15, 2, 3]
-    file.load_(trend, step=1)
-    assert trend.values.tolist() == [0, 0, 0]
+@pytest.mark.parametrize("known", [None, [], [1.0, 2.0], [1.0, "2", 3.0], {"a": 1.0}, [1.0, None, 3.0]])
+def test_loss_statistics_that_are_none_begin_anew(known: Any) -> None:
+    guard = NonFiniteGuard(EngineThatOverflows(), metric_names=["loss"], device=torch.device("cpu"), spike=5)
+    extra: dict[str, Any] = {}
+    guard.recall({"loss_statistics": [4.0, 2.0, 3.0]})
+    guard.remember(extra)
+    assert extra == {"loss_statistics": [4.0, 2.0, 3.0]}
+    guard.recall({"loss_statistics": known})
+    assert guard.statistics.values.tolist() == [0, 0, 0]
 
 
 def test_a_torn_line_of_skipped_steps_is_no_step(tmp_path: Path) -> None:
     path = tmp_path / "skipped_steps.jsonl"
     path.write_text('{"step": 3}\n{"step": 4')
     skipped = SkippedSteps(path, faults=FaultsConfig(), is_first=True)
-    assert 3 in skipped
-    assert 4 not in skipped
+    assert 3 in skipped.steps
+    assert 4 not in skipped.steps
     bad = BadStep(5, "loss is not finite", (0,), {"0": {"loss": math.nan}}, ("a",))
     assert skipped.decide(bad, newest_state=None) == "skip"
     again = SkippedSteps(path, faults=FaultsConfig(), is_first=True)

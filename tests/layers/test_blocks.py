@@ -1,6 +1,7 @@
 import torch
 
-from cmae_scale.layers.blocks import build_blocks, run_block
+from cmae_scale.layers.blocks import build_blocks
+from cmae_scale.models.encoder import run_block
 
 
 def test_blocks_drop_nothing_in_training(rng: torch.Generator) -> None:

@@ -84,7 +84,7 @@ _RISE = 1.1  # times the lowest mean so far. Source: ZhichengHuang/CMAE issue 16
 
 
 class CollapseWarnings:
-    """Hears every log line and speaks up once about each sign, until the sign has gone."""
+    """Checks every log line and warns once of each sign of a collapse, until the sign has gone."""
 
     def __init__(self, *, warmup_steps: int) -> None:
         self._warmup_steps = warmup_steps
@@ -92,7 +92,7 @@ class CollapseWarnings:
         self._lowest: float | None = None
         self._told: set[str] = set()
 
-    def hear(self, metrics: Mapping[str, float | int | None]) -> list[str]:
+    def check(self, metrics: Mapping[str, float | int | None]) -> list[str]:
         """What to say after this line."""
         if (metrics["step"] or 0) <= self._warmup_steps:
             return []

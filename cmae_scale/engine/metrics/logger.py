@@ -1,13 +1,10 @@
 """What a run says while it goes on: metrics.jsonl, DeepSpeed's monitors and the progress line."""
 
 import json
-import math
 import resource
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import count
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,19 +12,17 @@ from jaxtyping import Float
 from torch import Tensor
 
 from cmae_scale.config.durations import Timetable
-from cmae_scale.config.run_file import name_settings
+from cmae_scale.config.run_file import Run, name_settings
 from cmae_scale.core.collectives import gather_rows, sum_of_ranks, world_size
-from cmae_scale.core.files import LineFile, write_whole
+from cmae_scale.core.files import LineFile
 from cmae_scale.core.progress import Progress, format_seconds
-from cmae_scale.core.strict_json import parse_line
+from cmae_scale.core.world import World
 from cmae_scale.data.bad_samples import BadSamples
 from cmae_scale.engine.hardware import read_peak_flops
-from cmae_scale.engine.metrics.bad_samples import BadList
+from cmae_scale.engine.metrics.files import BadList, drop_later_lines, set_aside
 from cmae_scale.engine.metrics.health import CollapseWarnings, Health
-from cmae_scale.engine.metrics.step_timer import Profiler, read_steps
+from cmae_scale.engine.metrics.step_timer import Profiler, StepTimer, read_steps
 from cmae_scale.engine.metrics.writers import Event, MetricsWriters
-from cmae_scale.engine.optim import read_learning_rate
-from cmae_scale.engine.train_state import TrainState
 
 Metrics = dict[str, float | int | None]
 
@@ -40,48 +35,45 @@ class MetricsLogger:
 
     def __init__(
         self,
-        state: TrainState,
+        run: Run,
         *,
+        world: World,
+        device: torch.device,
         times: Timetable,
         metric_names: Sequence[str],
         image_flops: int,
-        health: Health | None = None,
+        timer: StepTimer,
+        health: Health | None,
+        extra: dict[str, Any],
+        first_step: int,
     ) -> None:
-        self.state = state
-        self.times = times
-        self.batch_samples: int = state.run.deepspeed["train_batch_size"]
-        self.path = state.run.out / "metrics.jsonl"
-        self._lines = LineFile(self.path)
-        self.meter = MetricAverage(metric_names)
-        self.image_flops = image_flops
-        self.health = health
-        self._advisor = CollapseWarnings(warmup_steps=times.warmup_steps)
-        peak = read_peak_flops(state.context.device)
-        self.peak_flops = None if peak is None else peak * state.context.world.size
+        self.run, self.world, self.device, self.times = run, world, device, times
+        self.timer, self.health, self.image_flops = timer, health, image_flops
+        self.batch_samples: int = run.deepspeed["train_batch_size"]
+        self.path = run.out / "metrics.jsonl"
         self.last: Metrics = {}
-        self.bad_list = BadList(state.run.out / "bad_samples.jsonl", is_first=state.context.world.is_first)
+        self.progress = Progress(times.total_steps, first_step=first_step) if world.is_first else None
+        self.writers = MetricsWriters(run.deepspeed, is_first=world.is_first, say=self.say, kept=extra)
+        self.bad_list = BadList(run.out / "bad_samples.jsonl", is_first=world.is_first)
+        self._lines = LineFile(self.path)
+        self._average = MetricAverage(metric_names)
+        self._warnings = CollapseWarnings(warmup_steps=times.warmup_steps)
+        peak = read_peak_flops(device)
+        self._peak_flops = None if peak is None else peak * world.size
+        self._first_step = first_step
         self._listed = 0  # bad samples of all ranks at the last line
-        self.progress: Progress | None = None
-        if state.context.world.is_first:
-            self.progress = Progress(times.total_steps, first_step=state.first_step)
-        self.monitors = MetricsWriters(
-            state.run.deepspeed,
-            is_first=state.context.world.is_first,
-            say=self.say,
-            kept=state.extra,
-        )
         self._opened_s = time.monotonic()
-        self.go_to(state.first_step)
+        self.go_to(first_step)
 
     def say(self, text: str) -> None:
         """Lines for people."""
         if self.progress is not None:
-            self.progress.say(name_settings(text, self.state.run.kind))
+            self.progress.say(name_settings(text, self.run.kind))
 
     def watch(self, steps: range) -> Iterator[int]:
         """The same steps, looked at closely where the run file asks: for a log line, for a profiler."""
         trace = self._open_trace()
-        log_every = self.state.run.settings.monitor.log_every
+        log_every = self.run.settings.monitor.log_every
         try:
             for step in steps:
                 if self.health is not None:
@@ -95,49 +87,50 @@ class MetricsLogger:
             if trace is not None and (told := trace.close()):
                 self.say(told)
 
-    def look_at_gradients(self) -> None:
-        """Between a step's backward passes and its update."""
-        if self.health is not None:
-            self.health.look_at_gradients(self.state.engine)
-
     @contextmanager
     def waiting_for_data(self) -> Iterator[None]:
         """Count the time spent inside as time the model waited for images."""
         started_s = time.perf_counter()
-        with self.state.timer.span("data"):
+        with self.timer.span("data"):
             yield
         self._waited_s += time.perf_counter() - started_s
 
     def go_to(self, step: int) -> None:
         """Begin, or begin again, after `step` steps: what was told of later ones is taken back."""
-        if self.state.context.world.is_first:
+        if self.world.is_first:
             if step == 0 and (kept := set_aside(self.path)):
                 self.say(f"no state to go on from: the metrics of an earlier start are kept in {kept}")
             if damaged := drop_later_lines(self.path, step=step):
                 self.say(f"warning: {damaged} lines of {self.path} were no lines of metrics and are left out")
-        self.meter = MetricAverage(self.meter.names)
+        self._average = MetricAverage(self._average.names)
         self._start_interval(step)
 
     def add(self, losses: Float[Tensor, " metrics"]) -> None:
         """Remember a step. Waits for nothing."""
-        self.meter.add(losses)
+        self._average.add(losses)
 
-    def write(self, done: int, *, scheduled: Mapping[str, float], bad: BadSamples) -> None:
+    def write(
+        self,
+        done: int,
+        *,
+        lr: float,
+        grad_norm: float | None,
+        scheduled: Mapping[str, float],
+        bad: BadSamples,
+    ) -> None:
         """The line of the steps since the last one; `done` optimizer steps are done.
 
         The host waits for the device here, else only where an update needs its norm. Raises DataError on all
         ranks when too many samples of all of them are bad.
         """
-        with self.state.timer.span("log"):
-            self._write(done, scheduled=scheduled, bad=bad)
+        with self.timer.span("log"):
+            self._write(done, {"lr": lr, **scheduled, "grad_norm": grad_norm}, bad)
 
-    def _write(self, done: int, *, scheduled: Mapping[str, float], bad: BadSamples) -> None:
-        means = self.meter.read()
+    def _write(self, done: int, told: Metrics, bad: BadSamples) -> None:
+        means = self._average.read()
         elapsed_s = time.perf_counter() - self._started_s
         samples = (done - self.written) * self.batch_samples
-        totals = sum_of_ranks(
-            torch.tensor([float(bad.count), self._waited_s], device=self.state.context.device)
-        )
+        totals = sum_of_ranks(torch.tensor([float(bad.count), self._waited_s], device=self.device))
         bad_samples, waited_s = int(totals[0]), float(totals[1])
         images_per_s = samples / elapsed_s
         health = {} if self.health is None else self.health.read(contrast=means.get("contrast"))
@@ -146,30 +139,28 @@ class MetricsLogger:
             "samples": done * self.batch_samples,
             "epoch": round(done / self.times.steps_per_epoch, 4),
             **means,
-            "lr": read_learning_rate(self.state.engine),
-            **scheduled,
-            "grad_norm": read_grad_norm(self.state.engine),
+            **told,
             **health,
             "samples_per_s": round(images_per_s, 2),
-            "mfu": self.peak_flops and round(images_per_s * self.image_flops / self.peak_flops, 4),
-            "data_wait_s": round(waited_s / self.state.context.world.size, 4),
-            "peak_gib": round(read_peak_gib(self.state.context.device), 3),
+            "mfu": self._peak_flops and round(images_per_s * self.image_flops / self._peak_flops, 4),
+            "data_wait_s": round(waited_s / self.world.size, 4),
+            "peak_gib": round(read_peak_gib(self.device), 3),
             "bad_samples": bad_samples,
-            **self.state.timer.read(done - self.written),
+            **self.timer.read(done - self.written),
         }
         self.last = metrics
         if self.progress is not None:
             if failed := self._lines.add(json.dumps(metrics) + "\n"):
                 self.say(f"warning: {self.path} cannot be written ({failed}); its lines wait in memory")
-            self.monitors.write(list_events(metrics))
+            self.writers.write(list_events(metrics))
             self.progress.report(done, self._figures(metrics))
-            for advice in self._advisor.hear(metrics):
+            for advice in self._warnings.check(metrics):
                 self.say(advice)
         self._start_interval(done)
         if bad_samples > self._listed:
             self.bad_list.add(bad.take_new())
             self._listed = bad_samples
-        bad.check(bad_samples, seen=(done - self.state.first_step) * self.batch_samples)
+        bad.check(bad_samples, seen=(done - self._first_step) * self.batch_samples)
 
     def note(self, done: int, found: Mapping[str, Any]) -> None:
         """A line of its own for what an evaluation found after `done` steps; training's clock starts anew."""
@@ -182,7 +173,7 @@ class MetricsLogger:
             }
             if failed := self._lines.add(json.dumps(metrics) + "\n"):
                 self.say(f"warning: {self.path} cannot be written ({failed}); its lines wait in memory")
-            self.monitors.write(list_events(flatten_metrics(metrics)))
+            self.writers.write(list_events(flatten_metrics(metrics)))
             shown = [f"{name} {value:.4f}" for name, value in found.items() if isinstance(value, float)]
             self.say(f"step {done}: {', '.join(shown)}")
         self._start_interval(done)
@@ -193,29 +184,29 @@ class MetricsLogger:
         steps = f"{self.times.total_steps} steps"
         if not self.last:
             return f"{steps} were done already"
-        figures = ", ".join(f"{name} {_show(self.last[name])}" for name in self.meter.names)
+        figures = ", ".join(f"{name} {_show(self.last[name])}" for name in self._average.names)
         return f"done: {steps}, {self.last['samples']:,} images, {seconds}; at the end {figures}"
 
     def close(self) -> None:
         """End the progress line, and what the monitors still have to write."""
-        self.monitors.close()
+        self.writers.close()
         if self.progress is not None:
             self.progress.close()
 
     def _open_trace(self) -> Profiler | None:
-        profile = self.state.run.settings.monitor.profile
-        if profile is None or not self.state.context.world.is_first:
+        profile = self.run.settings.monitor.profile
+        if profile is None or not self.world.is_first:
             return None
         return Profiler(
             read_steps(profile),
-            folder=self.state.run.out / "profile",
-            device=self.state.context.device,
-            timer=self.state.timer,
+            folder=self.run.out / "profile",
+            device=self.device,
+            timer=self.timer,
         )
 
     def _figures(self, metrics: Metrics) -> dict[str, str]:
         return {
-            **{name: _show(metrics[name]) for name in self.meter.names},
+            **{name: _show(metrics[name]) for name in self._average.names},
             "lr": f"{metrics['lr']:.2e}",
             "images/s": f"{metrics['samples_per_s']:.1f}",
         }
@@ -224,37 +215,6 @@ class MetricsLogger:
         self.written = done  # steps that lines have told of
         self._started_s = time.perf_counter()
         self._waited_s = 0.0
-
-
-def set_aside(path: Path) -> Path | None:
-    """The new name of the metrics of a run that begins anew: they stay, also where its states are lost."""
-    if not path.is_file() or not path.stat().st_size:
-        return None
-    names = (path.with_name(f"{path.stem}_{number}{path.suffix}") for number in count(1))
-    kept = next(name for name in names if not name.exists())
-    path.rename(kept)
-    return kept
-
-
-def drop_later_lines(path: Path, *, step: int) -> int:
-    """Cut metrics.jsonl back to the state of `step`, so that a resumed run writes no line twice.
-
-    Returns how many lines were damaged, which go too; the last one may be torn by a kill and does not count.
-    """
-    if not path.is_file():
-        return 0
-    lines = path.read_bytes().splitlines()
-    steps = [read_line_step(line) for line in lines]
-    kept = [line + b"\n" for line, at in zip(lines, steps, strict=True) if at is not None and at <= step]
-    with write_whole(path) as file:
-        file.writelines(kept)
-    return steps[:-1].count(None)
-
-
-def read_line_step(line: bytes) -> int | None:
-    """The step that a line of metrics tells of; None for one that is damaged."""
-    entry = parse_line(line) or {}
-    return step if type(step := entry.get("step")) is int else None
 
 
 def flatten_metrics(metrics: Mapping[str, Any]) -> Metrics:
@@ -266,12 +226,6 @@ def flatten_metrics(metrics: Mapping[str, Any]) -> Metrics:
         else:
             flat[name] = value
     return flat
-
-
-def read_grad_norm(engine: Any) -> float | None:
-    """Norm of the last step's whole gradient before clipping; None where unknown or not finite."""
-    norm = engine.get_global_grad_norm()
-    return None if norm is None or not math.isfinite(norm) else float(norm)
 
 
 def read_peak_gib(device: torch.device) -> float:

@@ -19,7 +19,7 @@ _ENCODER_FILES = ("config.json", "model.safetensors", "README.md")
 PART_FOLDERS = ("checkpoints", "encoder", "pictures", "stacks", "profile", "model", "last")
 PART_FILES = (
     *(LOCK, "stop", "config.json", "exit.json", "checkpoints/latest"),
-    *("metrics.jsonl", "bad_samples.jsonl", "skipped_steps.jsonl", "loss_trend.json"),
+    *("metrics.jsonl", "bad_samples.jsonl", "skipped_steps.jsonl"),
     *(f"{folder}/{name}" for folder in ("encoder", "model", "last") for name in _ENCODER_FILES),
     *("pictures/reconstructions.png", "pictures/curves.png", "curves.png", "confusion.png"),
     *("results.json", "predictions.csv"),

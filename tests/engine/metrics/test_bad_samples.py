@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from cmae_scale.engine.metrics.bad_samples import BadList
+from cmae_scale.engine.metrics.files import BadList
 
 
 @pytest.mark.dist

@@ -18,8 +18,9 @@ def look(run: Run, *, steps: int = 2) -> dict[str, Any]:
     from cmae_scale.config.batches import plan_batch
     from cmae_scale.config.schedules import TargetMomentum
     from cmae_scale.data.stream import CropBatch
-    from cmae_scale.engine.pretraining import Pretraining, start_pretraining, watch_health
+    from cmae_scale.engine.pretraining import Pretraining
     from cmae_scale.engine.process.group import start_processes
+    from cmae_scale.engine.setup import start_pretraining, watch_health
     from cmae_scale.engine.zero.gather import gather_weights
 
     context = start_processes()
@@ -29,6 +30,16 @@ def look(run: Run, *, steps: int = 2) -> dict[str, Any]:
     task = Pretraining(state, batch, TargetMomentum(run.cmae.target.momentum, total_steps=10), health)
     engine, side = state.engine, run.cmae.views.master_px
     gradients: dict[str, float] = {}
+
+    def update(_: Any) -> bool:
+        assert health is not None
+        health.look_at_gradients(engine)
+        for name, parameter in engine.module.named_parameters():
+            if parameter.grad is not None and not hasattr(parameter, "_hp_mapping"):
+                gradients[name] = float(parameter.grad.double().square().sum())
+        engine.step()
+        return True
+
     for step in range(steps):
         assert health is not None
         health.is_due = step == steps - 1
@@ -39,13 +50,7 @@ def look(run: Run, *, steps: int = 2) -> dict[str, Any]:
             CropBatch(part, torch.zeros(batch.micro, dtype=torch.int64), (), step, i)
             for i, part in enumerate(rows.split(batch.micro))
         ]
-        task.accumulate(parts, step=step)
-        health.look_at_gradients(engine)
-        for name, parameter in engine.module.named_parameters():
-            if parameter.grad is not None and not hasattr(parameter, "_hp_mapping"):
-                gradients[name] = float(parameter.grad.double().square().sum())
-        engine.step()
-        task.follow_(step=step)
+        task.take_step(parts, step=step, update=update)
     norm = engine.get_global_grad_norm()
     return {
         "health": health.read(contrast=1.0),
@@ -161,12 +166,12 @@ def test_spread_is_one_all_around_and_zero_for_one_direction(rng: torch.Generato
 
 
 def hear(lines: list[dict[str, float]], *, warmup: int = 0) -> list[str]:
-    advisor = CollapseWarnings(warmup_steps=warmup)
+    warnings = CollapseWarnings(warmup_steps=warmup)
     healthy = {"contrast": 1.0, "contrast_vs_chance": 0.2, "query_spread": 0.9, "key_spread": 0.9}
     return [
         text
         for number, line in enumerate(lines, start=1)
-        for text in advisor.hear({**healthy, **line, "step": number})
+        for text in warnings.check({**healthy, **line, "step": number})
     ]
 
 

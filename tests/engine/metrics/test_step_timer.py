@@ -149,19 +149,17 @@ def run_loop(run: Any, *, steps: int) -> Path:
     from cmae_scale.config.schedules import TargetMomentum, WarmupCosine
     from cmae_scale.data.bad_samples import BadSamples
     from cmae_scale.data.stream import CropBatch
-    from cmae_scale.engine.loop import take_steps
-    from cmae_scale.engine.metrics.logger import MetricsLogger
-    from cmae_scale.engine.pretraining import Pretraining, start_pretraining, watch_health
+    from cmae_scale.engine.loop import open_logger, take_steps
+    from cmae_scale.engine.pretraining import Pretraining
     from cmae_scale.engine.process.group import start_processes
+    from cmae_scale.engine.setup import start_pretraining, watch_health
 
     context = start_processes()
     batch = plan_batch(run.deepspeed, ranks=context.world.size)
     state = start_pretraining(run, context=context, data_order="none")
     task = Pretraining(state, batch, TargetMomentum(0.9, total_steps=steps), watch_health(state))
     times = Timetable(steps_per_epoch=steps, total_steps=steps, warmup_steps=1, save_every_steps=steps)
-    logger = MetricsLogger(
-        state, times=times, metric_names=task.metric_names, image_flops=1, health=task.health
-    )
+    logger = open_logger(task, times=times)
     side = run.cmae.views.master_px
     crops = (
         CropBatch(

@@ -1,0 +1,146 @@
+"""What a pre-training run has when its first step begins: precision, model, engine, and a description."""
+
+import json
+import math
+from functools import partial
+from typing import Any
+
+import torch
+
+from cmae_scale.config.batches import MICRO
+from cmae_scale.config.cmae import DecoderConfig
+from cmae_scale.config.durations import Timetable
+from cmae_scale.config.run_file import Run
+from cmae_scale.config.sizes import count_prefix, read_size
+from cmae_scale.engine.arithmetic import settle_arithmetic
+from cmae_scale.engine.checkpoint.metadata import DataOrder, build_metadata
+from cmae_scale.engine.metrics.health import Health
+from cmae_scale.engine.partition import build_model
+from cmae_scale.engine.precision import Product, read_precision
+from cmae_scale.engine.process.group import RankContext
+from cmae_scale.engine.train_state import TrainState, count_trainable, name_precision, start_train_state
+from cmae_scale.layers.attention import AttentionShape, describe_attention, set_attention_
+from cmae_scale.sizing.flops import count_kept
+
+
+def start_pretraining(run: Run, *, context: RankContext, data_order: DataOrder) -> TrainState:
+    """The state of a pre-training run; `data_order` tells the samples that a state belongs to."""
+    run, attention, record, notices = settle_arithmetic(
+        run,
+        device=context.device,
+        product=find_product(run),
+        attention=run.cmae.model.attention,
+        shapes=list_attention(run),
+    )
+    model, origin = build_model(run, device=context.device)
+    for part, choice in attention.items():
+        set_attention_(model.get_submodule(part), choice)
+    state = start_train_state(
+        run,
+        context=context,
+        model=model,
+        pairs=model.target_pairs(),
+        attention=attention,
+        metadata=build_metadata(
+            run,
+            kind=describe_kind(run, data_order=data_order),
+            ranks=context.world.size,
+            precision=name_precision(read_precision(run.deepspeed)),
+            attention=record,
+        ),
+        notices=[*notices, *origin],
+    )
+    if model.target_encoder is not None and model.target_projector is not None:
+        state.timer.watch_(model.target_encoder, model.target_projector, name="target")
+    return state
+
+
+def watch_health(state: TrainState) -> Health | None:
+    """Signs of learning and of collapse in a pre-training run; None where the run file wants none."""
+    cfg, model = state.run.cmae, state.engine.module
+    if not cfg.monitor.health:
+        return None
+    modules = {
+        "encoder": [model.online_encoder],
+        "pixel_decoder": [model.pixel_decoder],
+        "feature_decoder": [model.feature_decoder],
+        "heads": [model.projector, model.predictor],
+    }
+    parts = {
+        name: [p for module in group if module is not None for p in module.parameters()]
+        for name, group in modules.items()
+    }
+    has_chance = cfg.has_contrast and cfg.loss.contrast == "infonce"
+    chance = math.log(state.run.deepspeed["train_batch_size"]) if has_chance else None
+    distance = state.ema.measure_distance if state.ema.target else None
+    return Health(parts, distance=distance, chance=chance)
+
+
+def describe_kind(run: Run, *, data_order: DataOrder) -> dict[str, Any]:
+    """What a pre-training run cannot change on the way without being another: samples, model and method."""
+    sections = json.loads(
+        run.cmae.model_dump_json(include={"model", "mask", "heads", "views", "loss", "target"})
+    )
+    for free in ("attention", "remat", "init"):  # change speed, memory or the beginning, not the model
+        del sections["model"][free]
+    return {
+        "train_batch_size": run.deepspeed["train_batch_size"],
+        "seed": run.cmae.seed,
+        "data": data_order,
+        **sections,
+    }
+
+
+def find_product(run: Run) -> Product:
+    """The first linear layer of the encoder's MLP on a micro-batch."""
+    model, [shape, *_] = run.cmae.model, list_attention(run).values()
+    width = read_size(model).embed_dim
+    return Product(shape.images * shape.tokens, width, int(width * model.mlp_ratio))
+
+
+def list_attention(run: Run) -> dict[str, AttentionShape]:
+    """What attention works on in each part of the model, by the part's name in it."""
+    cfg, images = run.cmae, run.deepspeed[MICRO]
+    size, prefix = read_size(cfg.model), count_prefix(cfg.model)
+    grid = cfg.views.img_px // cfg.model.patch_size
+    kept = partial(count_kept, grid, cell=cfg.mask.cell)
+
+    def shape(decoder: DecoderConfig) -> AttentionShape:
+        return AttentionShape(
+            decoder.num_heads, decoder.embed_dim // decoder.num_heads, grid**2 + prefix, images
+        )
+
+    heads, head_dim = size.num_heads, size.embed_dim // size.num_heads
+    shapes = {
+        "online_encoder": AttentionShape(heads, head_dim, kept(ratio=cfg.mask.ratio) + prefix, images),
+        "pixel_decoder": shape(cfg.model.pixel_decoder),
+    }
+    if cfg.has_contrast:
+        seen = kept(ratio=cfg.target.mask_ratio) + prefix
+        shapes["target_encoder"] = AttentionShape(heads, head_dim, seen, images, is_trained=False)
+        feature = cfg.model.feature_decoder
+        if feature.depth and not feature.shared:
+            shapes["feature_decoder"] = shape(feature)
+    return shapes
+
+
+def describe(state: TrainState, *, images: int, times: Timetable) -> str:
+    """What runs, in a few lines."""
+    cfg, model = state.run.cmae, state.engine.module
+    kind = "hybrid ViT" if cfg.model.is_hybrid else "ViT"
+    name = cfg.model.encoder or f"{kind} {cfg.model.embed_dim} wide, {cfg.model.depth} deep"
+    method = "CMAE" if cfg.has_contrast else "MAE"
+    device = state.context.device
+    hardware = (
+        torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    )
+    batch_samples = state.run.deepspeed["train_batch_size"]
+    lines = [
+        f"{method} {name}: {count_trainable(model) / 1e6:.1f} M trainable parameters",
+        f"{images:,} images, {times.total_steps} steps of {batch_samples}, {times.steps_per_epoch} an epoch",
+        f"{state.context.world.size} x {device.type} ({hardware}), ZeRO {state.metadata.zero_stage}, "
+        f"{state.metadata.precision}, remat {cfg.model.remat}",
+        f"attention {describe_attention(state.attention)}",
+        f"run folder {state.run.out}" + (f", resumed at step {state.first_step}" if state.first_step else ""),
+    ]
+    return "\n".join([*lines, *state.notices])
