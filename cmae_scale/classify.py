@@ -29,7 +29,7 @@ def classify(argv: Sequence[str] | None) -> None:
     """A line for each guess, or a JSON object, of each image; DataError at the end if some are none."""
     args = read_arguments(argv)
 
-    from cmae_scale.tasks.classify import find_images, judge_file, open_classifier
+    from cmae_scale.tasks.classify import classify_file, find_images, open_classifier
 
     classifier = open_classifier(args.model)
     total = failed = 0
@@ -37,7 +37,7 @@ def classify(argv: Sequence[str] | None) -> None:
         total += 1
         shown = os.fsencode(path).decode("utf-8", "backslashreplace")
         try:
-            guesses = judge_file(classifier, path, count=args.top)
+            guesses = classify_file(classifier, path, count=args.top)
         except DataError as error:
             failed += 1
             tell(f"error: {shown}: {error}", to=sys.stderr)

@@ -14,7 +14,7 @@ from cmae_scale.core.errors import ConfigError
 from cmae_scale.core.terminal import tell
 
 if TYPE_CHECKING:
-    from cmae_scale.models.card import Library
+    from cmae_scale.models.export import Library
     from cmae_scale.models.formats.model_file import ModelFile
 
 FORMATS = {
@@ -154,7 +154,7 @@ def find_writer(to: str) -> "Callable[[ModelFile, Path], None]":
 
 def write_its_card(file: "ModelFile", args: argparse.Namespace) -> None:
     """What is known of the weights, beside them."""
-    from cmae_scale.models.card import build_card, write_card
+    from cmae_scale.models.export import build_card, write_card
     from cmae_scale.models.formats.names import WHOSE
 
     facts = {"converted from": f"{file.path.name} ({WHOSE[file.layout]})"}

@@ -22,8 +22,7 @@ from cmae_scale.config.schedules import plan_schedules
 from cmae_scale.core.cli import build_parser, read_overrides, run_command
 from cmae_scale.core.world import read_world, wait_without_spinning
 from cmae_scale.engine.process.signals import StopRequest
-from cmae_scale.planning.advice import find_run_faults
-from cmae_scale.planning.refusals import check_run
+from cmae_scale.planning.advice import check_run, find_run_faults
 
 if TYPE_CHECKING:
     from cmae_scale.data.shard_set import ShardSet
@@ -70,7 +69,7 @@ def pretrain(argv: Sequence[str] | None) -> None:
 
 def train(run: Run, context: "RankContext", *, stop_at: int | None = None) -> None:
     """The run on this rank: to its end, with an exported encoder, or to `stop_at`, with a saved state."""
-    from cmae_scale.data.bad_samples import BadSamples
+    from cmae_scale.data.decode import BadSamples
     from cmae_scale.data.mix import plan_data
     from cmae_scale.data.shard_set import open_shards
     from cmae_scale.data.stream import open_batches
@@ -133,8 +132,8 @@ def train(run: Run, context: "RankContext", *, stop_at: int | None = None) -> No
 
 def finish(task: "Pretraining", logger: "MetricsLogger", *, held_out: "ShardSet") -> None:
     """What a finished run leaves for people and for the next tool: pictures, encoder, summary."""
-    from cmae_scale.data.held_out import read_held_out
-    from cmae_scale.engine.preview import preview
+    from cmae_scale.data.ordered import read_held_out
+    from cmae_scale.engine.inputs import preview
     from cmae_scale.engine.process.heartbeat import PATIENT
     from cmae_scale.models.weights import say_how_to_load
     from cmae_scale.report import read_metrics, write_curves, write_reconstructions

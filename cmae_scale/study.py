@@ -14,7 +14,7 @@ from pathlib import Path
 if __package__ in (None, ""):  # started by path: this folder is first on sys.path, the repository should be
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from cmae_scale.config.shipped import find_run_file
+from cmae_scale.config.run_file import find_run_file
 from cmae_scale.config.study import StudyConfig, dump_study, read_study
 from cmae_scale.core.cli import Parser, run_command
 from cmae_scale.core.errors import ConfigError

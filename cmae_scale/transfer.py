@@ -22,12 +22,11 @@ from cmae_scale.core.credentials import write_settings
 from cmae_scale.core.terminal import tell
 from cmae_scale.core.world import read_world, wait_without_spinning
 from cmae_scale.engine.process.signals import StopRequest
-from cmae_scale.planning.advice import find_run_faults
-from cmae_scale.planning.refusals import check_run
+from cmae_scale.planning.advice import check_run, find_run_faults
 
 if TYPE_CHECKING:
     from cmae_scale.data.stream import CropBatch
-    from cmae_scale.engine.arithmetic import Settled
+    from cmae_scale.engine.precision import Settled
     from cmae_scale.engine.process.group import RankContext
     from cmae_scale.tasks.build import TransferContext
 
@@ -55,57 +54,60 @@ def transfer(argv: Sequence[str] | None) -> None:
     with StopRequest() as stop:
         run = read_run(args.deepspeed_config, read_overrides(args, kind="transfer"), kind="transfer")
         check_run(run, ranks=read_world().size)
-        from cmae_scale.engine.arithmetic import settle_arithmetic
-        from cmae_scale.engine.precision import Product, read_precision
+        from cmae_scale.engine.precision import Product, read_precision, settle_arithmetic
         from cmae_scale.engine.process.lifecycle import run_context
         from cmae_scale.tasks.build import open_context
 
         with run_context(run, stop) as context:
-            bench = open_context(run.transfer, world=context.world, device=context.device)
+            opened = open_context(run.transfer, world=context.world, device=context.device)
             settled = settle_arithmetic(
                 run,
                 device=context.device,
-                product=Product(run.transfer.monitor.batch, *reversed(bench.widest)),
+                product=Product(run.transfer.monitor.batch, *reversed(opened.widest)),
                 attention=run.transfer.encoder.attention,
-                shapes={"encoder": bench.attention_shape},
+                shapes={"encoder": opened.attention_shape},
             )
             compute = read_precision(settled.run.deepspeed).compute
-            bench = bench.compute_in(compute, settled.attention["encoder"])
+            opened = opened.compute_in(compute, settled.attention["encoder"])
             if context.world.is_first:
-                tell("\n".join([*settled.notices, *bench.encoder.notices]))
+                tell("\n".join([*settled.notices, *opened.encoder.notices]))
             if run.transfer.task.knn is not None:
-                look_for_neighbours(settled.run, bench)
+                find_neighbours(settled.run, opened)
             else:
-                train(settled, bench, context=context, stop_at=args.stop_at)
+                train(settled, opened, context=context, stop_at=args.stop_at)
 
 
-def look_for_neighbours(run: Run, bench: "TransferContext") -> None:
+def find_neighbours(run: Run, opened: "TransferContext") -> None:
     """Evaluator the encoder as it is: its features vote."""
-    from cmae_scale.tasks.features import encode_with
+    from cmae_scale.tasks.encode import encode_with
     from cmae_scale.tasks.results import tabulate, tabulate_classes, write_results
     from cmae_scale.tasks.validator import draw_confusion, write_predictions
 
-    cfg, judge = run.transfer, bench.judge
+    cfg, evaluator = run.transfer, opened.evaluator
     assert cfg.task.knn is not None
     run.out.mkdir(parents=True, exist_ok=True)
-    encode = encode_with(bench.encoder, img_px=cfg.crop.img_px, pool=cfg.task.knn.pool, lens=bench.lens)
-    verdict = judge.judge_knn(encode, cfg=cfg.task.knn, fraction=cfg.data.train_fraction)
-    found = verdict.scores.as_metrics("knn", judge.labelled.classes)
-    is_first = judge.world.is_first
-    write_predictions(run.out, verdict, classes=judge.labelled.classes, is_first=is_first)
+    encode = encode_with(opened.encoder, opened.preprocessor, img_px=cfg.crop.img_px, pool=cfg.task.knn.pool)
+    result = evaluator.evaluate_knn(encode, cfg=cfg.task.knn, fraction=cfg.data.train_fraction)
+    found = result.scores.as_metrics("knn", evaluator.labelled.classes)
+    is_first = evaluator.world.is_first
+    write_predictions(run.out, result, classes=evaluator.labelled.classes, is_first=is_first)
     if is_first:
         write_settings(run.out / "config.json", dump_run(run))
-        write_results(run.out / "results.json", {"encoder": bench.encoder.place, "task": "knn", **found})
-        draw_confusion(run.out, verdict, classes=judge.labelled.classes)
+        write_results(run.out / "results.json", {"encoder": opened.encoder.place, "task": "knn", **found})
+        draw_confusion(run.out, result, classes=evaluator.labelled.classes)
         tell(tabulate({f"knn, k={cfg.task.knn.k}": found}, prefix="knn"))
         tell(f"\n{tabulate_classes(found['knn_per_class'])}\nrun folder {run.out}")
 
 
 def train(
-    settled: "Settled", bench: "TransferContext", *, context: "RankContext", stop_at: int | None = None
+    settled: "Settled",
+    opened: "TransferContext",
+    *,
+    context: "RankContext",
+    stop_at: int | None = None,
 ) -> None:
     """The run on this rank: to its end, with an exported model, or to `stop_at`, with a saved state."""
-    from cmae_scale.data.bad_samples import BadSamples
+    from cmae_scale.data.decode import BadSamples
     from cmae_scale.engine.loop import open_logger, take_steps
     from cmae_scale.engine.transfer import describe_transfer, start_transfer
     from cmae_scale.models.classifier import say_how_to_open
@@ -116,11 +118,11 @@ def train(
 
     run, cfg = settled.run, settled.run.transfer
     batch = plan_batch(run.deepspeed, ranks=context.world.size)
-    plan = plan_training(bench, batch=batch)
+    plan = plan_training(opened, batch=batch)
     times = plan_timetable(cfg, steps_per_epoch=plan.steps_per_epoch, batch_samples=batch.total)
     run = resolve_run(run, batch=batch, total_steps=times.total_steps, warmup_steps=times.warmup_steps)
     lr = plan_transfer_lr(cfg.schedule, peak_lr=run.peak_lr, times=times)
-    task = build_task(bench, batch=batch)
+    task = build_task(opened, batch=batch)
     ema = cfg.task.finetune.ema if cfg.task.finetune else 0.0
 
     training = start_transfer(
@@ -133,13 +135,13 @@ def train(
     )
     state = training.state
     logger = open_logger(training, times=times)
-    judge, clock = bench.judge, Clock(plan.steps_per_epoch, batch.total, times.total_steps)
+    evaluator, clock = opened.evaluator, Clock(plan.steps_per_epoch, batch.total, times.total_steps)
     every = read_steps(cfg.monitor.evaluate_every, clock=clock, place="transfer.monitor.evaluate_every")
-    examination = Validator(task, judge, training.gather, run.out, max(1, every), times.total_steps)
-    examination.recall(logger.path)
+    validator = Validator(task, evaluator, training.gather, run.out, max(1, every), times.total_steps)
+    validator.recall(logger.path)
     logger.say(
         describe_transfer(
-            state, images=plan.total, held_out=judge.labelled.val.total, steps=times.total_steps
+            state, images=plan.total, held_out=evaluator.labelled.val.total, steps=times.total_steps
         )
     )
     for fault in find_run_faults(run, batch=batch, ranks=context.world.size, times=times):
@@ -149,17 +151,17 @@ def train(
 
     @contextmanager
     def feed(steps: range) -> Iterator[Iterator["CropBatch"]]:
-        with open_training(bench, task, plan, batch=batch, steps=steps, bad=bad) as loader:
+        with open_training(opened, task, plan, batch=batch, steps=steps, bad=bad) as loader:
             yield loader
 
-    take_steps(training, logger, feed, steps=steps, lr=lr, bad=bad, evaluation=examination)
+    take_steps(training, logger, feed, steps=steps, lr=lr, bad=bad, evaluation=validator)
     if steps.stop == times.total_steps and context.world.is_first:
-        scores = {"best": examination.best or {}, "last": examination.last or {}}
-        about = {"encoder": bench.encoder.place, "task": cfg.task.name, "train_images": plan.total}
-        write_results(run.out / "results.json", {**about, "classes": judge.labelled.classes, **scores})
+        scores = {"best": validator.best or {}, "last": validator.last or {}}
+        about = {"encoder": opened.encoder.place, "task": cfg.task.name, "train_images": plan.total}
+        write_results(run.out / "results.json", {**about, "classes": evaluator.labelled.classes, **scores})
         write_curves(run.out / "curves.png", metrics=read_metrics(logger.path))
         logger.say(f"{logger.summarise()}\n{tabulate(scores, prefix='val')}")
-        logger.say(f"model {run.out / 'model'} ({say_how_to_open(bench.encoder, run.out / 'model')})")
+        logger.say(f"model {run.out / 'model'} ({say_how_to_open(opened.encoder, run.out / 'model')})")
     logger.close()
 
 

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from cmae_scale.core.errors import ConfigError
-from cmae_scale.core.locks import hold
+from cmae_scale.core.files import hold
 from data_prep.layout import Part
 
 MERGING = ".merging.lock"

@@ -8,8 +8,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from cmae_scale.core.progress import format_seconds
-from cmae_scale.core.terminal import make_safe, tell
+from cmae_scale.core.terminal import format_seconds, make_safe, tell
 from cmae_scale.data.decode import GreyRange
 from cmae_scale.data.index import INDEX_NAME, ShardIndex, read_value_range
 from data_prep.arguments import Command

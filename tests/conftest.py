@@ -90,10 +90,10 @@ def on_ranks() -> Callable[..., list[Any]]:
     import torch._inductor.compile_fx  # noqa: F401
 
     import cmae_scale.data.stream
+    import cmae_scale.engine.inputs
     import cmae_scale.engine.loop
     import cmae_scale.engine.metrics.logger
     import cmae_scale.engine.pretraining
-    import cmae_scale.engine.preview
     import cmae_scale.report  # noqa: F401
 
     return run_on_ranks

@@ -264,7 +264,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Path:
 def read_finished(run: Path) -> None:
     from cmae_scale.core.world import World
     from cmae_scale.engine.metrics.files import BadList, drop_later_lines
-    from cmae_scale.engine.process.run_folder import open_folder
+    from cmae_scale.engine.process.lifecycle import open_folder
     from cmae_scale.engine.skipped_steps import SkippedSteps
     from cmae_scale.models.pretrained import open_encoder
     from cmae_scale.tasks.study import read_curve
@@ -298,14 +298,14 @@ def read_encoder_folder(folder: Path) -> None:
 
 
 def write_card_again(folder: Path) -> None:
-    from cmae_scale.models.card import write_card
+    from cmae_scale.models.export import write_card
 
     write_card(folder, "text")
 
 
 def read_state(folder: Path) -> None:
+    from cmae_scale.checkpoints.commit import choose_state
     from cmae_scale.checkpoints.files import ShardReader
-    from cmae_scale.checkpoints.newest import choose_state
     from cmae_scale.engine.checkpoint.metadata import CheckpointMetadata
 
     chosen = choose_state(folder, remedy="none")
@@ -354,7 +354,7 @@ def test_an_edited_state_that_was_sealed_again(run: Path, tmp_path: Path, mutate
 
 @pytest.mark.slow
 def test_every_file_that_a_run_leaves_is_one_that_the_next_start_tries(run: Path) -> None:
-    from cmae_scale.engine.process.run_folder import PART_FILES, PART_FOLDERS
+    from cmae_scale.engine.process.lifecycle import PART_FILES, PART_FOLDERS
 
     left = {str(path.relative_to(run)) for path in run.rglob("*") if "step_" not in str(path)}
     assert left <= {*PART_FILES, *PART_FOLDERS}

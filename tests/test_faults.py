@@ -263,6 +263,27 @@ def test_a_signal_to_one_rank_ends_the_wait_of_another_for_data(
 
 
 @pytest.mark.slow
+def test_a_mount_that_hangs_is_named_by_what_the_run_waits_for(
+    pretrain: Callable[..., Any], arguments: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    def patch() -> None:
+        from cmae_scale.data.shard_set import Shard
+
+        original = Shard.read
+
+        def read(self: Any, *args: Any) -> Any:
+            if os.environ["RANK"] == "1" and self.info.name.endswith(".tar"):
+                time.sleep(1000)
+            return original(self, *args)
+
+        Shard.read = read  # type: ignore[method-assign]
+
+    ended = pretrain(arguments("cmae.faults.step_timeout_s=5.0"), before=patch)
+    assert all(end.status not in (0, 75) for end in ended)
+    assert any("rank 1" in end.stderr and "reading data" in end.stderr for end in ended)
+
+
+@pytest.mark.slow
 @pytest.mark.dist
 def test_a_signal_while_the_engine_is_being_built_is_not_lost(
     pretrain: Callable[..., Any], arguments: Callable[..., list[str]], tmp_path: Path
@@ -346,9 +367,9 @@ def test_a_second_run_in_the_same_folder_is_refused(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from cmae_scale.core.locks import hold
+    from cmae_scale.core.files import hold
 
-    monkeypatch.setattr("cmae_scale.engine.process.run_folder.WAIT_FOR_LOCK_S", 0.5)
+    monkeypatch.setattr("cmae_scale.engine.process.lifecycle.WAIT_FOR_LOCK_S", 0.5)
     (tmp_path / "run").mkdir()
     with hold(tmp_path / "run" / ".lock", wait=False) as is_held:
         assert is_held
@@ -367,13 +388,13 @@ def test_a_folder_that_one_rank_cannot_write_is_told_by_all_at_once(
     pretrain: Callable[..., Any], arguments: Callable[..., list[str]], rank: int
 ) -> None:
     def patch() -> None:
-        from cmae_scale.engine.process import run_folder
+        from cmae_scale.engine.process import lifecycle
 
         def refuse(path: Path, text: str) -> None:
             raise OSError(30, "Read-only file system")
 
         if os.environ["RANK"] == str(rank):
-            run_folder.write_text = refuse
+            lifecycle.write_text = refuse
 
     ended = pretrain(arguments(), before=patch)
     assert [end.status for end in ended] == [2, 2]

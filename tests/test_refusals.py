@@ -12,7 +12,7 @@ import pytest
 from cmae_scale.config.run_file import RunKind, read_run
 from cmae_scale.core.errors import UserError
 from cmae_scale.data.index import ShardIndex, ShardInfo, write_index
-from cmae_scale.planning.refusals import check_run
+from cmae_scale.planning.advice import check_run
 
 FILES = Path(__file__).resolve().parent.parent / "ds_configs"
 

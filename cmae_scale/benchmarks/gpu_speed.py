@@ -12,11 +12,11 @@ from cmae_scale.benchmarks.noise import NoiseTraining, Size, Stage, make_noise, 
 from cmae_scale.config.batches import plan_batch
 from cmae_scale.config.cmae import DataConfig
 from cmae_scale.config.run_file import Run
-from cmae_scale.data.bad_samples import BadSamples
+from cmae_scale.data.decode import BadSamples
 from cmae_scale.data.mix import plan_data
 from cmae_scale.data.shard_set import open_shards
 from cmae_scale.data.stream import BatchStream, CropBatch, open_batches
-from cmae_scale.engine.hardware import read_peak_flops
+from cmae_scale.engine.process.devices import read_peak_flops
 from cmae_scale.engine.process.group import RankContext, start_processes, stop_processes
 from cmae_scale.layers.attention import describe_attention
 from cmae_scale.planning.forecast import describe_job

@@ -21,11 +21,10 @@ import torch
 from torch.utils.data import DataLoader
 
 from cmae_scale.config.cmae import DataConfig, ViewsConfig
-from cmae_scale.data.bad_samples import BadSamples
-from cmae_scale.data.counter_rng import Purpose, draw_uniforms
 from cmae_scale.data.crops import decode_crops
-from cmae_scale.data.decode import CROP_DRAWS
+from cmae_scale.data.decode import CROP_DRAWS, BadSamples
 from cmae_scale.data.mix import plan_data
+from cmae_scale.data.plan import Purpose, draw_uniforms
 from cmae_scale.data.shard_set import ShardSet
 from cmae_scale.data.stream import open_batches
 from cmae_scale.report.records import Timing, summarise_timings

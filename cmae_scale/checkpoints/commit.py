@@ -14,13 +14,78 @@ A crash between any two of the functions here leaves the previous state, or the 
 import hashlib
 import json
 import re
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NamedTuple
 
-from cmae_scale.checkpoints.description import check_description
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from cmae_scale.config.run_file import Run
 from cmae_scale.core.credentials import write_settings
+from cmae_scale.core.errors import ConfigError
 from cmae_scale.core.files import PART, digest_file, remove, sync, write_text
 from cmae_scale.core.strict_json import parse_json
+
+STATE_FORMAT = 2
+Count = Annotated[int, Field(ge=0)]
+ShareName = Annotated[str, Field(pattern=r"^rank_[0-9]{5,}\.safetensors$")]
+
+
+class _Part(BaseModel):
+    """A part of a state.json: what is read of it has these names and types."""
+
+    model_config = ConfigDict(strict=True)
+
+
+class _Metadata(_Part):
+    kind: dict[str, Any]
+    ranks: int
+    zero_stage: int
+    precision: str
+    run: dict[str, Any]
+    attention: dict[str, str] = {}
+
+
+class _Counters(_Part):
+    global_steps: Count
+    global_samples: Count
+    skipped_steps: Count
+    lr: list[float]
+    scheduler: dict[str, Any] | None
+    scaler: dict[str, int | float | None]  # of bf16, which needs none, nothing is known
+    grad_scaler: dict[str, Any] | None
+
+
+class _File(_Part):
+    bytes: Count
+    sha256: str
+
+
+class _Description(_Part):
+    step: Count
+    stamp: _Metadata
+    counters: _Counters
+    extra: dict[str, Any]
+    files: Annotated[dict[ShareName, _File], Field(min_length=1)]
+
+
+def check_description(description: Any, *, step: int) -> None:
+    """Raise ValueError unless the content of a state.json has all that is read of it, and is of `step`.
+
+    Of another format only that is asked of it which `CheckpointMetadata.compare` needs to say so.
+    """
+    try:
+        if description["stamp"]["format"] == STATE_FORMAT:
+            _Description.model_validate(description)
+        if description["step"] != step:
+            raise ValueError(f"it says step {description['step']}")
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    except (LookupError, TypeError) as error:
+        raise ValueError(f"no step or no format: {error}") from None
+
 
 _COMMITTED = re.compile(r"step_([0-9]{8,18})")
 DESCRIPTION, SEAL = "state.json", "state.sha256"
@@ -115,4 +180,55 @@ def find_damage(path: Path, description: dict[str, Any], *, rank: int, ranks: in
             return f"{path / name} cannot be read ({error.strerror})"
         if entry != files[name]:
             return f"{path / name} is damaged"
+    return None
+
+
+Found = tuple[str | None, dict[str, Any] | None]  # what is wrong with a state, or None; its description
+
+
+class Chosen(NamedTuple):
+    """A whole state, and what is wrong with those that are newer."""
+
+    path: Path
+    description: dict[str, Any]
+    passed_over: tuple[str, ...]
+
+
+def check_files(path: Path, *, rank: int = 0, ranks: int = 1) -> Found:
+    """Look at the state at `path`: its description, and every `ranks`-th file by size and SHA-256."""
+    try:
+        description = read_description(path)
+        return find_damage(path, description, rank=rank, ranks=ranks), description
+    except (ValueError, KeyError, TypeError) as error:
+        return str(error), None
+
+
+def has_begun(run: Run) -> bool:
+    """Whether a state in its folder, whole or not, is what `run` goes on from, instead of a beginning."""
+    return run.settings.checkpoint.resume != "never" and bool(list_states(run.out / "checkpoints"))
+
+
+def choose_state(folder: Path, *, remedy: str, check: Callable[[Path], Found] = check_files) -> Chosen | None:
+    """The newest state in `folder` of which `check` finds nothing wrong; None when there is none at all.
+
+    Raises ConfigError, which ends with `remedy`, when there are states but all are damaged: to go on as if
+    there were none would lose them.
+    """
+    passed_over: list[str] = []
+    for path in list_states(folder):
+        damage, description = check(path)
+        if damage is None and description is not None:
+            return Chosen(path, description, tuple(passed_over))
+        passed_over.append(damage or str(path))
+    if passed_over:
+        raise ConfigError(f"no state in {folder} is whole ({'; '.join(passed_over)}): {remedy}")
+    return None
+
+
+def read_newest_metadata(folder: Path) -> dict[str, Any] | None:
+    """What wrote the newest state that can be read, of which nothing else is checked; None without one."""
+    for path in list_states(folder):
+        with suppress(ValueError):
+            stamp: dict[str, Any] = read_description(path)["stamp"]
+            return stamp if stamp["format"] == STATE_FORMAT else None
     return None

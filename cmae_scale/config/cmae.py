@@ -239,7 +239,7 @@ class DataConfig(Section):
     cache_gib: float = Field(100.0, gt=0)  # its size; the least recently used goes first
     read_timeout_s: float = Field(
         60.0, gt=0
-    )  # a request of remote data that takes longer is made again; a disk that takes longer ends the run
+    )  # a request of remote data that takes longer is made again, a command that takes longer is damage
     read_retries: int = Field(8, ge=0)  # repetitions of a failed request: about half a minute of pauses
     allow_commands: bool = False  # shards may be "pipe:COMMAND {name}", which runs that command
 

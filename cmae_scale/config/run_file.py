@@ -9,12 +9,17 @@ from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from cmae_scale.config.autos import check_autos, fill_autos, plan_optimizer
 from cmae_scale.config.batches import MICRO, STEPS, TOTAL, BatchSizes
 from cmae_scale.config.cmae import CmaeConfig
-from cmae_scale.config.deepspeed_sections import check_deepspeed, drop_unserved, prefer_torch_adam_
+from cmae_scale.config.deepspeed_sections import (
+    check_autos,
+    check_deepspeed,
+    drop_unserved,
+    fill_autos,
+    plan_optimizer,
+    prefer_torch_adam_,
+)
 from cmae_scale.config.precision import leave_to_machine_
-from cmae_scale.config.shipped import SHIPPED, find_run_file
 from cmae_scale.config.transfer import TransferConfig
 from cmae_scale.core.credentials import list_masked, mask_tree
 from cmae_scale.core.errors import ConfigError, nearest
@@ -241,3 +246,20 @@ def _places(section: type[BaseModel], prefix: str = "") -> list[str]:
             if isinstance(kind, type) and issubclass(kind, BaseModel):
                 places += _places(kind, f"{prefix}{name}.")
     return places
+
+
+SHIPPED = (
+    Path(__file__).resolve().parents[2] / "ds_configs"
+)  # beside the package, also where a wheel is installed
+
+
+def find_run_file(name: str | Path) -> Path:
+    """The file of this name, or else the shipped one: `ds_configs/transfer/knn.json` or `transfer/knn`.
+
+    A name with an ending, as `knn.json`, is never taken for a shipped one: it was to be somebody's own.
+    """
+    path = Path(name)
+    if path.is_file():
+        return path
+    shipped = SHIPPED.parent / path if path.parts[:1] == (SHIPPED.name,) else SHIPPED / f"{path}.json"
+    return shipped if shipped.is_file() else path

@@ -86,9 +86,3 @@ def decide_first(decide: Callable[[], T]) -> T:
     decided = [decide() if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(decided, src=0)
     return cast(T, decided[0])
-
-
-def barrier() -> None:
-    """Wait until every rank is here."""
-    if world_size() > 1:
-        dist.barrier()

@@ -1,5 +1,7 @@
 """Files that appear whole or not at all, through a crash of the machine and with several writers at once."""
 
+import errno
+import fcntl
 import hashlib
 import os
 import secrets
@@ -117,3 +119,39 @@ def sync(path: Path) -> None:
 
 def _name_part(path: Path) -> Path:
     return path.with_name(f".{path.name.removeprefix('.')}.{secrets.token_hex(4)}{PART}")
+
+
+WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)  # some cluster file systems have none
+
+
+@contextmanager
+def hold(path: Path, *, wait: bool) -> Iterator[bool]:
+    """Whether the lock was free (with `wait` it is, in the end). Its file goes when the block ends."""
+    flags = fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(handle, flags)
+        except BlockingIOError:
+            os.close(handle)
+            yield False
+            return
+        except OSError as error:
+            if error.errno not in WITHOUT_LOCKS:
+                os.close(handle)
+                raise
+        if _is_still(handle, path):
+            break
+        os.close(handle)  # its last holder has just removed it
+    try:
+        yield True
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(handle)
+
+
+def _is_still(handle: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(handle), path.stat())
+    except FileNotFoundError:
+        return False

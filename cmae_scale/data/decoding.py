@@ -1,23 +1,46 @@
 """What a stored image becomes in a batch: master crops, training crops or its centre."""
 
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Protocol
 
 import numpy as np
 import torch
 from jaxtyping import UInt8
-from PIL import Image
 from torch import Tensor
-from torch.nn import functional as F
 
 from cmae_scale.config.cmae import ViewsConfig
 from cmae_scale.config.transfer import CropConfig
-from cmae_scale.data.batch_memory import BatchMemory
-from cmae_scale.data.counter_rng import Purpose, draw_uniforms
-from cmae_scale.data.crops import decode_crops, decode_pixels
-from cmae_scale.data.decode import CROP_DRAWS, GreyRange, decode_centre, random_crop_box
-from cmae_scale.data.rand_augment import RandAugmentation
+from cmae_scale.data.crops import decode_crops
+from cmae_scale.data.decode import CROP_DRAWS, GreyRange, decode_centre
+from cmae_scale.data.plan import Purpose, draw_uniforms
+
+
+class BatchMemory:
+    """Takes back what nobody holds any more, so a loader needs as much as is in use at the same time."""
+
+    def __init__(self, *, pin: bool) -> None:
+        self._pin = pin
+        self._free: list[np.ndarray] = []
+
+    def take(self, shape: Sequence[int]) -> Tensor:
+        """An uninitialised uint8 tensor. Page-locked ones come from torch, which reuses them itself."""
+        if self._pin:
+            return torch.empty(shape, dtype=torch.uint8, pin_memory=True)
+        memory = self._find(prod(shape))
+        lent = memory[:]  # an object of its own, which lives as long as tensors on it
+        weakref.finalize(lent, self._free.append, memory).atexit = False
+        return torch.from_numpy(lent).view(*shape)
+
+    def _find(self, size: int) -> np.ndarray:
+        while self._free:
+            memory = self._free.pop()
+            if len(memory) == size:
+                return memory
+        return np.empty(size, dtype=np.uint8)
+
 
 Pixels = UInt8[Tensor, "crops 3 side side"]
 
@@ -88,48 +111,6 @@ class PretrainCrops:
             draws=[place.draw(Purpose.CROP, count=CROP_DRAWS, crop=crop) for crop in range(self.crops)],
             out=out,
         )
-
-
-@dataclass(frozen=True)
-class TrainingCrops:
-    """A random resized crop, mirrored with a chance, then RandAugment if given.
-
-    Source: timm transforms_imagenet_train, the same order.
-    """
-
-    crop: CropConfig
-    max_mpx: float
-    augmentation: RandAugmentation | None = None
-    crops: int = 1
-
-    @property
-    def side(self) -> int:
-        """Side of a crop, px."""
-        return self.crop.img_px
-
-    def decode(
-        self, data: bytes, place: SamplePlace, *, out: Pixels, grey_range: GreyRange | None = None
-    ) -> None:
-        """One crop."""
-        pixels = decode_pixels(data, max_mpx=self.max_mpx, grey_range=grey_range)
-        height, width, _ = pixels.shape
-        draws = place.draw(Purpose.CROP, count=CROP_DRAWS)
-        box = random_crop_box(width, height, scale=self.crop.scale, ratio=self.crop.ratio, draws=draws)
-        part = torch.from_numpy(pixels)[box.top : box.bottom, box.left : box.right].permute(2, 0, 1)[None]
-        size = (self.side, self.side)
-        picture = F.interpolate(part, size, mode="bicubic", antialias=True, align_corners=False)[0]
-        flip, *numbers = place.draw(Purpose.AUGMENT, count=1 + self._count_numbers())
-        if flip < self.crop.flip_p:
-            picture = picture.flip(-1)
-        if self.augmentation is None:
-            out.copy_(picture[None])
-            return
-        image = Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy())
-        augmented = np.array(self.augmentation.apply(image, numbers))
-        out.copy_(torch.from_numpy(augmented).permute(2, 0, 1)[None])
-
-    def _count_numbers(self) -> int:
-        return 0 if self.augmentation is None else self.augmentation.num_draws
 
 
 @dataclass(frozen=True)

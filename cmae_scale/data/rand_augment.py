@@ -10,9 +10,17 @@ from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Any
 
+import numpy as np
+import torch
+import torch.nn.functional as F
 from PIL import Image
 
+from cmae_scale.config.transfer import CropConfig
 from cmae_scale.core.errors import ConfigError
+from cmae_scale.data.crops import decode_pixels
+from cmae_scale.data.decode import CROP_DRAWS, GreyRange, random_crop_box
+from cmae_scale.data.decoding import Pixels, SamplePlace
+from cmae_scale.data.plan import Purpose
 
 _NUMBERS = 4  # of each operation: which one, whether at all, how strong, which way
 # Strengths that timm gives a random sign, and the strength that changes nothing.
@@ -96,3 +104,45 @@ def build_rand_augment(spelling: str, *, img_px: int, mean: Sequence[float]) -> 
     if transform.choice_weights is not None:
         raise ConfigError(f'rand_augment "{spelling}": weighted operations are not supported: drop "-t..."')
     return RandAugmentation(tuple(transform.ops), transform.num_layers)
+
+
+@dataclass(frozen=True)
+class TrainingCrops:
+    """A random resized crop, mirrored with a chance, then RandAugment if given.
+
+    Source: timm transforms_imagenet_train, the same order.
+    """
+
+    crop: CropConfig
+    max_mpx: float
+    augmentation: RandAugmentation | None = None
+    crops: int = 1
+
+    @property
+    def side(self) -> int:
+        """Side of a crop, px."""
+        return self.crop.img_px
+
+    def decode(
+        self, data: bytes, place: SamplePlace, *, out: Pixels, grey_range: GreyRange | None = None
+    ) -> None:
+        """One crop."""
+        pixels = decode_pixels(data, max_mpx=self.max_mpx, grey_range=grey_range)
+        height, width, _ = pixels.shape
+        draws = place.draw(Purpose.CROP, count=CROP_DRAWS)
+        box = random_crop_box(width, height, scale=self.crop.scale, ratio=self.crop.ratio, draws=draws)
+        part = torch.from_numpy(pixels)[box.top : box.bottom, box.left : box.right].permute(2, 0, 1)[None]
+        size = (self.side, self.side)
+        picture = F.interpolate(part, size, mode="bicubic", antialias=True, align_corners=False)[0]
+        flip, *numbers = place.draw(Purpose.AUGMENT, count=1 + self._count_numbers())
+        if flip < self.crop.flip_p:
+            picture = picture.flip(-1)
+        if self.augmentation is None:
+            out.copy_(picture[None])
+            return
+        image = Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy())
+        augmented = np.array(self.augmentation.apply(image, numbers))
+        out.copy_(torch.from_numpy(augmented).permute(2, 0, 1)[None])
+
+    def _count_numbers(self) -> int:
+        return 0 if self.augmentation is None else self.augmentation.num_draws

@@ -5,10 +5,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
-from cmae_scale.config.cmae import DataConfig
+from cmae_scale.config.cmae import CmaeConfig, DataConfig
 from cmae_scale.core.credentials import fill_in
 from cmae_scale.core.errors import ConfigError, DataError
-from cmae_scale.data.classes import tell_apart
 from cmae_scale.data.decode import GreyRange
 from cmae_scale.data.index import (
     INDEX_NAME,
@@ -216,3 +215,58 @@ def _distinguish(places: Sequence[str]) -> dict[str, str]:
     except ValueError:  # paths from the root and from here
         shared = ""
     return {place: f"{posixpath.relpath(one, shared) if shared else one}/" for place, one in shown.items()}
+
+
+def tell_apart(classes: Sequence[str], others: Sequence[str]) -> str:
+    """For a message: which classes of `others` are lacking in `classes`, and which it has besides."""
+    lacking = _name_first([name for name in others if name not in set(classes)])
+    besides = _name_first([name for name in classes if name not in set(others)])
+    if lacking and besides:
+        return f"it lacks {lacking}, and has {besides} besides"
+    if lacking or besides:
+        return f"it lacks {lacking}" if lacking else f"it has {besides} besides"
+    return "the same names in another order"
+
+
+def _name_first(names: Sequence[str]) -> str:
+    if not names:
+        return ""
+    return f"'{names[0]}'" + (f" and {len(names) - 1:,} more" if len(names) > 1 else "")
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Training and validation shards with the same classes."""
+
+    train: ShardSet
+    val: ShardSet
+    classes: tuple[str, ...]
+
+
+def open_labelled(
+    train: str | Sequence[str], val: str | Sequence[str], *, data: DataConfig, measure: bool = True
+) -> Labelled:
+    """Both sets. Raises DataError where classes are missing or differ. `measure` is that of `open_shards`."""
+    shards, val_shards = (open_shards(places, data=data, measure=measure) for places in (train, val))
+    if not shards.classes:
+        raise DataError(
+            f"{shards.describe()} has no classes: make its shards with --source imagefolder from a folder of "
+            "class folders"
+        )
+    if shards.classes != val_shards.classes:
+        raise DataError(
+            f"{val_shards.describe()} has other classes than {shards.describe()} "
+            f"({tell_apart(val_shards.classes or (), shards.classes)}): make it again with --classes and the "
+            "folder of the training shards"
+        )
+    return Labelled(shards, val_shards, shards.classes)
+
+
+def place_monitored(cfg: CmaeConfig) -> tuple[str | tuple[str, ...], str | tuple[str, ...]]:
+    """Where the kNN monitor's voting and held-out shards are. ConfigError where nothing is held out."""
+    knn = cfg.monitor.knn
+    assert knn is not None
+    val = knn.val_shards or cfg.data.val_shards
+    if val is None:
+        raise ConfigError("cmae.monitor.knn needs held-out images: write its val_shards, or data.val_shards")
+    return knn.shards or cfg.data.shards, val

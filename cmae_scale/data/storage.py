@@ -2,10 +2,9 @@
 
 import glob
 import io
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol
 
 from cmae_scale.config.cmae import DataConfig
 from cmae_scale.core.errors import ConfigError, DataError
@@ -14,16 +13,12 @@ from cmae_scale.data.command import CommandFile
 from cmae_scale.data.index import measure_shard
 from cmae_scale.data.places import COMMAND, is_pattern, read_scheme, show_place
 from cmae_scale.data.remote import Remote
-from cmae_scale.data.stalls import call_within
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
 MAX_TEXT_BYTES = 1 << 30  # of an index.json: ten million shards
 TEXT_CHUNK_BYTES = 1 << 22
-STALL_S = 60.0  # after which nobody waits for a disk, where no setting says otherwise
-
-T = TypeVar("T")
 
 
 class Storage(Protocol):
@@ -48,34 +43,22 @@ class Storage(Protocol):
 class LocalStorage:
     """Files of this machine, or of a file system that is mounted on it.
 
-    DataError when nothing comes for `timeout_s`: who reads a mount whose server is gone waits for ever.
+    Who reads a mount whose server is gone waits for ever: the watchdog of a run names it.
     """
-
-    def __init__(self, *, timeout_s: float = STALL_S) -> None:
-        self.timeout_s = timeout_s
 
     def open_file(
         self, place: str, *, max_bytes: int, end: int | None = None, version: str | None = None
     ) -> io.RawIOBase:
         """The file itself."""
-        return _LocalFile(place, end=end, wait=self._wait)
+        return _LocalFile(place, end=end)
 
     def measure(self, places: Sequence[str]) -> list[int | None]:
         """From the file system's tables."""
-        return [self._wait(place, partial(measure_shard, place)) for place in places]
+        return [measure_shard(place) for place in places]
 
     def find(self, pattern: str) -> list[str]:
         """As a shell would."""
-        return self._wait(pattern, lambda: sorted(glob.glob(pattern)))  # noqa: PTH207 -- Path.glob takes no root
-
-    def _wait(self, place: str, work: Callable[[], T]) -> T:
-        try:
-            return call_within(self.timeout_s, work)
-        except TimeoutError as error:
-            raise DataError(
-                f"{place} cannot be read: {error.strerror}: look at the disk or the network mount, or raise "
-                "cmae.data.read_timeout_s"
-            ) from None
+        return sorted(glob.glob(pattern))  # noqa: PTH207 -- Path.glob takes no root
 
 
 LOCAL = LocalStorage()
@@ -106,7 +89,7 @@ def open_storage(place: str, data: DataConfig) -> Storage:
     """What reads `place`. ConfigError for a command that is not allowed, and for schemes we do not read."""
     match read_scheme(place):
         case "":
-            return LocalStorage(timeout_s=data.read_timeout_s)
+            return LOCAL
         case "pipe":
             if not data.allow_commands:
                 raise ConfigError(
@@ -149,46 +132,16 @@ def find_places(storage: Storage, place: str) -> list[str]:
     return found
 
 
-class _Wait(Protocol):
-    """Makes a call for the file `place` and says so if it takes too long."""
+class _LocalFile(io.FileIO):
+    """A file whose buffered readers do not read on beyond byte `end`."""
 
-    def __call__(self, place: str, work: Callable[[], T], /) -> T: ...
-
-
-class _LocalFile(io.RawIOBase):
-    """A file whose readers wait only so long, and whose buffered readers do not read on beyond `end`."""
-
-    def __init__(self, place: str, *, end: int | None, wait: _Wait) -> None:
-        self._place = place
+    def __init__(self, place: str, *, end: int | None) -> None:
+        super().__init__(place)
         self._end = end
-        self._wait = wait
-        self._file = wait(place, lambda: io.FileIO(place))
 
-    def readable(self) -> bool:
-        """Always."""
-        return True
-
-    def seekable(self) -> bool:
-        """As the file is."""
-        return self._file.seekable()
-
-    def tell(self) -> int:
-        """Where the next byte is read."""
-        return self._file.tell()
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        """Reads nothing."""
-        return self._file.seek(offset, whence)
-
-    def readinto(self, buffer: "WriteableBuffer", /) -> int:
-        """As the file does, up to `end`."""
+    def readinto(self, buffer: "WriteableBuffer", /) -> int | None:
+        """As any file does, up to `end`."""
         view = memoryview(buffer)
         if self._end is not None:
-            view = view[: max(0, self._end - self._file.tell())]
-        return self._wait(self._place, lambda: self._file.readinto(view)) or 0
-
-    def close(self) -> None:
-        """Let the file go."""
-        if not self.closed:
-            self._file.close()
-        super().close()
+            view = view[: max(0, self._end - self.tell())]
+        return super().readinto(view)

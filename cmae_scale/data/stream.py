@@ -20,8 +20,8 @@ from torch import Tensor
 
 from cmae_scale.config.cmae import DataConfig, ViewsConfig
 from cmae_scale.core.errors import DataError
-from cmae_scale.data.bad_samples import BadSamples
 from cmae_scale.data.blocks import RawBatch, RawRow, read_raw_batches
+from cmae_scale.data.decode import BadSamples
 from cmae_scale.data.decoding import Decoding, PretrainCrops, SamplePlace, allocate_for
 from cmae_scale.data.mix import MixPlan
 from cmae_scale.data.shard_set import ShardSet

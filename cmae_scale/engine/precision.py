@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from deepspeed.accelerator import get_accelerator
 
-from cmae_scale.checkpoints.newest import read_newest_metadata
+from cmae_scale.checkpoints.commit import read_newest_metadata
+from cmae_scale.config.cmae import Attention
 from cmae_scale.config.precision import (
     AUTOCAST,
     SECTIONS,
@@ -21,8 +22,16 @@ from cmae_scale.config.precision import (
 )
 from cmae_scale.config.run_file import Run
 from cmae_scale.core.collectives import decide_first
-from cmae_scale.engine.hardware import name_device
-from cmae_scale.layers.timing import CLEARLY, time_in_turns
+from cmae_scale.engine.process.devices import name_device
+from cmae_scale.layers.attention import (
+    CLEARLY,
+    Arithmetic,
+    AttentionChoice,
+    AttentionShape,
+    choose_attention,
+    describe_attention,
+    time_in_turns,
+)
 
 DTYPES: Mapping[FormatName, torch.dtype] = {
     "float32": torch.float32,
@@ -161,3 +170,62 @@ def _multiply(product: Product, compute: FormatName) -> None:
     ):
         output = F.linear(rows, weight)
     torch.autograd.grad(output, [rows, weight], torch.ones_like(output))
+
+
+Choices = Mapping[str, AttentionChoice]  # by part of the model
+
+_SECTIONS = {"cmae": "cmae.model", "transfer": "transfer.encoder"}  # that have the setting "attention"
+
+
+class Settled(NamedTuple):
+    """A run with nothing left to the machine, and the attention kernel of each part of its model."""
+
+    run: Run
+    attention: Choices
+    record: dict[str, str]  # of the kernels and where they were chosen, for the metadata of its states
+    notices: list[str]  # for the user
+
+
+def settle_arithmetic(
+    run: Run,
+    *,
+    device: torch.device,
+    product: Product,
+    attention: Attention,
+    shapes: Mapping[str, AttentionShape],
+) -> Settled:
+    """The number format first, then for each of `shapes` a kernel as `attention` asks. All ranks together.
+
+    Kernels round differently: a run that goes on keeps those of its state, if they were tried on such a
+    machine. Raises ConfigError for a named kernel that cannot run one of `shapes`.
+    """
+    run, notices = settle_precision(run, device=device, product=product)
+    precision = read_precision(run.deepspeed)
+    arithmetic = Arithmetic(device, precision.compute, precision.compute is not precision.parameters)
+    dtype = str(precision.compute).removeprefix("torch.")
+    record = {"setting": attention, "machine": name_device(device), "dtype": dtype}
+    if attention == "auto":
+        chosen, told = decide_first(partial(_try_out, run, shapes, arithmetic, record))
+        notices = notices + told
+    else:
+        section = _SECTIONS[run.kind]
+        chosen = {
+            part: choose_attention(attention, shape, arithmetic, section=section)
+            for part, shape in shapes.items()
+        }
+    record |= {part: choice.name for part, choice in chosen.items()}
+    return Settled(run, chosen, record, notices)
+
+
+def _try_out(
+    run: Run, shapes: Mapping[str, AttentionShape], arithmetic: Arithmetic, record: Mapping[str, str]
+) -> tuple[Choices, list[str]]:
+    """The kernels of the newest state, or those that a trial prefers."""
+    written = (recall_metadata(run) or {}).get("attention", {})
+    if all(written.get(name) == value for name, value in record.items()) and shapes.keys() <= written.keys():
+        return {part: AttentionChoice(written[part], is_forced=False) for part in shapes}, []
+    chosen = {part: choose_attention("auto", shape, arithmetic) for part, shape in shapes.items()}
+    if all(written.get(part, choice.name) == choice.name for part, choice in chosen.items()):
+        return chosen, []
+    told = f"attention is {describe_attention(chosen)} from here on, which rounds otherwise: the state was "
+    return chosen, [f"{told}written on a {written['machine']} in {written['dtype']}"]

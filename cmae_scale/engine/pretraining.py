@@ -24,7 +24,7 @@ from cmae_scale.engine.inputs import MicroBatch, StepImages, draw_step
 from cmae_scale.engine.metrics.health import Health
 from cmae_scale.engine.metrics.step_timer import StepTimer
 from cmae_scale.engine.train_state import TrainState
-from cmae_scale.engine.zero.gather import gather_weights
+from cmae_scale.engine.zero.partitions import gather_weights
 from cmae_scale.layers.masking import TokenMask, take_tokens
 from cmae_scale.layers.patches import patchify
 from cmae_scale.losses import byol, infonce, pixel_loss

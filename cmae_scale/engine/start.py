@@ -1,19 +1,128 @@
 """The DeepSpeed engine of a run, as its file says."""
 
+from pathlib import Path
 from typing import Any
 
 import deepspeed
+import torch
 from deepspeed.runtime.config import DeepSpeedConfig
 from pydantic import ValidationError
+from timm.models.vision_transformer import Block
 from torch import nn
 
+from cmae_scale.checkpoints.commit import has_begun
+from cmae_scale.config.cmae import Remat
 from cmae_scale.config.run_file import Run
+from cmae_scale.core.collectives import gather_objects
 from cmae_scale.core.errors import ConfigError
-from cmae_scale.engine.compiled import compile_blocks_
 from cmae_scale.engine.metrics.writers import without_monitors
-from cmae_scale.engine.optim import build_lars, weight_decay_groups
 from cmae_scale.engine.remat import adapt_settings, choose_block_runner
+from cmae_scale.engine.zero.checks import check_memory_plan
+from cmae_scale.engine.zero.partitions import drop_node_copies_, partition_of
 from cmae_scale.engine.zero.patches import mend_engine_
+from cmae_scale.models import CMAE, build_cmae
+from cmae_scale.models.initial import start_from_
+
+
+def build_model(run: Run, *, device: torch.device) -> tuple[CMAE, list[str]]:
+    """The model of a run as it starts, and where its weights are from; under ZeRO-3 already split over ranks.
+
+    `run` is resolved and the process group is up. The weights are drawn on the CPU and equal those of a
+    model built whole, to the bit, whatever the device. One that starts from a file is built whole; a run that
+    has begun already has no need of the file.
+    """
+    init = None if gather_objects(has_begun(run))[0] else run.cmae.model.init
+    if init is not None or run.deepspeed.get("zero_optimization", {}).get("stage", 0) != 3:
+        whole = build_cmae(run.cmae)
+        return whole, [] if init is None else start_from_(whole, run.cmae, path=Path(init))
+    settings = adapt_settings(run.cmae.model.remat, settings=run.deepspeed)
+    check_settings(settings, run)
+    check_memory_plan(settings, device=device.type, has_target=run.cmae.has_contrast)
+    model = build_cmae(run.cmae, on_init=Splitter(settings).split_)
+    with torch.no_grad():
+        for pair in model.target_pairs():
+            partition_of(pair.target).copy_(partition_of(pair.online))
+    drop_node_copies_(pair.target for pair in model.target_pairs())
+    for buffer in model.buffers():  # DeepSpeed moves nothing of a model that comes in shards
+        buffer.data = buffer.data.to(device)
+    return model, []
+
+
+class Splitter:
+    """Splits module after module, as DeepSpeed splits a whole model at `deepspeed.initialize`."""
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        self._settings = settings
+        self._first: Any = None  # any split parameter: it knows how to split others
+
+    def split_(self, module: nn.Module) -> None:
+        """Keep this rank's shard of the parameters that `module` itself holds. All ranks call it together."""
+        own = list(module.parameters(recurse=False))
+        if not own:
+            return
+        for parameter in own:
+            parameter.data = parameter.data.to(self._dtype())
+        if self._first is None:
+            deepspeed.zero.Init(module=nn.ParameterList(own), config_dict_or_path=self._settings)
+            self._first = own[0]
+        else:
+            self._first.convert_to_zero_parameters(param_list=own)
+
+    def _dtype(self) -> torch.dtype:
+        if self._settings.get("bf16", {}).get("enabled", False):
+            return torch.bfloat16
+        return torch.float16 if self._settings.get("fp16", {}).get("enabled", False) else torch.float32
+
+
+_NO_DECAY_LEAVES = frozenset({"bias", "pos_embed"})
+_TOKENS = frozenset({"cls_token", "mask_token"})
+
+
+def weight_decay_groups(
+    model: nn.Module, *, weight_decay: float, decay_tokens: bool = False
+) -> list[dict[str, Any]]:
+    """Two groups of the trainable parameters: with `weight_decay` and without.
+
+    Without are biases, LayerNorm, positions and, unless `decay_tokens`, class and mask tokens. The heads'
+    BatchNorm gain decays. Source: official CMAE config (names containing ln, bias, pos_embed, mask_token,
+    cls_token): of CMAE-B 120 916 992 parameters decay and 201 216 do not. With `decay_tokens` a model without
+    heads is split as MAE's: there exactly what has one dimension does not decay.
+    """
+    spared = _NO_DECAY_LEAVES if decay_tokens else _NO_DECAY_LEAVES | _TOKENS
+    exempt = {
+        id(parameter)
+        for module in model.modules()
+        for name, parameter in module.named_parameters(recurse=False)
+        if isinstance(module, nn.LayerNorm) or name in spared
+    }
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in trainable if id(p) not in exempt], "weight_decay": weight_decay},
+        {"params": [p for p in trainable if id(p) in exempt], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def build_lars(groups: list[dict[str, Any]], *, settings: dict[str, Any]) -> Any:
+    """timm's LARS for a run file whose optimizer has that type; DeepSpeed has none of its own.
+
+    Its step depends on the norm of each whole parameter, so ConfigError where DeepSpeed cuts them into flat
+    pieces: above ZeRO stage 0, and in a bf16 or fp16 engine.
+    """
+    from timm.optim import Lars
+
+    stage = settings.get("zero_optimization", {}).get("stage", 0)
+    if stage or any(settings.get(name, {}).get("enabled", False) for name in ("bf16", "fp16")):
+        raise ConfigError(
+            'optimizer.type "LARS" needs whole fp32 parameters: write zero_optimization.stage=0 (heads are '
+            'small) and torch_autocast, or "SGD"'
+        )
+    params = dict(settings["optimizer"].get("params", {}))
+    try:
+        return Lars(groups, **params)
+    except TypeError as error:
+        raise ConfigError(f"optimizer.params: timm's LARS refuses them: {error}") from None
+
 
 Engine = Any  # deepspeed.DeepSpeedEngine, which ships no types
 
@@ -83,3 +192,26 @@ def check_settings(settings: dict[str, Any], run: Run) -> None:
 
 def _first_line(error: BaseException) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def compile_blocks_(model: nn.Module, *, remat: Remat, settings: dict[str, Any]) -> None:
+    """Have torch compile every block of `model` at its first call; before `deepspeed.initialize`.
+
+    Block by block, because whole models break at DeepSpeed's hooks; all blocks of a width share what was
+    compiled. Losses are those of uncompiled blocks (CPU, ZeRO 0 to 2, every checkpointing but "selective").
+    Raises ConfigError where compiling makes no sense: at stage 3 the losses are right too, but every Linear
+    has a hook that breaks its block's graph, one piece per hook, until torch gives up compiling.
+    """
+    if settings.get("zero_optimization", {}).get("stage", 0) == 3:
+        raise ConfigError(
+            'cmae.compile "blocks" gains nothing at ZeRO stage 3: hooks that gather weights cut each block '
+            "into pieces: write zero_optimization.stage=2 or cmae.compile=none"
+        )
+    if remat == "selective":
+        raise ConfigError(
+            'cmae.compile "blocks" hides the matrix products that cmae.model.remat "selective" would keep: '
+            'write "full" or "none"'
+        )
+    for module in model.modules():
+        if isinstance(module, Block):
+            module.compile()

@@ -12,12 +12,11 @@ from cmae_scale.config.run_file import Run, dump_run
 from cmae_scale.core.collectives import gather_objects
 from cmae_scale.core.credentials import write_settings
 from cmae_scale.core.errors import ConfigError
-from cmae_scale.engine.arithmetic import Choices
 from cmae_scale.engine.checkpoint.metadata import CheckpointMetadata
 from cmae_scale.engine.checkpoint.save_load import Keeping, load_newest, save_state
 from cmae_scale.engine.ema import Pair, TargetEma
 from cmae_scale.engine.metrics.step_timer import StepTimer
-from cmae_scale.engine.precision import Precision, read_precision
+from cmae_scale.engine.precision import Choices, Precision, read_precision
 from cmae_scale.engine.process.group import RankContext
 from cmae_scale.engine.start import Engine, start_engine
 from cmae_scale.engine.zero.checks import check_memory_plan

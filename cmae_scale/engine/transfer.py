@@ -12,14 +12,13 @@ from torch import Tensor, nn
 from cmae_scale.config.batches import BatchSizes
 from cmae_scale.core.errors import ConfigError
 from cmae_scale.data.stream import CropBatch, copy_ahead
-from cmae_scale.engine.arithmetic import Settled
 from cmae_scale.engine.checkpoint.metadata import DataOrder, build_metadata
 from cmae_scale.engine.ema import Pair
 from cmae_scale.engine.metrics.health import Health
-from cmae_scale.engine.precision import read_precision
+from cmae_scale.engine.precision import Settled, read_precision
 from cmae_scale.engine.process.group import RankContext
 from cmae_scale.engine.train_state import TrainState, count_trainable, name_precision, start_train_state
-from cmae_scale.engine.zero.gather import gather_weights
+from cmae_scale.engine.zero.partitions import gather_weights
 from cmae_scale.layers.attention import describe_attention
 
 

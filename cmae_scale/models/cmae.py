@@ -8,11 +8,17 @@ from torch import Tensor, nn
 
 from cmae_scale.config.cmae import CmaeConfig, MaskConfig, NetworkConfig
 from cmae_scale.layers.masking import TokenMask, mask_from_noise
-from cmae_scale.models.build import build_encoder
+from cmae_scale.models.build import (
+    Settle,
+    build_encoder,
+    init_follower_,
+    init_head_,
+    init_transformer_,
+    keep_whole,
+)
 from cmae_scale.models.decoder import FeatureDecoder, FeatureHead, MaskedDecoder, PixelDecoder
 from cmae_scale.models.encoder import BlockRunner, ImageEncoder, run_block
 from cmae_scale.models.heads import Predictor, Projector
-from cmae_scale.models.init import Settle, init_follower_, init_head_, init_transformer_, keep_whole
 
 
 class CMAEOutput(NamedTuple):

@@ -10,9 +10,8 @@ from torch.utils.checkpoint import checkpoint
 
 from cmae_scale.config.sizes import COARSE, FINE, ConvStages, EncoderSize
 from cmae_scale.layers.blocks import NORM_EPS
-from cmae_scale.layers.sites import place_sites
 from cmae_scale.models.encoder import run_block
-from cmae_scale.models.hybrid import HybridTrunk
+from cmae_scale.models.hybrid import HybridTrunk, place_sites
 
 HEAD_STD = 2e-5  # Source: Alpha-VL/ConvMAE main_finetune.py, as facebookresearch/mae
 

@@ -11,8 +11,7 @@ from cmae_scale.core.errors import ConfigError
 from cmae_scale.models.cmae import CMAE
 from cmae_scale.models.formats.model_file import PRETRAINING_ONLY, ModelFile, read_model_file
 from cmae_scale.models.formats.names import WHOSE
-from cmae_scale.models.formats.positions import refit_positions
-from cmae_scale.models.formats.shapes import HeadCounts
+from cmae_scale.models.formats.shapes import HeadCounts, refit_positions
 
 # may be in one of file and run alone: the target's norm, and what a fine-tuned encoder no longer has
 _MAY_DIFFER = ("target_encoder.norm.", *PRETRAINING_ONLY)

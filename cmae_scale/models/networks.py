@@ -16,11 +16,10 @@ from torch import Tensor, nn
 from cmae_scale.config.cmae import Pool
 from cmae_scale.config.sizes import EncoderSize, read_size, read_stages
 from cmae_scale.core.errors import ConfigError
-from cmae_scale.models.build import build_encoder
+from cmae_scale.models.build import build_encoder, init_transformer_
 from cmae_scale.models.encoder import Encoder
 from cmae_scale.models.hybrid import ENDS
 from cmae_scale.models.hybrid_classifier import HybridClassifier
-from cmae_scale.models.init import init_transformer_
 from cmae_scale.models.pretrained import PretrainedEncoder
 from cmae_scale.models.read import read_sizes
 from cmae_scale.models.weights import CONFIG_FILE

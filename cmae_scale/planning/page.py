@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 
 from cmae_scale.config.precision import read_formats
-from cmae_scale.core.progress import format_seconds
+from cmae_scale.core.terminal import format_seconds
 from cmae_scale.planning.forecast import Forecast
 from cmae_scale.planning.layouts import REMATS, STAGES, Layout
 

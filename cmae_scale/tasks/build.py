@@ -1,4 +1,4 @@
-"""From a run file to what it asks for: the labelled data, the judge, the encoder and the task."""
+"""From a run file to what it asks for: the labelled data, the evaluator, the encoder and the task."""
 
 import math
 from contextlib import AbstractContextManager, closing
@@ -12,18 +12,18 @@ from cmae_scale.config.cmae import Pool
 from cmae_scale.config.transfer import TransferConfig
 from cmae_scale.core.errors import ConfigError
 from cmae_scale.core.world import World
-from cmae_scale.data.bad_samples import BadSamples
-from cmae_scale.data.decoding import TrainingCrops
-from cmae_scale.data.labelled import open_labelled
+from cmae_scale.data.decode import BadSamples
 from cmae_scale.data.mix import MixPlan, plan_data
 from cmae_scale.data.ordered import count_samples
-from cmae_scale.data.rand_augment import build_rand_augment
+from cmae_scale.data.rand_augment import TrainingCrops, build_rand_augment
+from cmae_scale.data.shard_set import open_labelled
 from cmae_scale.data.stream import open_stream
 from cmae_scale.layers.attention import AttentionChoice, AttentionShape
 from cmae_scale.models.networks import build_network, count_tokens, draw_weights, list_blocks
 from cmae_scale.models.pretrained import PretrainedEncoder, open_encoder
+from cmae_scale.tasks.encode import build_preprocessor
 from cmae_scale.tasks.evaluator import Evaluator
-from cmae_scale.tasks.features import Preprocessor, build_preprocessor
+from cmae_scale.tasks.features import Preprocessor
 from cmae_scale.tasks.finetune import Finetuning, build_finetuning
 from cmae_scale.tasks.linear import LinearProbing, build_probing
 
@@ -34,13 +34,13 @@ class TransferContext:
 
     cfg: TransferConfig
     encoder: PretrainedEncoder
-    lens: Preprocessor
-    judge: Evaluator
+    preprocessor: Preprocessor
+    evaluator: Evaluator
 
     @property
     def train_samples(self) -> list[int]:
         """How many images of each training shard are used."""
-        return count_samples(self.judge.labelled.train, self.cfg.data.train_fraction)
+        return count_samples(self.evaluator.labelled.train, self.cfg.data.train_fraction)
 
     @property
     def widest(self) -> tuple[int, int]:
@@ -67,7 +67,7 @@ class TransferContext:
 
     def compute_in(self, compute: torch.dtype, attention: AttentionChoice) -> "TransferContext":
         """The same, its network computing so."""
-        return replace(self, lens=replace(self.lens, compute=compute, attention=attention))
+        return replace(self, preprocessor=replace(self.preprocessor, compute=compute, attention=attention))
 
 
 def open_context(cfg: TransferConfig, *, world: World, device: torch.device) -> TransferContext:
@@ -77,17 +77,22 @@ def open_context(cfg: TransferConfig, *, world: World, device: torch.device) -> 
     encoder = open_encoder(start.place, with_weights=not start.random, num_heads=start.num_heads)
     if start.random:
         encoder = draw_weights(encoder, seed=cfg.seed)
-    lens = build_preprocessor(encoder, cfg.crop, device=device, compute=torch.float32)
-    judge = Evaluator(labelled, cfg.data, cfg.crop, cfg.monitor.batch, world, device)
-    return TransferContext(cfg, encoder, lens, judge)
+    preprocessor = build_preprocessor(encoder, cfg.crop, device=device, compute=torch.float32)
+    evaluator = Evaluator(labelled, cfg.data, cfg.crop, cfg.monitor.batch, world, device)
+    return TransferContext(cfg, encoder, preprocessor, evaluator)
 
 
-def build_task(bench: TransferContext, *, batch: BatchSizes) -> Finetuning | LinearProbing:
+def build_task(context: TransferContext, *, batch: BatchSizes) -> Finetuning | LinearProbing:
     """The task with its network. ConfigError where the batch cannot be mixed in pairs."""
-    cfg, classes = bench.cfg, bench.judge.labelled.classes
+    cfg, classes = context.cfg, context.evaluator.labelled.classes
     if cfg.task.linear is not None:
         return build_probing(
-            bench.encoder, cfg.task.linear, crop=cfg.crop, classes=classes, lens=bench.lens, seed=cfg.seed
+            context.encoder,
+            cfg.task.linear,
+            crop=cfg.crop,
+            classes=classes,
+            preprocessor=context.preprocessor,
+            seed=cfg.seed,
         )
     finetune = cfg.task.finetune
     assert finetune is not None
@@ -97,29 +102,29 @@ def build_task(bench: TransferContext, *, batch: BatchSizes) -> Finetuning | Lin
             f"{batch.micro}: write an even one, or set mixup and cutmix of transfer.task.finetune to 0"
         )
     return build_finetuning(
-        bench.encoder,
+        context.encoder,
         finetune,
         crop=cfg.crop,
         classes=classes,
-        lens=bench.lens,
+        preprocessor=context.preprocessor,
         seed=cfg.seed,
         has_remat=cfg.encoder.remat == "full",
     )
 
 
-def plan_training(bench: TransferContext, *, batch: BatchSizes) -> MixPlan:
+def plan_training(context: TransferContext, *, batch: BatchSizes) -> MixPlan:
     """Which samples form which step."""
     return plan_data(
-        bench.judge.labelled.train,
-        bench.cfg.data,
+        context.evaluator.labelled.train,
+        context.cfg.data,
         global_batch=batch.total,
-        seed=bench.cfg.seed,
-        samples=bench.train_samples,
+        seed=context.cfg.seed,
+        samples=context.train_samples,
     )
 
 
 def open_training(
-    bench: TransferContext,
+    context: TransferContext,
     task: Finetuning | LinearProbing,
     plan: MixPlan,
     *,
@@ -128,29 +133,29 @@ def open_training(
     bad: BadSamples,
 ) -> AbstractContextManager[Any]:
     """This rank's micro-batches: crops, or features where the run file wants them computed once."""
-    cfg, judge = bench.cfg, bench.judge
+    cfg, evaluator = context.cfg, context.evaluator
     if isinstance(task, LinearProbing) and task.cfg.features == "once":
         fraction = cfg.data.train_fraction
         return closing(
             task.open_features(
-                judge, fraction=fraction, batch=batch.total, accumulation=batch.accumulation, steps=steps
+                evaluator, fraction=fraction, batch=batch.total, accumulation=batch.accumulation, steps=steps
             )
         )
     spelling = cfg.task.finetune.rand_augment if cfg.task.finetune is not None else None
     augmentation = None
     if spelling is not None:
-        augmentation = build_rand_augment(spelling, img_px=cfg.crop.img_px, mean=bench.lens.mean)
+        augmentation = build_rand_augment(spelling, img_px=cfg.crop.img_px, mean=context.preprocessor.mean)
     return open_stream(
-        judge.labelled.train,
+        evaluator.labelled.train,
         plan,
         decoding=TrainingCrops(cfg.crop, cfg.data.max_image_mpx, augmentation),
         data=cfg.data,
-        rank=judge.world.rank,
-        ranks=judge.world.size,
+        rank=evaluator.world.rank,
+        ranks=evaluator.world.size,
         accumulation=batch.accumulation,
         first_step=steps.start,
         end_step=steps.stop,
-        pin=judge.device.type == "cuda",
+        pin=evaluator.device.type == "cuda",
         bad=bad,
     )
 

@@ -53,7 +53,7 @@ def _is_hidden(path: Path, folder: Path) -> bool:
     return any(part.startswith(".") or part == "__MACOSX" for part in path.relative_to(folder).parts)
 
 
-def judge_file(classifier: Classifier, path: Path, *, count: int) -> list[tuple[str, float]]:
+def classify_file(classifier: Classifier, path: Path, *, count: int) -> list[tuple[str, float]]:
     """`guess` for an image file. DataError if it cannot be read or is none."""
     try:
         data = path.read_bytes()

@@ -9,13 +9,9 @@ from jaxtyping import Float, Int64, UInt8
 from torch import Tensor, nn
 
 from cmae_scale.augment.views import normalise
-from cmae_scale.config.cmae import Pool
-from cmae_scale.config.transfer import CropConfig
 from cmae_scale.core.collectives import gather_objects, gather_rows
 from cmae_scale.data.stream import CropBatch
 from cmae_scale.layers.attention import TORCHS_PICK, AttentionChoice, set_attention_, use_attention
-from cmae_scale.models.networks import build_network
-from cmae_scale.models.pretrained import PretrainedEncoder
 
 Predict = Callable[[UInt8[Tensor, "batch 3 side side"]], Float[Tensor, "batch dim"]]
 
@@ -47,40 +43,23 @@ class Preprocessor:
         )
         return context
 
-    def look(self, images: UInt8[Tensor, "batch 3 side side"]) -> Float[Tensor, "batch 3 side side"]:
+    def preprocess(self, images: UInt8[Tensor, "batch 3 side side"]) -> Float[Tensor, "batch 3 side side"]:
         """Normalised images on the device."""
         return normalise(images.to(self.device, non_blocking=True), mean=self.mean, std=self.std)
 
 
-def build_preprocessor(
-    encoder: PretrainedEncoder,
-    crop: CropConfig,
-    *,
-    device: torch.device,
-    compute: torch.dtype,
-    attention: AttentionChoice = TORCHS_PICK,
-) -> Preprocessor:
-    """The lens of an encoder: its own colours unless the run file names others."""
-    return Preprocessor(crop.mean or encoder.mean, crop.std or encoder.std, device, compute, attention)
-
-
-def predict_with(model: nn.Module, lens: Preprocessor) -> Predict:
-    """`model` as a function from bytes to fp32 outputs: in evaluation, on the lens's device, no gradient."""
-    model = model.to(lens.device).eval()
-    set_attention_(model, lens.attention)
+def predict_with(model: nn.Module, preprocessor: Preprocessor) -> Predict:
+    """`model` as a function from bytes to fp32 outputs, in evaluation mode and without gradient."""
+    model = model.to(preprocessor.device).eval()
+    set_attention_(model, preprocessor.attention)
 
     @torch.no_grad()
     def predict(images: UInt8[Tensor, "batch 3 side side"]) -> Float[Tensor, "batch dim"]:
-        with lens.autocast(), use_attention(lens.attention):
-            output: Tensor = model(lens.look(images))
+        with preprocessor.autocast(), use_attention(preprocessor.attention):
+            output: Tensor = model(preprocessor.preprocess(images))
         return output.float()
 
     return predict
-
-
-def encode_with(encoder: PretrainedEncoder, *, img_px: int, pool: Pool, lens: Preprocessor) -> Predict:
-    """The encoder as a function from bytes to pooled features."""
-    return predict_with(build_network(encoder, img_px=img_px, pool=pool), lens)
 
 
 def extract_features(predict: Predict, batches: Iterable[CropBatch], *, device: torch.device) -> Features:

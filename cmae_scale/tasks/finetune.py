@@ -35,7 +35,7 @@ class Finetuning:
     cfg: FinetuneConfig
     crop: CropConfig
     classes: tuple[str, ...]
-    lens: Preprocessor
+    preprocessor: Preprocessor
     seed: int
     model: Network
     drop_paths: list[GivenDropPath] = field(repr=False)
@@ -59,7 +59,7 @@ class Finetuning:
     def prepare(self, part: CropBatch, *, step: int, first_row: int, total: int) -> tuple[Tensor, Tensor]:
         """Normalised, erased and mixed images with their mixed labels; drop paths are set on the way."""
         draws = self._draw(step, total)
-        images = self.lens.look(part.images[:, 0])
+        images = self.preprocessor.preprocess(part.images[:, 0])
         count = len(images)
         erase_(images, draws.boxes, first_row=first_row)
         mixes = draws.mixes.rows(first_row, count) if draws.mixes is not None else None
@@ -75,14 +75,14 @@ class Finetuning:
         """Cross-entropy with soft labels. Source: timm SoftTargetCrossEntropy."""
         return -(target * output.float().log_softmax(dim=1)).sum(dim=1).mean()[None]
 
-    def judge(self, state: Mapping[str, Tensor], *, judge: Evaluator) -> Outcome:
+    def evaluate(self, state: Mapping[str, Tensor], *, evaluator: Evaluator) -> Outcome:
         """Scores of the network with these weights."""
         model = build_classifier(
             self.encoder, self.cfg, img_px=self.crop.img_px, classes=len(self.classes), seed=self.seed
         )
         model.load_state_dict(dict(state))
-        verdict = judge.judge_classifier(predict_with(model, self.lens))
-        return Outcome(verdict, verdict.scores.as_metrics("val", self.classes))
+        result = evaluator.evaluate_classifier(predict_with(model, self.preprocessor))
+        return Outcome(result, result.scores.as_metrics("val", self.classes))
 
     def export(self, state: Mapping[str, Tensor], folder: Path, *, head: int) -> None:
         """Write it as a timm folder."""
@@ -94,8 +94,8 @@ class Finetuning:
             has_new_norm=self.cfg.pool == "mean",
             classes=self.classes,
             crop=self.crop,
-            mean=self.lens.mean,
-            std=self.lens.std,
+            mean=self.preprocessor.mean,
+            std=self.preprocessor.std,
         )
 
     def _draw(self, step: int, total: int) -> "_StepDraws":
@@ -131,15 +131,15 @@ def build_finetuning(
     *,
     crop: CropConfig,
     classes: tuple[str, ...],
-    lens: Preprocessor,
+    preprocessor: Preprocessor,
     seed: int,
     has_remat: bool,
 ) -> Finetuning:
     """The task with a fresh head."""
     model = build_classifier(encoder, cfg, img_px=crop.img_px, classes=len(classes), seed=seed)
-    set_attention_(model, lens.attention)
+    set_attention_(model, preprocessor.attention)
     model.set_grad_checkpointing(has_remat)
-    return Finetuning(encoder, cfg, crop, classes, lens, seed, model, take_over_drop_paths_(model))
+    return Finetuning(encoder, cfg, crop, classes, preprocessor, seed, model, take_over_drop_paths_(model))
 
 
 def known_labels(part: CropBatch) -> Tensor:

@@ -5,17 +5,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from jaxtyping import Float
+from torch import Tensor, nn
 
-from cmae_scale.config.cmae import CmaeConfig, KnnMonitorConfig
+from cmae_scale.config.cmae import CmaeConfig, KnnMonitorConfig, Pool
 from cmae_scale.config.durations import Clock, read_steps
 from cmae_scale.config.transfer import CropConfig
 from cmae_scale.core.world import World
-from cmae_scale.data.labelled import open_labelled, place_monitored
+from cmae_scale.data.shard_set import open_labelled, place_monitored
 from cmae_scale.layers.attention import AttentionChoice
-from cmae_scale.models.pretrained import online_encoder
+from cmae_scale.models.build import build_encoder
+from cmae_scale.models.encoder import ImageEncoder
 from cmae_scale.tasks.evaluator import Evaluator
-from cmae_scale.tasks.features import build_preprocessor, encode_with
+from cmae_scale.tasks.features import Preprocessor, predict_with
 
 Weights = Callable[[], Mapping[str, Tensor]]
 
@@ -26,7 +28,7 @@ class KnnMonitor:
 
     cfg: KnnMonitorConfig
     run: CmaeConfig
-    judge: Evaluator
+    evaluator: Evaluator
     gather: Weights  # the online encoder's, on all ranks
     compute: torch.dtype
     attention: AttentionChoice
@@ -39,17 +41,28 @@ class KnnMonitor:
 
     def evaluate(self, done: int) -> dict[str, Any]:
         """Scores by name. All ranks call it together."""
-        encoder = online_encoder(self.gather(), model=self.run.model, views=self.run.views)
-        lens = build_preprocessor(
-            encoder,
-            self.judge.crop,
-            device=self.judge.device,
-            compute=self.compute,
-            attention=self.attention,
+        views = self.run.views
+        preprocessor = Preprocessor(
+            views.mean, views.std, self.evaluator.device, self.compute, self.attention
         )
-        encode = encode_with(encoder, img_px=self.judge.crop.img_px, pool=self.cfg.pool, lens=lens)
-        verdict = self.judge.judge_knn(encode, cfg=self.cfg, fraction=self.cfg.train_fraction)
-        return verdict.scores.as_metrics("knn", self.judge.labelled.classes)
+        encoder = build_encoder(self.run.model, img_px=views.img_px)
+        encoder.load_state_dict(self.gather())
+        encode = predict_with(_Pooled(encoder, self.cfg.pool), preprocessor)
+        result = self.evaluator.evaluate_knn(encode, cfg=self.cfg, fraction=self.cfg.train_fraction)
+        return result.scores.as_metrics("knn", self.evaluator.labelled.classes)
+
+
+class _Pooled(nn.Module):
+    """One vector per image: the mean of its patches' tokens, or the class token."""
+
+    def __init__(self, encoder: ImageEncoder, pool: Pool) -> None:
+        super().__init__()
+        self.encoder, self.pool = encoder, pool
+
+    def forward(self, images: Float[Tensor, "batch 3 side side"]) -> Float[Tensor, "batch embed"]:
+        """Features as nearest neighbours are asked for."""
+        tokens: Tensor = self.encoder(images, None)
+        return tokens[:, 0] if self.pool == "cls" else self.encoder.pool(tokens)
 
 
 def open_knn_monitor(
@@ -71,5 +84,5 @@ def open_knn_monitor(
     crop = CropConfig(img_px=views.img_px, centre=views.img_px / views.master_px)
     every = read_steps(knn.every, clock=clock, place="cmae.monitor.knn.every")
     labelled = open_labelled(train, val, data=cfg.data)
-    judge = Evaluator(labelled, cfg.data, crop, knn.batch, world, device)
-    return KnnMonitor(knn, cfg, judge, gather, compute, attention, max(1, every), clock.total_steps)
+    evaluator = Evaluator(labelled, cfg.data, crop, knn.batch, world, device)
+    return KnnMonitor(knn, cfg, evaluator, gather, compute, attention, max(1, every), clock.total_steps)

@@ -11,22 +11,16 @@ from jaxtyping import Float
 from torch import Tensor
 
 from cmae_scale.config.transfer import CropConfig, LinearConfig
-from cmae_scale.data.counter_rng import Purpose, draw_permutation
+from cmae_scale.data.plan import Purpose, draw_permutation
 from cmae_scale.data.stream import CropBatch
 from cmae_scale.layers.attention import set_attention_
 from cmae_scale.models.classifier import LinearProbe, export_classifier, fold_probe
 from cmae_scale.models.networks import build_network, count_training_flops
 from cmae_scale.models.pretrained import PretrainedEncoder
-from cmae_scale.tasks.evaluator import EvalResult, Evaluator
-from cmae_scale.tasks.features import (
-    Features,
-    Preprocessor,
-    encode_with,
-    gather_features,
-    predict_with,
-)
+from cmae_scale.tasks.encode import encode_with
+from cmae_scale.tasks.evaluator import EvalResult, Evaluator, score
+from cmae_scale.tasks.features import Features, Preprocessor, gather_features, predict_with
 from cmae_scale.tasks.finetune import known_labels
-from cmae_scale.tasks.scores import score
 from cmae_scale.tasks.task import Outcome
 
 
@@ -38,7 +32,7 @@ class LinearProbing:
     cfg: LinearConfig
     crop: CropConfig
     classes: tuple[str, ...]
-    lens: Preprocessor
+    preprocessor: Preprocessor
     seed: int
     model: LinearProbe
     seen: dict[str, Features] = field(default_factory=dict)  # validation features, where computed once
@@ -76,10 +70,10 @@ class LinearProbing:
 
     def prepare(self, part: CropBatch, *, step: int, first_row: int, total: int) -> tuple[Tensor, Tensor]:
         """Images, or the features that stand for them, and labels."""
-        labels = known_labels(part).to(self.lens.device, non_blocking=True)
+        labels = known_labels(part).to(self.preprocessor.device, non_blocking=True)
         if self.cfg.features == "once":
-            return part.images[:, 0].to(self.lens.device, non_blocking=True), labels
-        return self.lens.look(part.images[:, 0]), labels
+            return part.images[:, 0].to(self.preprocessor.device, non_blocking=True), labels
+        return self.preprocessor.preprocess(part.images[:, 0]), labels
 
     def losses(self, output: Tensor, target: Tensor) -> Float[Tensor, " metrics"]:
         """Cross-entropy: summed over heads, then of each."""
@@ -88,18 +82,18 @@ class LinearProbing:
         heads = each.view(len(output), -1).mean(dim=0)
         return torch.cat([heads.sum()[None], heads]) if self._is_sweep else heads
 
-    def judge(self, state: Mapping[str, Tensor], *, judge: Evaluator) -> Outcome:
+    def evaluate(self, state: Mapping[str, Tensor], *, evaluator: Evaluator) -> Outcome:
         """Scores of the best head, and of each by its multiple of the learning rate."""
         probe = self._build()
         probe.load_state_dict(dict(state))
         if self.cfg.features == "once":
-            features = self._look_once(judge)
-            probe.eval().to(self.lens.device)
+            features = self._extract_once(evaluator)
+            probe.eval().to(self.preprocessor.device)
             with torch.no_grad():
                 logits = probe(features.values)
             seen = Features(logits, features.labels, features.keys)
         else:
-            seen = judge.look(predict_with(probe, self.lens), judge.labelled.val)
+            seen = evaluator.extract(predict_with(probe, self.preprocessor), evaluator.labelled.val)
         scores = [score(logits, seen.labels) for logits in seen.values.unbind(1)]
         best = max(range(len(scores)), key=lambda head: scores[head].top1)
         found = scores[best].as_metrics("val", self.classes)
@@ -120,32 +114,32 @@ class LinearProbing:
             has_new_norm=False,
             classes=self.classes,
             crop=self.crop,
-            mean=self.lens.mean,
-            std=self.lens.std,
+            mean=self.preprocessor.mean,
+            std=self.preprocessor.std,
         )
 
     def _build(self) -> LinearProbe:
         return _build_probe(self.encoder, self.cfg, crop=self.crop, classes=len(self.classes), seed=self.seed)
 
-    def _look_once(self, judge: Evaluator) -> Features:
+    def _extract_once(self, evaluator: Evaluator) -> Features:
         if "val" not in self.seen:
-            encode = encode_with(self.encoder, img_px=self.crop.img_px, pool=self.cfg.pool, lens=self.lens)
-            self.seen["val"] = judge.look(encode, judge.labelled.val)
+            encode = encode_with(self.encoder, self.preprocessor, img_px=self.crop.img_px, pool=self.cfg.pool)
+            self.seen["val"] = evaluator.extract(encode, evaluator.labelled.val)
         return self.seen["val"]
 
     def open_features(
-        self, judge: Evaluator, *, fraction: float, batch: int, accumulation: int, steps: range
+        self, evaluator: Evaluator, *, fraction: float, batch: int, accumulation: int, steps: range
     ) -> Iterator[CropBatch]:
         """This rank's micro-batches of features that are computed here, once, from centred images."""
-        encode = encode_with(self.encoder, img_px=self.crop.img_px, pool=self.cfg.pool, lens=self.lens)
-        bank = gather_features(judge.look(encode, judge.labelled.train, fraction=fraction))
+        encode = encode_with(self.encoder, self.preprocessor, img_px=self.crop.img_px, pool=self.cfg.pool)
+        bank = gather_features(evaluator.extract(encode, evaluator.labelled.train, fraction=fraction))
         known = (bank.labels >= 0).nonzero()[:, 0].tolist()
         return _deal_features(
             bank,
             known,
             seed=self.seed,
-            rank=judge.world.rank,
-            ranks=judge.world.size,
+            rank=evaluator.world.rank,
+            ranks=evaluator.world.size,
             batch=batch,
             accumulation=accumulation,
             steps=steps,
@@ -158,13 +152,13 @@ def build_probing(
     *,
     crop: CropConfig,
     classes: tuple[str, ...],
-    lens: Preprocessor,
+    preprocessor: Preprocessor,
     seed: int,
 ) -> LinearProbing:
     """The task with fresh heads."""
     probe = _build_probe(encoder, cfg, crop=crop, classes=len(classes), seed=seed)
-    set_attention_(probe, lens.attention)
-    return LinearProbing(encoder, cfg, crop, classes, lens, seed, probe)
+    set_attention_(probe, preprocessor.attention)
+    return LinearProbing(encoder, cfg, crop, classes, preprocessor, seed, probe)
 
 
 def _build_probe(

@@ -16,7 +16,7 @@ from cmae_scale.tasks.evaluator import EvalResult, Evaluator
 class Outcome:
     """What an evaluation came to: of the network, or of the best of several heads."""
 
-    verdict: EvalResult
+    result: EvalResult
     found: dict[str, Any]  # for metrics.jsonl
     head: int = 0
 
@@ -48,7 +48,7 @@ class Task(Protocol):
     def losses(self, output: Tensor, target: Tensor) -> Float[Tensor, " metrics"]:
         """Means over the micro-batch, with gradient."""
 
-    def judge(self, state: Mapping[str, Tensor], *, judge: Evaluator) -> Outcome:
+    def evaluate(self, state: Mapping[str, Tensor], *, evaluator: Evaluator) -> Outcome:
         """How good the network with these weights is. All ranks call it together."""
 
     def export(self, state: Mapping[str, Tensor], folder: Path, *, head: int) -> None:

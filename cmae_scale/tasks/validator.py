@@ -22,7 +22,7 @@ class Validator:
     """An evaluation of the training loop. The best network so far is in RUN/model, the last in RUN/last."""
 
     task: Task
-    judge: Evaluator
+    evaluator: Evaluator
     gather: Callable[[], Mapping[str, Tensor]]  # the trained weights, on all ranks
     out: Path
     every_steps: int
@@ -37,17 +37,17 @@ class Validator:
     def evaluate(self, done: int) -> dict[str, Any]:
         """Scores by name. All ranks call it together."""
         state = self.gather()
-        outcome = self.task.judge(state, judge=self.judge)
+        outcome = self.task.evaluate(state, evaluator=self.evaluator)
         self.last = {"step": done, **outcome.found}
         is_best = self.best is None or outcome.found["val_top1"] > self.best["val_top1"]
         if is_best:
             self.best = self.last
-            classes, is_first = self.judge.labelled.classes, self.judge.world.is_first
-            write_predictions(self.out, outcome.verdict, classes=classes, is_first=is_first)
-        if self.judge.world.is_first:
+            classes, is_first = self.evaluator.labelled.classes, self.evaluator.world.is_first
+            write_predictions(self.out, outcome.result, classes=classes, is_first=is_first)
+        if self.evaluator.world.is_first:
             if is_best:
                 self.task.export(state, self.out / "model", head=outcome.head)
-                draw_confusion(self.out, outcome.verdict, classes=self.judge.labelled.classes)
+                draw_confusion(self.out, outcome.result, classes=self.evaluator.labelled.classes)
             if done == self.total_steps:
                 self.task.export(state, self.out / "last", head=outcome.head)
         return outcome.found
@@ -55,7 +55,7 @@ class Validator:
     def recall(self, metrics: Path) -> None:
         """Take up the best and the last scores of a run that goes on from its metrics.jsonl."""
         found: list[dict[str, Any]] = []
-        if self.judge.world.is_first and metrics.is_file():
+        if self.evaluator.world.is_first and metrics.is_file():
             found = [line for line in read_metrics(metrics) if line.get("val_top1") is not None]
         found = [
             {name: value for name, value in line.items() if name == "step" or name.startswith("val_")}
@@ -66,18 +66,18 @@ class Validator:
             self.best = max(found, key=lambda line: float(line["val_top1"]))  # the first of equals
 
 
-def draw_confusion(out: Path, verdict: EvalResult, *, classes: tuple[str, ...]) -> None:
+def draw_confusion(out: Path, result: EvalResult, *, classes: tuple[str, ...]) -> None:
     """RUN/confusion.png; a picture comes after what it shows is on disk."""
-    write_confusion(out / "confusion.png", confusion=verdict.scores.confusion, names=classes)
+    write_confusion(out / "confusion.png", confusion=result.scores.confusion, names=classes)
 
 
-def write_predictions(out: Path, verdict: EvalResult, *, classes: tuple[str, ...], is_first: bool) -> None:
+def write_predictions(out: Path, result: EvalResult, *, classes: tuple[str, ...], is_first: bool) -> None:
     """RUN/predictions.csv, in the order of the shards. All ranks call it together."""
-    share, guess = verdict.probabilities.max(dim=1)
+    share, guess = result.probabilities.max(dim=1)
     own = list(
         zip(
-            verdict.features.keys,
-            verdict.features.labels.tolist(),
+            result.features.keys,
+            result.features.labels.tolist(),
             guess.tolist(),
             share.tolist(),
             strict=True,

@@ -7,7 +7,7 @@ from cmae_scale.config.cmae import CmaeConfig
 from cmae_scale.config.durations import Clock, plan_timetable, read_steps
 from cmae_scale.config.schedules import TargetMomentum, WarmupCosine
 from cmae_scale.core.errors import ConfigError
-from cmae_scale.core.progress import Progress, format_seconds
+from cmae_scale.core.terminal import Progress, format_seconds
 
 CLOCK = Clock(steps_per_epoch=313, batch_samples=4096, total_steps=1000)
 

@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 
 from cmae_scale.core.cli import Parser, run_command
 from cmae_scale.core.errors import DataError
-from cmae_scale.core.progress import Progress
-from cmae_scale.core.terminal import make_safe, make_safe_name, tell
+from cmae_scale.core.terminal import Progress, make_safe, make_safe_name, tell
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 

@@ -4,7 +4,7 @@ import gc
 
 import torch
 
-from cmae_scale.data.batch_memory import BatchMemory
+from cmae_scale.data.decoding import BatchMemory
 
 
 def test_memory_is_used_again_when_its_last_tensor_is_gone() -> None:

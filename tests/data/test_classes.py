@@ -2,7 +2,7 @@
 
 import pytest
 
-from cmae_scale.data.classes import tell_apart
+from cmae_scale.data.shard_set import tell_apart
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from cmae_scale.data.counter_rng import Purpose, draw_permutation, draw_uniforms, draw_words
+from cmae_scale.data.plan import Purpose, draw_permutation, draw_uniforms, draw_words
 
 
 def test_words_are_those_of_philox_4x64_10() -> None:

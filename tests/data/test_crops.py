@@ -16,10 +16,9 @@ from torchvision.transforms.v2 import functional as tv
 
 from cmae_scale.core.errors import DataError
 from cmae_scale.data import crops
-from cmae_scale.data.counter_rng import Purpose, draw_uniforms
-from cmae_scale.data.crops import decode_crops, decode_pixels, find_jpeg_decoder
+from cmae_scale.data.crops import RegionDecoders, decode_crops, decode_pixels, find_jpeg_decoder
 from cmae_scale.data.decode import CROP_DRAWS, Box, decode_image, random_crop_box
-from cmae_scale.data.regions import RegionDecoders
+from cmae_scale.data.plan import Purpose, draw_uniforms
 
 ROOT = Path(__file__).resolve().parents[2]
 SCALE, RATIO = (0.2, 1.0), (0.75, 4 / 3)
@@ -158,7 +157,7 @@ def test_a_region_decoder_that_does_not_start_is_no_matter(monkeypatch: pytest.M
 def test_starting_region_decoders_is_silent(capfd: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("nvidia.nvimgcodec")
     code = (
-        "from cmae_scale.data.regions import RegionDecoders, Box; import sys;"
+        "from cmae_scale.data.crops import RegionDecoders, Box; import sys;"
         "print(RegionDecoders().decode(open(sys.argv[1], 'rb').read(), Box(0, 0, 9, 9)).shape)"
     )
     with tempfile.NamedTemporaryFile(suffix=".jpg") as file:

@@ -17,7 +17,6 @@ from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms import functional as tv
 
 from cmae_scale.core.errors import DataError
-from cmae_scale.data.counter_rng import Purpose, draw_uniforms
 from cmae_scale.data.crops import decode_pixels
 from cmae_scale.data.decode import (
     CROP_DRAWS,
@@ -30,6 +29,7 @@ from cmae_scale.data.decode import (
     random_crop_box,
     read_plain_size,
 )
+from cmae_scale.data.plan import Purpose, draw_uniforms
 
 SCALE, RATIO = (0.2, 1.0), (0.75, 4 / 3)
 

@@ -10,8 +10,8 @@ from PIL import Image
 from cmae_scale.config.cmae import ViewsConfig
 from cmae_scale.core.errors import DataError
 from cmae_scale.data.decode import decode_centre
-from cmae_scale.data.held_out import read_held_out
 from cmae_scale.data.index import ShardInfo
+from cmae_scale.data.ordered import read_held_out
 from cmae_scale.data.shard_set import Shard, ShardSet
 from cmae_scale.data.storage import LOCAL
 

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from cmae_scale.core.errors import DataError
-from cmae_scale.data.counter_rng import Purpose, draw_uniforms
 from cmae_scale.data.crops import decode_crops
 from cmae_scale.data.decode import CROP_DRAWS, decode_centre, decode_image
 from cmae_scale.data.image_formats import FORMATS, image_extension
+from cmae_scale.data.plan import Purpose, draw_uniforms
 
 LOSSLESS = {"PNG", "WEBP", "TIFF", "BMP", "PPM", "JPEG2000"}
 OPTIONS: dict[str, dict[str, object]] = {"WEBP": {"lossless": True}}

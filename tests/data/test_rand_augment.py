@@ -8,8 +8,8 @@ from PIL import Image
 from cmae_scale.config.transfer import CropConfig
 from cmae_scale.core.errors import ConfigError
 from cmae_scale.data.crops import empty_crops
-from cmae_scale.data.decoding import SamplePlace, TrainingCrops
-from cmae_scale.data.rand_augment import apply_operation, build_rand_augment, draw_magnitude
+from cmae_scale.data.decoding import SamplePlace
+from cmae_scale.data.rand_augment import TrainingCrops, apply_operation, build_rand_augment, draw_magnitude
 
 OFFICIAL = "rand-m9-mstd0.5-inc1"
 MEAN = (0.485, 0.456, 0.406)

@@ -17,15 +17,13 @@ from PIL import Image
 
 from cmae_scale.config.cmae import DataConfig, ViewsConfig
 from cmae_scale.core.errors import DataError
-from cmae_scale.data.bad_samples import BadSamples
-from cmae_scale.data.batch_memory import BatchMemory
 from cmae_scale.data.blocks import BlockReader, Part
-from cmae_scale.data.counter_rng import Purpose, draw_uniforms
 from cmae_scale.data.crops import decode_crops
-from cmae_scale.data.decode import CROP_DRAWS
+from cmae_scale.data.decode import CROP_DRAWS, BadSamples
+from cmae_scale.data.decoding import BatchMemory
 from cmae_scale.data.index import ShardInfo
 from cmae_scale.data.mix import MixPlan, plan_data
-from cmae_scale.data.plan import block_order, run_pieces
+from cmae_scale.data.plan import Purpose, block_order, draw_uniforms, run_pieces
 from cmae_scale.data.shard_set import Shard, ShardSet
 from cmae_scale.data.storage import LOCAL
 from cmae_scale.data.stream import BatchStream, CropBatch, DecodedRow, open_batches

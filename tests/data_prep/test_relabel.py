@@ -63,8 +63,7 @@ def test_a_val_set_that_lacks_a_class_is_numbered_as_the_train_set(
 
 def test_shards_with_other_classes_say_which_and_what_to_do(tmp_path: Path) -> None:
     from cmae_scale.config.cmae import DataConfig
-    from cmae_scale.data.labelled import open_labelled
-    from cmae_scale.data.shard_set import open_shards
+    from cmae_scale.data.shard_set import open_labelled, open_shards
 
     train, val = str(tmp_path / "train"), str(tmp_path / "val")
     assert make("imagefolder", fill(tmp_path / "1", "cat/1.png", "dog/2.png"), Path(train)) == 0

@@ -95,7 +95,7 @@ def run_steps(
     from cmae_scale.engine.pretraining import Pretraining
     from cmae_scale.engine.process.group import start_processes
     from cmae_scale.engine.setup import start_pretraining
-    from cmae_scale.engine.zero.gather import gather_weights
+    from cmae_scale.engine.zero.partitions import gather_weights
 
     context = start_processes()
     batch = plan_batch(run.deepspeed, ranks=context.world.size)
@@ -174,12 +174,12 @@ def train_loop(
     from cmae_scale.config.durations import Timetable
     from cmae_scale.config.schedules import TargetMomentum, WarmupCosine
     from cmae_scale.core.errors import UserError
-    from cmae_scale.data.bad_samples import BadSamples
+    from cmae_scale.data.decode import BadSamples
     from cmae_scale.engine.loop import open_logger, take_steps
     from cmae_scale.engine.pretraining import Pretraining
     from cmae_scale.engine.process.group import start_processes
     from cmae_scale.engine.setup import start_pretraining
-    from cmae_scale.engine.zero.gather import gather_weights
+    from cmae_scale.engine.zero.partitions import gather_weights
 
     run = replace(run, settings=run.cmae.model_copy(update={"monitor": MonitorConfig(log_every=1)}))
     context = start_processes()

@@ -14,10 +14,9 @@ from cmae_scale.checkpoints import commit
 from cmae_scale.config.precision import leave_to_machine_, read_formats
 from cmae_scale.config.run_file import Run, dump_run, read_run
 from cmae_scale.core.errors import ConfigError
-from cmae_scale.engine import arithmetic, precision
-from cmae_scale.engine.arithmetic import settle_arithmetic
+from cmae_scale.engine import precision
 from cmae_scale.engine.checkpoint.metadata import build_metadata
-from cmae_scale.engine.precision import Product, name_half, settle_precision
+from cmae_scale.engine.precision import Product, name_half, settle_arithmetic, settle_precision
 from cmae_scale.engine.setup import find_product, list_attention
 from cmae_scale.layers.attention import Arithmetic, AttentionChoice, AttentionShape
 
@@ -239,7 +238,7 @@ def kernels_are(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         def choose(setting: str, shape: AttentionShape, where: Arithmetic, **_: Any) -> AttentionChoice:
             return AttentionChoice(names["encoder" if shape.tokens == 5 else "decoder"], is_forced=False)
 
-        monkeypatch.setattr(arithmetic, "choose_attention", choose)
+        monkeypatch.setattr(precision, "choose_attention", choose)
 
     return pretend
 
@@ -252,7 +251,7 @@ def test_a_run_goes_on_with_the_kernels_of_its_state(
 ) -> None:
     run = open_run(torch_autocast={"enabled": False})
 
-    def on_init(**more: Any) -> arithmetic.Settled:
+    def on_init(**more: Any) -> precision.Settled:
         return settle_arithmetic(
             run, **{"device": CPU, "product": PRODUCT, "attention": "auto", "shapes": SHAPES, **more}
         )
@@ -262,7 +261,7 @@ def test_a_run_goes_on_with_the_kernels_of_its_state(
     write_state(run, first.record)
     kernels_are(encoder="explicit", decoder="explicit")
     assert on_init() == first
-    monkeypatch.setattr(arithmetic, "name_device", lambda device: "NVIDIA L4")
+    monkeypatch.setattr(precision, "name_device", lambda device: "NVIDIA L4")
     elsewhere = on_init()
     assert {choice.name for choice in elsewhere.attention.values()} == {"explicit"}
     [told] = elsewhere.notices
@@ -308,7 +307,7 @@ def test_each_part_of_the_model_runs_its_own_kernel(
     def choose(setting: str, shape: AttentionShape, where: Arithmetic, **_: Any) -> AttentionChoice:
         return AttentionChoice("explicit" if shape.is_trained else "flash", is_forced=False)
 
-    monkeypatch.setattr(arithmetic, "choose_attention", choose)
+    monkeypatch.setattr(precision, "choose_attention", choose)
     run = tiny_run(cmae={"model": {"attention": "auto"}})
 
     def look() -> Any:

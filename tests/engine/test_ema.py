@@ -109,7 +109,7 @@ def test_the_average_is_bit_equal_under_every_zero_stage(
         def inside() -> Any:
             from cmae_scale.engine.process.group import start_processes
             from cmae_scale.engine.setup import start_pretraining
-            from cmae_scale.engine.zero.gather import gather_weights
+            from cmae_scale.engine.zero.partitions import gather_weights
 
             zero = {
                 "stage": stage,

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from cmae_scale.layers.patches import patchify
-from cmae_scale.layers.sites import SiteProjection, number_sites, place_sites
+from cmae_scale.models.hybrid import SiteProjection, number_sites, place_sites
 
 GRID = 3
 

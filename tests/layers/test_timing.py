@@ -1,7 +1,7 @@
 import pytest
 
-from cmae_scale.layers import timing
-from cmae_scale.layers.timing import LEAST_ROUNDS, ROUNDS, time_in_turns
+from cmae_scale.layers import attention as timing
+from cmae_scale.layers.attention import LEAST_ROUNDS, ROUNDS, time_in_turns
 
 
 def test_ways_take_turns_and_the_least_time_of_each_counts(monkeypatch: pytest.MonkeyPatch) -> None:

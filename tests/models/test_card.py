@@ -9,7 +9,7 @@ import pytest
 from cmae_scale.config.cmae import CmaeConfig
 from cmae_scale.config.run_file import Run
 from cmae_scale.core.errors import ConfigError
-from cmae_scale.models.card import MARK, build_card, describe_run, write_card
+from cmae_scale.models.export import MARK, build_card, describe_run, write_card
 from cmae_scale.models.formats.hub import push_folder
 
 

@@ -4,8 +4,8 @@ from torch import Tensor, nn
 
 from cmae_scale.config.cmae import DecoderConfig, FeatureDecoderConfig, PixelDecoderConfig
 from cmae_scale.layers.masking import TokenMask, mask_from_noise
+from cmae_scale.models.build import init_transformer_
 from cmae_scale.models.decoder import FeatureDecoder, FeatureHead, MaskedDecoder, PixelDecoder
-from cmae_scale.models.init import init_transformer_
 
 WIDTH, GRID, VALUES = 24, 4, 12
 CFG = PixelDecoderConfig(depth=3, embed_dim=16, num_heads=2, mlp_ratio=2.0)

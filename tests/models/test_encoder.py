@@ -5,8 +5,8 @@ from timm.models.vision_transformer import VisionTransformer
 
 from cmae_scale.config.sizes import EncoderSize
 from cmae_scale.layers.masking import mask_from_noise
+from cmae_scale.models.build import init_transformer_
 from cmae_scale.models.encoder import Encoder
-from cmae_scale.models.init import init_transformer_
 
 SIZE = EncoderSize(embed_dim=32, depth=3, num_heads=4)
 PATCH, GRID, SIDE = 4, 6, 24

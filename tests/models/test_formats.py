@@ -20,11 +20,10 @@ from cmae_scale.layers.patches import patchify
 from cmae_scale.losses import infonce, pixel_loss
 from cmae_scale.models import CMAE, build_cmae, read_classifier
 from cmae_scale.models.build import build_encoder
-from cmae_scale.models.formats.channels import MEAN, STD
 from cmae_scale.models.formats.folders import write_classifier, write_timm
 from cmae_scale.models.formats.model_file import ModelFile, check_whole, read_model_file
 from cmae_scale.models.formats.names import find_layout, to_ours
-from cmae_scale.models.formats.shapes import HeadCounts, ShapeReader
+from cmae_scale.models.formats.shapes import MEAN, STD, HeadCounts, ShapeReader
 from cmae_scale.models.initial import start_from_
 
 BATCH, SIDE, PATCH, GRID = 4, 24, 4, 6

@@ -12,9 +12,9 @@ from cmae_scale.config.sizes import ConvStages, EncoderSize
 from cmae_scale.core.errors import ConfigError
 from cmae_scale.layers.masking import TokenMask, mask_from_noise
 from cmae_scale.models import CMAE, build_cmae
+from cmae_scale.models.build import init_transformer_
 from cmae_scale.models.hybrid import HybridEncoder
 from cmae_scale.models.hybrid_classifier import HybridClassifier
-from cmae_scale.models.init import init_transformer_
 from cmae_scale.models.networks import build_network, draw_weights
 from cmae_scale.models.pretrained import PretrainedEncoder, online_encoder
 

@@ -14,7 +14,7 @@ from cmae_scale.layers.patches import sincos_positions
 from cmae_scale.models import CMAE, build_cmae
 from cmae_scale.models.formats.folders import write_whole
 from cmae_scale.models.formats.model_file import ModelFile
-from cmae_scale.models.formats.positions import refit_positions
+from cmae_scale.models.formats.shapes import refit_positions
 from cmae_scale.models.initial import start_from_
 
 PATCH = 4

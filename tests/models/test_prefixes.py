@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from cmae_scale.core.errors import ConfigError
-from cmae_scale.models.formats.model_file import read_model_file
-from cmae_scale.models.formats.prefixes import choose_branch
+from cmae_scale.models.formats.model_file import choose_branch, read_model_file
 from cmae_scale.models.formats.shapes import HeadCounts
 from cmae_scale.models.pretrained import open_encoder
 

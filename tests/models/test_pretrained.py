@@ -12,9 +12,9 @@ from cmae_scale.config.cmae import ModelConfig, ViewsConfig
 from cmae_scale.config.sizes import read_size
 from cmae_scale.config.transfer import CropConfig, FinetuneConfig
 from cmae_scale.core.errors import ConfigError
+from cmae_scale.models.build import init_transformer_
 from cmae_scale.models.classifier import LinearProbe, build_classifier, export_classifier, fold_probe
 from cmae_scale.models.encoder import Encoder
-from cmae_scale.models.init import init_transformer_
 from cmae_scale.models.networks import build_network, draw_weights
 from cmae_scale.models.pretrained import open_encoder
 from cmae_scale.models.weights import export_encoder

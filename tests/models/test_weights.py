@@ -14,7 +14,7 @@ from cmae_scale.config.cmae import ConvConfig, EncoderName, ModelConfig, ViewsCo
 from cmae_scale.config.sizes import read_size, read_stages
 from cmae_scale.core.errors import ConfigError
 from cmae_scale.models import ImageEncoder, build, read_description, read_encoder
-from cmae_scale.models.init import init_transformer_
+from cmae_scale.models.build import init_transformer_
 from cmae_scale.models.weights import describe_encoder, export_encoder, read_weights
 
 TINY = ModelConfig(embed_dim=32, depth=2, num_heads=4, mlp_ratio=2.0, patch_size=4)

@@ -10,10 +10,9 @@ from hypothesis import strategies as st
 from matplotlib import rcParams
 from PIL import Image
 
-from cmae_scale.report.canvas import draw_figure, show_name
 from cmae_scale.report.confusion import write_confusion
 from cmae_scale.report.convergence import write_comparison, write_convergence
-from cmae_scale.report.plots import write_curves
+from cmae_scale.report.plots import draw_figure, show_name, write_curves
 
 NAMES = [
     "$",

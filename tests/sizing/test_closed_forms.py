@@ -9,8 +9,8 @@ from deepspeed.runtime.torch_autocast import LOWER_PRECISION_SAFE_MODULES
 
 from cmae_scale.config.cmae import CmaeConfig
 from cmae_scale.config.run_file import read_run
-from cmae_scale.layers.sites import SiteProjection
 from cmae_scale.models import CMAE
+from cmae_scale.models.hybrid import SiteProjection
 from cmae_scale.sizing.parameters import (
     count_buffers,
     count_encoder,

@@ -12,9 +12,8 @@ from PIL import Image
 
 from cmae_scale.config.cmae import ConvConfig, ModelConfig, ViewsConfig
 from cmae_scale.config.sizes import read_size
-from cmae_scale.models.build import build_encoder
+from cmae_scale.models.build import build_encoder, init_transformer_
 from cmae_scale.models.encoder import Encoder
-from cmae_scale.models.init import init_transformer_
 from cmae_scale.models.weights import export_encoder
 
 MODEL = ModelConfig(embed_dim=32, depth=3, num_heads=2, patch_size=4)

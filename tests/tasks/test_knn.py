@@ -8,8 +8,8 @@ import torch
 
 from cmae_scale.config.cmae import KnnConfig
 from cmae_scale.core.errors import DataError
+from cmae_scale.tasks.evaluator import build_bank, find_neighbours, search, vote
 from cmae_scale.tasks.features import Features
-from cmae_scale.tasks.knn import build_bank, find_neighbours, search, vote
 
 CLASSES, DIM = 5, 16
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cmae_scale.engine.optim import build_lars
+from cmae_scale.engine.start import build_lars
 
 
 def step_lars_(weights: list[torch.Tensor], state: list[torch.Tensor], *, lr: float) -> None:
@@ -56,7 +56,7 @@ def test_its_accuracy_is_logistic_regressions_on_the_same_features(
     from cmae_scale.config.transfer import TransferConfig
     from cmae_scale.core.world import World
     from cmae_scale.tasks.build import open_context
-    from cmae_scale.tasks.features import encode_with
+    from cmae_scale.tasks.encode import encode_with
 
     task = {"linear": {"pool": "mean", "features": "once", "sweep": [1.0, 100.0, 1000.0]}}
     long = ["transfer.schedule.duration=150st", "transfer.monitor.evaluate_every=150st"]
@@ -64,10 +64,11 @@ def test_its_accuracy_is_logistic_regressions_on_the_same_features(
     cfg = TransferConfig.model_validate_json(
         json.dumps(json.loads((tmp_path / "run" / "config.json").read_text())["transfer"])
     )
-    bench = open_context(cfg, world=World(), device=torch.device("cpu"))
-    encode = encode_with(bench.encoder, img_px=16, pool="mean", lens=bench.lens)
+    context = open_context(cfg, world=World(), device=torch.device("cpu"))
+    encode = encode_with(context.encoder, context.preprocessor, img_px=16, pool="mean")
     train, val = (
-        bench.judge.look(encode, part) for part in (bench.judge.labelled.train, bench.judge.labelled.val)
+        context.evaluator.extract(encode, part)
+        for part in (context.evaluator.labelled.train, context.evaluator.labelled.val)
     )
     oracle = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))
     oracle.fit(train.values.numpy(), train.labels.numpy())

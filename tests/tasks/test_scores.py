@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from cmae_scale.core.errors import DataError
-from cmae_scale.tasks.scores import Scores, score
+from cmae_scale.tasks.evaluator import Scores, score
 
 
 def draw(rng: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
-from cmae_scale.checkpoints.description import STATE_FORMAT
+from cmae_scale.checkpoints.commit import STATE_FORMAT
 from cmae_scale.config.run_file import Run, RunKind, dump_run
 from cmae_scale.core.credentials import mask_tree
 from cmae_scale.core.errors import ConfigError

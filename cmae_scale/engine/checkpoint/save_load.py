@@ -15,8 +15,8 @@ from typing import Any
 from torch import Tensor
 
 from cmae_scale.checkpoints import commit
+from cmae_scale.checkpoints.commit import Found, check_files, choose_state
 from cmae_scale.checkpoints.files import ShardReader, shard_name, write_shard
-from cmae_scale.checkpoints.newest import Found, check_files, choose_state
 from cmae_scale.core.collectives import gather_objects
 from cmae_scale.core.errors import ConfigError
 from cmae_scale.core.world import World

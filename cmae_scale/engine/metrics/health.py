@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from cmae_scale.core.collectives import gather_rows
-from cmae_scale.engine.zero.gradients import measure_gradients
+from cmae_scale.engine.zero.partitions import measure_gradients
 
 
 class Health:

@@ -15,14 +15,14 @@ from cmae_scale.config.durations import Timetable
 from cmae_scale.config.run_file import Run, name_settings
 from cmae_scale.core.collectives import gather_rows, sum_of_ranks, world_size
 from cmae_scale.core.files import LineFile
-from cmae_scale.core.progress import Progress, format_seconds
+from cmae_scale.core.terminal import Progress, format_seconds
 from cmae_scale.core.world import World
-from cmae_scale.data.bad_samples import BadSamples
-from cmae_scale.engine.hardware import read_peak_flops
+from cmae_scale.data.decode import BadSamples
 from cmae_scale.engine.metrics.files import BadList, drop_later_lines, set_aside
 from cmae_scale.engine.metrics.health import CollapseWarnings, Health
 from cmae_scale.engine.metrics.step_timer import Profiler, StepTimer, read_steps
 from cmae_scale.engine.metrics.writers import Event, MetricsWriters
+from cmae_scale.engine.process.devices import read_peak_flops
 
 Metrics = dict[str, float | int | None]
 

@@ -13,8 +13,7 @@ from deepspeed.accelerator import get_accelerator
 
 from cmae_scale.core.errors import ConfigError, UserError
 from cmae_scale.core.world import World, describe_task, read_world
-from cmae_scale.engine.process.cores import settle_threads
-from cmae_scale.engine.process.devices import take_device
+from cmae_scale.engine.process.devices import settle_threads, take_device
 from cmae_scale.engine.process.heartbeat import Heartbeat
 from cmae_scale.engine.process.signals import StopRequest
 

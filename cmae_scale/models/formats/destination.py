@@ -5,7 +5,7 @@ from pathlib import Path
 from cmae_scale.core.errors import ConfigError
 from cmae_scale.core.files import PART
 from cmae_scale.core.strict_json import parse_json
-from cmae_scale.models.card import CARD_FILE
+from cmae_scale.models.export import CARD_FILE
 from cmae_scale.models.weights import CONFIG_FILE, PROCESSOR_FILE, WEIGHTS_FILE, WRITER
 
 _OURS = {WEIGHTS_FILE, CONFIG_FILE, CARD_FILE, PROCESSOR_FILE}

@@ -1,9 +1,10 @@
 """A file of weights of any known origin, under our names, with its sizes, checked to be whole."""
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from pydantic import ValidationError
@@ -14,11 +15,9 @@ from cmae_scale.core.errors import ConfigError
 from cmae_scale.core.strict_json import parse_json
 from cmae_scale.layers.blocks import NORM_EPS
 from cmae_scale.models.cmae import CMAE
-from cmae_scale.models.formats.channels import MEAN, STD, swap_to_rgb
 from cmae_scale.models.formats.names import WHOSE, Layout, find_layout, to_ours
-from cmae_scale.models.formats.prefixes import choose_branch
 from cmae_scale.models.formats.run_states import RunState, open_run, read_network
-from cmae_scale.models.formats.shapes import HeadCounts, ShapeReader
+from cmae_scale.models.formats.shapes import MEAN, STD, HeadCounts, ShapeReader, swap_to_rgb
 from cmae_scale.models.hybrid import ENDS
 from cmae_scale.models.weights import CONFIG_FILE, PROCESSOR_FILE, read_weights
 
@@ -210,3 +209,83 @@ def _first_fault(error: ValidationError) -> str:
     first = error.errors(include_url=False)[0]
     place = ".".join(map(str, first["loc"]))
     return f"{place + ': ' if place else ''}{first['msg'].removeprefix('Value error, ')}"
+
+
+# the tensor that every layout has, in the order in which layouts are told apart (see names.find_layout)
+_ANCHORS = (
+    ("online_encoder.patch_embed.proj.weight", "online_encoder.patch_embed1.proj.weight"),
+    ("backbone.patch_embed.projection.weight",),
+    ("patch_embed.projection.weight",),
+    ("vit.embeddings.patch_embeddings.projection.weight",),
+    ("embeddings.patch_embeddings.projection.weight",),
+    ("patch_embed.proj.weight", "patch_embed1.proj.weight"),
+)
+_USUAL = ("model.", "state_dict.", "module.")  # prefixes that nobody needs to hear of
+_TRAINING = ("optimizer", "optimizers", "optimizer_states")  # tensors beside the weights that are none
+# which of several encoders is meant: the branch that its project evaluates, and weights before their moving
+# average beside them. Source: DINO eval_linear.py (teacher), I-JEPA (target_encoder), MoCo v3 main_lincls.py
+_PREFERRED = ("", "model", "state_dict", "teacher", "target_encoder", "base_encoder", "encoder_q")
+
+
+class Branch(NamedTuple):
+    """Tensors under the names that their layout gives them, and what the user should know of the choice."""
+
+    tensors: dict[str, Tensor]
+    notices: tuple[str, ...] = ()
+
+
+def choose_branch(tensors: Mapping[str, Tensor], *, path: Path) -> Branch:
+    """The encoder's part of `tensors`, without what stands before its names ("module.", "teacher.backbone.").
+
+    Any prefix will do, nested too: it is what stands before the patch embedding. ConfigError where several
+    encoders are there and none is the one that such files are known for.
+    """
+    prefix = _choose(_find_prefixes(tensors), path=path)
+    if not prefix:
+        return Branch(dict(tensors))
+    inside = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+    beside = Counter(_group(name, prefix) for name in tensors if not name.startswith(prefix))
+    left_out = [f"{group} ({count} tensors)" for group, count in beside.items() if group not in _TRAINING]
+    notices = [] if prefix in _USUAL else [f"weights taken from {prefix}*"]
+    if left_out:
+        notices.append(f"left out: {', '.join(left_out)}")
+    return Branch(inside, tuple(notices))
+
+
+def _find_prefixes(names: Iterable[str]) -> list[str]:
+    """What stands before the patch embedding of each encoder; none where no layout is known."""
+    known = list(names)
+    for anchors in _ANCHORS:
+        found = [
+            name.removesuffix(anchor)
+            for name in known
+            for anchor in anchors
+            if name == anchor or name.endswith(f".{anchor}")
+        ]
+        if found:
+            return found
+    return [""]
+
+
+def _choose(prefixes: list[str], *, path: Path) -> str:
+    if len(prefixes) == 1:
+        return prefixes[0]
+    words = [prefix.split(".") for prefix in prefixes]
+    same = 0
+    while len({each[same] for each in words}) == 1:
+        same += 1
+    first = {each[same]: prefix for each, prefix in zip(words, prefixes, strict=True)}
+    for word in _PREFERRED:
+        if word in first and sum(each[same] == word for each in words) == 1:
+            return first[word]
+    raise ConfigError(
+        f"{path} holds several encoders ({', '.join(f'{prefix}*' for prefix in prefixes)}): save the tensors "
+        "of the one that you mean in a file of their own"
+    )
+
+
+def _group(name: str, prefix: str) -> str:
+    """The words of `name` up to the first that `prefix` does not have in its place."""
+    words, own = name.split("."), prefix.split(".")
+    same = next((place for place, word in enumerate(words) if own[place : place + 1] != [word]), 0)
+    return ".".join(words[: same + 1])

@@ -10,10 +10,15 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from cmae_scale.checkpoints.commit import DESCRIPTION, list_states
-from cmae_scale.checkpoints.description import STATE_FORMAT
+from cmae_scale.checkpoints.commit import (
+    DESCRIPTION,
+    STATE_FORMAT,
+    Chosen,
+    check_files,
+    choose_state,
+    list_states,
+)
 from cmae_scale.checkpoints.files import ShardReader
-from cmae_scale.checkpoints.newest import Chosen, check_files, choose_state
 from cmae_scale.config.cmae import CmaeConfig, NetworkConfig
 from cmae_scale.config.run_file import Run
 from cmae_scale.core.errors import ConfigError

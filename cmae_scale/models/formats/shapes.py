@@ -1,9 +1,13 @@
 """A model's sizes, read from the shapes of its tensors under our names."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from math import isqrt
+from typing import NamedTuple, TypeVar
 
+import torch
+from jaxtyping import Float
+from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 
 from cmae_scale.config.cmae import (
@@ -19,6 +23,7 @@ from cmae_scale.config.cmae import (
 )
 from cmae_scale.config.sizes import NAMED_SIZES
 from cmae_scale.core.errors import ConfigError
+from cmae_scale.layers.patches import sincos_positions
 
 Tensors = Mapping[str, Tensor]
 Key = TypeVar("Key", int, tuple[int, int])
@@ -147,3 +152,61 @@ class ShapeReader:
             raise ConfigError(f"no shape tells the number of attention heads of {key}: say it with {option}")
         self.notices.append(f"{known[key]} attention heads assumed for {key}, as published ({option})")
         return known[key]
+
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of RGB. Source: ImageNet, official CMAE config
+
+
+def swap_to_rgb(
+    tensors: Mapping[str, Tensor], *, mean: Sequence[float] = MEAN, std: Sequence[float] = STD
+) -> dict[str, Tensor]:
+    """The same model for images that are RGB and normalised by `mean` and `std` channel by channel.
+
+    The official CMAE pipeline swaps the channels after loading and then normalises them with RGB's moments.
+    Both are affine in each channel, so the patch embeddings take them in exactly: the features stay the same.
+    The pixel decoder's outputs are put in RGB's order; its patches were normalised with the other moments, so
+    its pixels are right up to that. Source: ZhichengHuang/CMAE configs, datasets/pipelines.
+    """
+    swapped = dict(tensors)
+    means, deviations = torch.tensor(mean, dtype=torch.float64), torch.tensor(std, dtype=torch.float64)
+    for name in tensors:
+        if name.endswith("_encoder.patch_embed.proj.weight"):
+            weight = tensors[name].double()
+            bias_name = name.removesuffix("weight") + "bias"
+            # official channel k is RGB channel 2 - k, minus RGB's k-th mean, over RGB's k-th deviation
+            shift = (means.flip(0) - means) / deviations
+            scaled = weight * (deviations.flip(0) / deviations)[:, None, None]
+            swapped[name] = scaled.flip(1).to(tensors[name].dtype)
+            moved = (weight.sum(dim=(2, 3)) * shift).sum(dim=1)
+            swapped[bias_name] = (tensors[bias_name].double() + moved).to(tensors[bias_name].dtype)
+        elif name.startswith("pixel_decoder.predict."):
+            values = tensors[name]
+            swapped[name] = values.view(-1, 3, *values.shape[1:]).flip(1).reshape(values.shape)
+    return swapped
+
+
+_SAME = 4e-3  # what rounding to bf16 makes of numbers up to 1
+
+
+class Refitted(NamedTuple):
+    """Positions of another grid, and whether they follow from a formula (else they were interpolated)."""
+
+    positions: Float[Tensor, "1 tokens embed"]
+    is_computed: bool
+
+
+def refit_positions(positions: Float[Tensor, "1 places embed"], *, grid: int) -> Refitted:
+    """`positions` of a square grid, with or without one for the class token, for grid x grid patches.
+
+    Fixed sines and cosines, ours or MAE's (whose columns come before the rows), are those of the new grid.
+    Others were learned: they are interpolated. Source: MAE util/pos_embed.py, timm (bicubic).
+    """
+    side, embed_dim = isqrt(positions.shape[1]), positions.shape[2]
+    has_cls = positions.shape[1] > side**2
+    known, new = (sincos_positions(patches, embed_dim, cls=has_cls) for patches in (side, grid))
+    for order in (known, known.roll(embed_dim // 2, dims=2)):
+        if torch.allclose(positions.float(), order, rtol=0, atol=_SAME):
+            shift = 0 if order is known else embed_dim // 2
+            return Refitted(new.roll(shift, dims=2), is_computed=True)
+    resized = resample_abs_pos_embed(positions.float(), new_size=[grid, grid], num_prefix_tokens=int(has_cls))
+    return Refitted(resized, is_computed=False)

@@ -21,7 +21,7 @@ def look(run: Run, *, steps: int = 2) -> dict[str, Any]:
     from cmae_scale.engine.pretraining import Pretraining
     from cmae_scale.engine.process.group import start_processes
     from cmae_scale.engine.setup import start_pretraining, watch_health
-    from cmae_scale.engine.zero.gather import gather_weights
+    from cmae_scale.engine.zero.partitions import gather_weights
 
     context = start_processes()
     batch = plan_batch(run.deepspeed, ranks=context.world.size)

@@ -7,7 +7,7 @@ import pytest
 
 from cmae_scale.core.errors import ConfigError
 from cmae_scale.core.world import World
-from cmae_scale.engine.process.run_folder import PART_FILES, PART_FOLDERS, open_folder
+from cmae_scale.engine.process.lifecycle import PART_FILES, PART_FOLDERS, open_folder
 
 
 def lead_nowhere(path: Path) -> None:
@@ -54,16 +54,16 @@ def test_a_part_that_cannot_be_used_is_named_before_anything_is_touched(
 
 @pytest.mark.parametrize("part", PART_FOLDERS)
 def test_parts_are_tried_for_writing(tmp_path: Path, part: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from cmae_scale.engine.process import run_folder
+    from cmae_scale.engine.process import lifecycle
 
-    write = run_folder.write_text
+    write = lifecycle.write_text
 
     def refuse_below_part(path: Path, text: str) -> None:
         if path.parent.name == part:
             raise OSError(30, "Read-only file system")
         write(path, text)
 
-    monkeypatch.setattr(run_folder, "write_text", refuse_below_part)
+    monkeypatch.setattr(lifecycle, "write_text", refuse_below_part)
     open_folder(tmp_path, world=World())
     (tmp_path / part).mkdir()
     with pytest.raises(ConfigError, match=f"{part}: Read-only file system"):

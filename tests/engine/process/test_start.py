@@ -12,8 +12,8 @@ import torch
 
 from cmae_scale.core.errors import ConfigError
 from cmae_scale.core.world import World
-from cmae_scale.engine.process import cores, devices, group
-from cmae_scale.engine.process.cores import Cores, has_own_threads, read_quota, share_threads
+from cmae_scale.engine.process import devices, group
+from cmae_scale.engine.process.devices import Cores, has_own_threads, read_quota, share_threads
 
 UNLIMITED = float("inf")
 
@@ -237,11 +237,11 @@ def test_threads_follow_the_share_unless_the_user_has_set_them(
 ) -> None:
     set_to: list[int] = []
     monkeypatch.setattr(torch, "set_num_threads", set_to.append)
-    monkeypatch.setattr(cores, "read_cores", lambda: slots(*range(16)))
-    monkeypatch.setattr(cores, "gather_objects", lambda mine: [mine] * 2)
+    monkeypatch.setattr(devices, "read_cores", lambda: slots(*range(16)))
+    monkeypatch.setattr(devices, "gather_objects", lambda mine: [mine] * 2)
     if own:
         environ["OMP_NUM_THREADS"] = own
-    cores.settle_threads()
+    devices.settle_threads()
     assert set_to == ([] if own else [8])
     assert environ["OMP_NUM_THREADS"] == (own or "8")  # for OpenMP libraries that are loaded later
 
