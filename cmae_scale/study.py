@@ -16,7 +16,7 @@ if __package__ in (None, ""):  # started by path: this folder is first on sys.pa
 
 from cmae_scale.config.run_file import find_run_file
 from cmae_scale.config.study import StudyConfig, dump_study, read_study
-from cmae_scale.core.cli import Parser, run_command
+from cmae_scale.core.cli import Parser, add_overrides, run_command
 from cmae_scale.core.errors import ConfigError
 from cmae_scale.core.terminal import tell
 
@@ -41,13 +41,8 @@ def study(argv: Sequence[str] | None) -> None:
     )
     parser.add_argument("file", type=Path, metavar="FILE", help="the study (ds_configs/study/*.json)")
     parser.add_argument("--out", metavar="DIR", help="folder of the study")
-    parser.add_argument(
-        "--set",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="PLACE=VALUE",
-        help="settings of the runs: cmae.* of pre-training, transfer.* of the tasks, others of all",
+    add_overrides(
+        parser, help="settings of the runs: cmae.* of pre-training, transfer.* of the tasks, others of all"
     )
     parser.add_argument("--launcher", default=sys.executable, help="what starts a run (python)")
     parser.add_argument("--report", action="store_true", help="start nothing, compare what is finished")

@@ -136,7 +136,7 @@ def train(
     state = training.state
     logger = open_logger(training, times=times)
     evaluator, clock = opened.evaluator, Clock(plan.steps_per_epoch, batch.total, times.total_steps)
-    every = read_steps(cfg.monitor.evaluate_every, clock=clock, place="transfer.monitor.evaluate_every")
+    every = read_steps(cfg.monitor.evaluate_every, clock=clock, key="transfer.monitor.evaluate_every")
     validator = Validator(task, evaluator, training.gather, run.out, max(1, every), times.total_steps)
     validator.recall(logger.path)
     logger.say(

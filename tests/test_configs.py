@@ -14,7 +14,7 @@ from cmae_scale.config.transfer import TransferConfig
 from cmae_scale.models import build_cmae
 
 FOLDER = Path(__file__).resolve().parent.parent / "ds_configs"
-FILES = sorted(FOLDER.rglob("*.json"))
+FILES = sorted(path for path in FOLDER.rglob("*.json") if path.parent.name != "schema")
 CONFIGS = [path for path in FILES if '"cmae": {' in path.read_text() and path.stem != "cifar"]
 TRANSFERS = [path for path in FILES if '"transfer": {' in path.read_text()]
 STUDIES = [path for path in FILES if path not in CONFIGS and path not in TRANSFERS]

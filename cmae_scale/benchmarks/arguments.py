@@ -46,7 +46,7 @@ def build_bench_parser(description: str, *, examples: str) -> argparse.ArgumentP
     kill.set_defaults(trial="kill")
     for command in (hybrid, kill):
         command.add_argument("--deepspeed_config", required=True, metavar="FILE", help="the run file")
-        command.add_argument("--set", nargs="+", default=[], metavar="PLACE=VALUE", help="as for a run")
+        command.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="as for a run")
     kill.add_argument("--kills", type=int, default=30, help="default: 30")
     kill.add_argument("--ranks", type=int, default=2, help="processes on this machine (default: 2)")
     kill.add_argument("--seed", type=int, default=0, help="of victims and moments (default: 0)")

@@ -30,16 +30,22 @@ Pool = Literal["mean", "cls"]  # of an image's tokens: the patches' mean, or the
 class Section(BaseModel):
     """One object of the run file: unknown names are errors, values keep their JSON type, frozen."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 class DecoderConfig(Section):
     """A light transformer over all patches, fed with the encoder's visible tokens and mask tokens."""
 
-    depth: int = Field(8, ge=0)  # blocks. Source: MAE (arXiv:2111.06377) table 1a; official config
-    embed_dim: int = Field(512, ge=4, multiple_of=4)  # Source: MAE table 1b. Four: row/column x sin/cos
-    num_heads: int = Field(16, ge=1)  # Source: facebookresearch/mae models_mae.py
+    depth: int = Field(8, ge=0)
+    """Transformer blocks. Source: MAE (arXiv:2111.06377) table 1a; official config."""
+    embed_dim: int = Field(512, ge=4, multiple_of=4)
+    """Width of its tokens, a multiple of 4 (rows and columns x sine and cosine). Source: MAE table 1b."""
+    num_heads: int = Field(16, ge=1)
+    """Attention heads, a divisor of embed_dim. Source: facebookresearch/mae models_mae.py."""
     mlp_ratio: float = Field(4.0, gt=0)
+    """Width of a block's MLP / width of its tokens."""
 
     @model_validator(mode="after")
     def _heads_divide(self) -> "DecoderConfig":
@@ -52,41 +58,62 @@ class PixelDecoderConfig(DecoderConfig):
     """Predicts the pixels of the hidden patches."""
 
     depth: int = Field(8, ge=1)
+    """Transformer blocks. Source: MAE (arXiv:2111.06377) table 1a; official config."""
 
 
 class FeatureDecoderConfig(DecoderConfig):
     """Completes the online features before they are pooled; depth 0 pools the visible tokens instead."""
 
-    depth: int = Field(2, ge=0, le=8)  # Source: paper table 4c; 8 collapsed to a trivial solution
-    shared: bool = False  # use the pixel decoder's first `depth` blocks. Source: paper table 4c
+    depth: int = Field(2, ge=0, le=8)
+    """Transformer blocks; 0 pools the visible tokens. Source: paper table 4c; 8 collapsed to a trivial
+    solution.
+    """
+    shared: bool = False
+    """Use the pixel decoder's first `depth` blocks instead of blocks of its own. Source: paper table 4c."""
 
 
 class ConvConfig(Section):
     """The two convolutional stages before the transformer of a hybrid encoder. Source: ConvMAE-Base."""
 
     dims: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] = (256, 384)
+    """Channels of the two convolutional stages."""
     depths: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] = (2, 2)
+    """Blocks of the two convolutional stages."""
     mlp_ratio: float = Field(4.0, gt=0)
+    """Width of a convolutional block's MLP / channels of its stage."""
 
 
 class ModelConfig(Section):
     """The encoder of both branches (a named size or three numbers) and the two decoders."""
 
     encoder: EncoderName | None = None
+    """A named size; null = the one that embed_dim, depth and num_heads spell out."""
     embed_dim: int | None = Field(None, ge=4, multiple_of=4)
+    """Width of the encoder's tokens, a multiple of 4; only without `encoder`."""
     depth: int | None = Field(None, ge=1)
+    """Transformer blocks of the encoder; only without `encoder`."""
     num_heads: int | None = Field(None, ge=1)
-    conv: ConvConfig | None = None  # with three numbers: convolutional stages first, as in convvit_*
+    """Attention heads of the encoder, a divisor of embed_dim; only without `encoder`."""
+    conv: ConvConfig | None = None
+    """Convolutional stages before the transformer, as in convvit_*; only without `encoder`. null = none."""
     mlp_ratio: float = Field(4.0, gt=0)
-    patch_size: int = Field(16, ge=1)  # px. Source: ViT-S/B/L; ViT-H uses 14
+    """Width of an encoder block's MLP / width of its tokens."""
+    patch_size: int = Field(16, ge=1)
+    """Side of a patch, px. Source: ViT-S/B/L; ViT-H uses 14."""
     pixel_decoder: PixelDecoderConfig = PixelDecoderConfig()
+    """Predicts the pixels of the hidden patches."""
     feature_decoder: FeatureDecoderConfig = FeatureDecoderConfig()
-    init: str | None = None  # start from these weights: a run, file or folder that cmae_scale.convert reads
-    attention: Attention = "auto"  # explicit products or a fused kernel; auto: as a short trial of each part
-    # says; a named one that cannot run is an error
-    remat: Remat = (
-        "none"  # recompute in backward: selective keeps the matrix products, full only block inputs
-    )
+    """Completes the online features for the contrast loss."""
+    init: str | None = None
+    """Weights to start from: a run, file or folder that cmae_scale.convert reads; null = random ones."""
+    attention: Attention = "auto"
+    """Explicit products, or a fused kernel by name; auto = what is fastest in a short trial of each part. A
+    named one that cannot run is an error.
+    """
+    remat: Remat = "none"
+    """What is computed again in the backward pass instead of kept: none; selective keeps the matrix
+    products, full the blocks' inputs only.
+    """
 
     @model_validator(mode="after")
     def _one_way_to_size(self) -> "ModelConfig":
@@ -122,30 +149,44 @@ class ModelConfig(Section):
 class HeadsConfig(Section):
     """Projector (both branches) and predictor (online): Linear, norm, ReLU, Linear."""
 
-    hidden_dim: int = Field(1536, ge=1)  # Source: official config
-    out_dim: int = Field(256, ge=1)  # Source: official config
-    norm: Literal["sync_batch", "layer"] = "sync_batch"  # layer: no statistics over the batch, so exactly
-    # the same however the batch is spread over ranks and accumulation
+    hidden_dim: int = Field(1536, ge=1)
+    """Width of the hidden layer. Source: official config."""
+    out_dim: int = Field(256, ge=1)
+    """Width of queries and keys. Source: official config."""
+    norm: Literal["sync_batch", "layer"] = "sync_batch"
+    """sync_batch: batch norm over all ranks; layer: no statistics over the batch, so the same however the
+    batch is spread over ranks and accumulation.
+    """
 
 
 class MaskConfig(Section):
     """Which patches of the online view the encoder may not see."""
 
-    ratio: float = Field(0.65, gt=0, lt=1)  # fraction hidden. Source: official config; MAE 0.75
-    cell: int = Field(2, ge=1)  # hide in cell x cell groups of patches. Source: official cmae_vit.py; 1 = MAE
+    ratio: float = Field(0.65, gt=0, lt=1)
+    """Share of the patches that is hidden. Source: official config; MAE 0.75."""
+    cell: int = Field(2, ge=1)
+    """Patches are hidden in groups of cell x cell. Source: official cmae_vit.py; 1 = MAE."""
 
 
 class ColorConfig(Section):
     """Colour augmentation of the target view. Source: official datasets/cmae_dataset.py."""
 
     jitter_p: Fraction = 0.8
+    """Probability of changing brightness, contrast, saturation and hue at all."""
     brightness: Fraction = 0.4
+    """Largest relative change of brightness."""
     contrast: Fraction = 0.4
+    """Largest relative change of contrast."""
     saturation: Fraction = 0.4
+    """Largest relative change of saturation."""
     hue: float = Field(0.1, ge=0, le=0.5)
+    """Largest turn of the hue, as a share of the colour circle."""
     gray_p: Fraction = 0.2
+    """Probability of a grey view."""
     blur_p: Fraction = 0.5
-    blur_sigma: tuple[float, float] = (0.1, 2.0)  # px of the view, uniform
+    """Probability of a Gaussian blur."""
+    blur_sigma: tuple[float, float] = (0.1, 2.0)
+    """Range of the blur's standard deviation, px of the view; uniform in it."""
 
     @model_validator(mode="after")
     def _sigma_range(self) -> "ColorConfig":
@@ -158,17 +199,30 @@ class ColorConfig(Section):
 class ViewsConfig(Section):
     """From one decoded image to the online and the target view. Source: paper 3.2; official pipelines."""
 
-    img_px: int = Field(224, ge=1)  # side of both views
-    master_px: int = Field(256, ge=1)  # side of the random resized crop that both views are cut from
-    shift_px: int = Field(32, ge=0)  # the target crop starts at 0..shift_px-1. Source: paper 4.4 "[0,31]"
-    target_crop: Literal["shift", "random"] = "shift"  # random: an independent crop. Source: paper table 4b
+    img_px: int = Field(224, ge=1)
+    """Side of both views, px; a multiple of model.patch_size."""
+    master_px: int = Field(256, ge=1)
+    """Side of the random resized crop that both views are cut from, px."""
+    shift_px: int = Field(32, ge=0)
+    """The target view is cut at an offset of 0 to shift_px - 1 px in that crop, in each direction. Source:
+    paper 4.4 "[0,31]".
+    """
+    target_crop: Literal["shift", "random"] = "shift"
+    """shift: both views from one crop; random: an independent crop for the target. Source: paper table 4b."""
     color: bool = True
+    """Whether the target view's colours are changed at all."""
     color_ops: ColorConfig = ColorConfig()
-    flip_p: Fraction = 0.5  # of the master image, so shared by both views
-    crop_scale: tuple[float, float] = (0.2, 1.0)  # share of the area. Source: official config
-    crop_ratio: tuple[float, float] = (0.75, 4 / 3)  # width / height
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # of RGB in [0, 1]. Source: ImageNet
+    """How the target view's colours are changed."""
+    flip_p: Fraction = 0.5
+    """Probability of a horizontal flip, which both views share."""
+    crop_scale: tuple[float, float] = (0.2, 1.0)
+    """Range of the crop's area as a share of the image's. Source: official config."""
+    crop_ratio: tuple[float, float] = (0.75, 4 / 3)
+    """Range of the crop's width / height."""
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    """Mean of RGB in [0, 1], subtracted from images. Source: ImageNet."""
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    """Standard deviation of RGB in [0, 1], by which images are divided. Source: ImageNet."""
 
     @model_validator(mode="after")
     def _fits(self) -> "ViewsConfig":
@@ -193,55 +247,72 @@ class LossConfig(Section):
     """Total = pixel + weight * scale * contrast."""
 
     contrast: Literal["infonce", "byol"] = "infonce"
-    weight: float = Field(1.0, ge=0)  # 0 = plain MAE: no target branch, feature decoder or heads are built
-    temperature: float = Field(0.07, gt=0)  # Source: paper 4.1
-    scale: Literal["official", "paper"] = (
-        "official"  # of InfoNCE: 2 * temperature in the official head, else 1
-    )
-    norm_pix: bool = True  # predict each patch normalised by its own mean and variance. Source: MAE table 1d
+    """The contrast loss: InfoNCE with the keys of the whole batch, or BYOL's without negatives."""
+    weight: float = Field(1.0, ge=0)
+    """Weight of the contrast loss; 0 = a plain MAE, without target branch, feature decoder and heads."""
+    temperature: float = Field(0.07, gt=0)
+    """Temperature of InfoNCE. Source: paper 4.1."""
+    scale: Literal["official", "paper"] = "official"
+    """Factor of InfoNCE besides its weight: 2 * temperature as in the official head, or 1 as in the paper."""
+    norm_pix: bool = True
+    """Predict each patch normalised by its own mean and variance. Source: MAE table 1d."""
 
 
 class TargetConfig(Section):
     """The momentum branch."""
 
-    momentum: float = Field(0.996, ge=0, le=1)  # Source: paper 3.3, official config
-    momentum_schedule: Literal["constant", "cosine"] = "constant"  # cosine rises to 1 at the end
-    mask_ratio: float = Field(0.0, ge=0, lt=1)  # Source: paper table 4e
-    final_norm: bool = False  # Source: official algorithms/cmae.py
-    pool: Literal["mean", "cls"] = "mean"  # Source: paper equation 2
+    momentum: float = Field(0.996, ge=0, le=1)
+    """Share of the target that an update keeps. Source: paper 3.3, official config."""
+    momentum_schedule: Literal["constant", "cosine"] = "constant"
+    """constant, or cosine: rising to 1 at the end of the run."""
+    mask_ratio: float = Field(0.0, ge=0, lt=1)
+    """Share of the target view's patches that is hidden. Source: paper table 4e."""
+    final_norm: bool = False
+    """Whether the target encoder ends with a layer norm. Source: official algorithms/cmae.py."""
+    pool: Literal["mean", "cls"] = "mean"
+    """How the target's tokens become one feature: mean of the patches', or the class token. Source: paper
+    equation 2.
+    """
 
 
 class DataConfig(Section):
     """Where the images are and how they are streamed."""
 
-    shards: str | tuple[str, ...] = Field(
-        min_length=1
-    )  # folder(s) with index.json, made by data_prep/make_shards.py, or some of a folder's tars: paths or
-    # http(s)://, s3://, gs://, hf:// addresses, with *, ? and {000..099};
-    # ${NAME} is the environment's, for a secret that the run file should not hold
-    mix: tuple[PositiveFloat, ...] | None = (
-        None  # share of every batch for each entry of shards; null = all samples equally often
-    )
-    val_shards: str | None = None  # held-out images for the pictures; null = some of `shards`
-    workers: int = Field(4, ge=1)  # decoding threads per rank. Does not change results
-    streams: int | None = Field(
-        None, ge=1
-    )  # parallel cursors over an epoch; null = largest divisor of the batch <= 64. With fewer than ranks,
-    # several ranks read the same shards
-    shuffle_window: int = Field(
-        256, ge=1
-    )  # samples of a stream shuffled together, in memory as compressed bytes
-    max_bad_fraction: Fraction = 0.001  # unreadable samples beyond this share stop the run
-    max_image_mpx: float = Field(50.0, gt=0)  # larger images count as bad before they are decoded
-    prefetch: int = Field(2, ge=1)  # batches decoded ahead of the model; under accumulation so many beyond
-    # all but one of the next step's, which it takes at once. Does not change results
-    cache: str | None = None  # folder on a local disk that keeps what was read from remote shards
-    cache_gib: float = Field(100.0, gt=0)  # its size; the least recently used goes first
-    read_timeout_s: float = Field(
-        60.0, gt=0
-    )  # a request of remote data that takes longer is made again, a command that takes longer is damage
-    read_retries: int = Field(8, ge=0)  # repetitions of a failed request: about half a minute of pauses
-    allow_commands: bool = False  # shards may be "pipe:COMMAND {name}", which runs that command
+    shards: str | tuple[str, ...] = Field(min_length=1)
+    """Folders with an index.json, made by data_prep/make_shards.py, or some of a folder's tars: paths or
+    http(s)://, s3://, gs://, hf:// addresses, with *, ? and {000..099}. ${NAME} is taken from the
+    environment, for a secret that the run file should not hold.
+    """
+    mix: tuple[PositiveFloat, ...] | None = None
+    """Share of every batch for each entry of shards; null = all samples equally often."""
+    val_shards: str | None = None
+    """Held-out images for the pictures; null = some of `shards`."""
+    workers: int = Field(4, ge=1)
+    """Decoding threads of a rank. Changes no result."""
+    streams: int | None = Field(None, ge=1)
+    """Parallel cursors over an epoch; null = the largest divisor of the batch up to 64. With fewer than
+    ranks, several ranks read the same shards.
+    """
+    shuffle_window: int = Field(256, ge=1)
+    """Samples of a stream that are shuffled together, held in memory as compressed bytes."""
+    max_bad_fraction: Fraction = 0.001
+    """Share of unreadable samples beyond which the run stops."""
+    max_image_mpx: float = Field(50.0, gt=0)
+    """Largest image in megapixels; larger ones count as unreadable and are never decoded."""
+    prefetch: int = Field(2, ge=1)
+    """Batches decoded ahead of the model, beyond the micro-batches of the next step. Changes no result."""
+    cache: str | None = None
+    """Folder on a local disk that keeps what was read from remote shards; null = none."""
+    cache_gib: float = Field(100.0, gt=0)
+    """Size of that folder, GiB; what was used least recently goes first."""
+    read_timeout_s: float = Field(60.0, gt=0)
+    """Seconds after which a request of remote data is made again, and a command that is silent counts as
+    failed.
+    """
+    read_retries: int = Field(8, ge=0)
+    """Repetitions of a failed request: about half a minute of pauses in all."""
+    allow_commands: bool = False
+    """Whether shards may be "pipe:COMMAND {name}", which runs that command."""
 
     @model_validator(mode="after")
     def _mix_fits(self) -> "DataConfig":
@@ -254,22 +325,33 @@ class DataConfig(Section):
 class ScheduleConfig(Section):
     """Linear warm-up, then cosine, per optimizer step."""
 
-    base_lr: float = Field(1.5e-4, gt=0)  # at batch 256: "lr": "auto" is base_lr * train_batch_size / 256
+    base_lr: float = Field(1.5e-4, gt=0)
+    """Learning rate at batch 256: "lr": "auto" is base_lr * train_batch_size / 256. Source: official config.
+
+    """
     duration: Duration = "300ep"
-    warmup: Duration = "40ep"  # Source: official config
-    warmup_start: Fraction = 1e-4  # share of the peak at step 0. Source: official config
+    """Length of the run: epochs, steps or samples, as "300ep", "5000st", "1.5Msamples"."""
+    warmup: Duration = "40ep"
+    """Length of the linear warm-up, or a share of the run ("2%"). Source: official config."""
+    warmup_start: Fraction = 1e-4
+    """Learning rate at step 0 as a share of its peak. Source: official config."""
     min_lr: float = Field(0.0, ge=0)
+    """Learning rate at the end."""
 
 
 class CheckpointConfig(Section):
     """Training state, to go on after any interruption."""
 
     every: Duration = "5%"
-    keep: int = Field(2, ge=1)  # newest states kept
-    keep_every: Duration | None = None  # states at multiples of this are kept too; null = none
-    # whether to go on from the newest state in the run folder. auto: if there is one; required: there must
-    # be one; anyway: as auto, and settings of the method may differ, which are listed; never: start anew
+    """Time between two checkpoints."""
+    keep: int = Field(2, ge=1)
+    """Number of newest checkpoints that are kept."""
+    keep_every: Duration | None = None
+    """Checkpoints at multiples of this are kept too; null = none."""
     resume: Literal["auto", "required", "anyway", "never"] = "auto"
+    """Whether to go on from the newest checkpoint in the run folder. auto: if there is one; required: there
+    must be one; anyway: as auto, and settings of the method may differ, which are listed; never: start anew.
+    """
 
 
 class KnnConfig(Section):
@@ -278,33 +360,48 @@ class KnnConfig(Section):
     Source: Wu et al. (arXiv:1805.01978) section 3.4; DINO eval_knn.py.
     """
 
-    k: int = Field(20, ge=1)  # Source: DINO, best of 10, 20, 100, 200
-    temperature: float = Field(0.07, gt=0)  # a neighbour's vote is exp(cosine / temperature)
+    k: int = Field(20, ge=1)
+    """Neighbours that vote. Source: DINO, best of 10, 20, 100, 200."""
+    temperature: float = Field(0.07, gt=0)
+    """A neighbour's vote is exp(cosine / temperature)."""
     pool: Pool = "mean"
+    """How an image's tokens become one feature: mean of the patches', or the class token."""
 
 
 class KnnMonitorConfig(KnnConfig):
     """Nearest neighbours while pre-training goes on."""
 
     every: Duration = "10%"
-    shards: str | tuple[str, ...] | None = None  # labelled, to vote; null = data.shards
-    val_shards: str | tuple[str, ...] | None = None  # labelled, to be classified; null = data.val_shards
-    train_fraction: float = Field(1.0, gt=0, le=1)  # only the first part of every voting shard
-    batch: int = Field(256, ge=1)  # images of a forward pass on a rank. Does not change results
+    """Time between two evaluations; there is always one at the end."""
+    shards: str | tuple[str, ...] | None = None
+    """Labelled shards whose images vote; null = data.shards."""
+    val_shards: str | tuple[str, ...] | None = None
+    """Labelled shards whose images are classified; null = data.val_shards."""
+    train_fraction: float = Field(1.0, gt=0, le=1)
+    """Use only the first part of every voting shard."""
+    batch: int = Field(256, ge=1)
+    """Images of a forward pass on a rank. Changes no result."""
 
 
 class MonitorConfig(Section):
     """What is written while training."""
 
-    log_every: int = Field(20, ge=1)  # optimizer steps per line of metrics.jsonl
-    health: bool = True  # gradient norms by part, target distance, spread of queries and keys in each line;
-    # measured in the last step before it
-    breakdown: bool = False  # milliseconds per step of data, augment, forward, target, backward, ... by line
-    profile: Annotated[str, Field(pattern=r"^[1-9]\d*(-[1-9]\d*)?$")] | None = (
-        None  # steps "10-12", counted as in metrics.jsonl: torch profiler trace in RUN/profile, of rank 0
-    )
-    pictures: int = Field(8, ge=0)  # held-out images in the reconstruction sheet; 0 = none
-    knn: KnnMonitorConfig | None = None  # null = no nearest neighbours
+    log_every: int = Field(20, ge=1)
+    """Optimizer steps per line of metrics.jsonl."""
+    health: bool = True
+    """Gradient norms by part, target distance, and spread of queries and keys in each line, measured in the
+    last step before it.
+    """
+    breakdown: bool = False
+    """Milliseconds per step of data, augment, forward, target, backward and the rest in each line."""
+    profile: Annotated[str, Field(pattern=r"^[1-9]\d*(-[1-9]\d*)?$")] | None = None
+    """Steps such as "10-12", counted as in metrics.jsonl, of which rank 0 writes a torch profiler trace to
+    RUN/profile; null = none.
+    """
+    pictures: int = Field(8, ge=0)
+    """Held-out images in the sheet of reconstructions; 0 = none."""
+    knn: KnnMonitorConfig | None = None
+    """Nearest neighbours while pre-training goes on; null = none."""
 
     @model_validator(mode="after")
     def _profile_in_order(self) -> "MonitorConfig":
@@ -317,29 +414,42 @@ class MonitorConfig(Section):
 class FaultsConfig(Section):
     """What the run does when something goes wrong that it can survive."""
 
-    bad_step: Literal["skip", "stop", "rewind"] = "skip"  # a loss or gradient that is not finite, or a spike:
-    # leave the step out (one batch in a million is no loss), stop, or take up the newest state first (where
-    # memory is in doubt). Nothing of such a step reaches weights, target or moments under any of them
-    max_bad_steps: int = Field(3, ge=1)  # that many in a row are left out, the next stops the run: then it is
-    # not the batch. Source: DINOv3 stops after more than 2
-    spike: float | None = Field(None, gt=0)  # also bad: a loss that many standard deviations above the mean
-    # of about the last 100 steps; null = none, because a loss may rise without harm (a new learning rate)
-    step_timeout_s: float = Field(600.0, gt=0)  # no progress for so long ends the run with everyone's stacks;
-    # three times as long at the first step and while saving. As long as torch's collectives wait
-    peer_timeout_s: float = Field(
-        30.0, gt=0
-    )  # a rank that shows no life for so long ends the run (named after
-    # a third of it); a rank that died is noticed at once
+    bad_step: Literal["skip", "stop", "rewind"] = "skip"
+    """What to do about a loss or gradient that is not finite, or a spike: skip leaves the step out (one
+    batch in a million is no loss), stop ends the run, rewind goes back to the newest checkpoint first (where
+    memory is in doubt). Nothing of such a step reaches weights, target or moments.
+    """
+    max_bad_steps: int = Field(3, ge=1)
+    """So many bad steps in a row are left out; the next one stops the run, for then it is not the batch.
+    Source: DINOv3 stops after more than 2.
+    """
+    spike: float | None = Field(None, gt=0)
+    """A loss that many standard deviations above the mean of about the last 100 steps is bad too; null =
+    none, because a loss may rise without harm (a new learning rate).
+    """
+    step_timeout_s: float = Field(600.0, gt=0)
+    """Seconds without progress that end the run with the stacks of all ranks; three times as many at the
+    first step and while saving. torch's collectives wait as long.
+    """
+    peer_timeout_s: float = Field(30.0, gt=0)
+    """Seconds after which a silent rank ends the run (it is named after a third of them). A rank that died
+    is noticed at once.
+    """
 
 
 class NetworkConfig(Section):
     """What decides which tensors a model has, and their shapes: all that a file of weights needs."""
 
     model: ModelConfig
+    """The networks."""
     views: ViewsConfig = ViewsConfig()
+    """From an image to the two views."""
     heads: HeadsConfig = HeadsConfig()
+    """Projector and predictor."""
     loss: LossConfig = LossConfig()
+    """The two losses."""
     target: TargetConfig = TargetConfig()
+    """The momentum branch."""
 
     @model_validator(mode="after")
     def _patches_fit(self) -> "NetworkConfig":
@@ -368,16 +478,27 @@ class CmaeConfig(NetworkConfig):
     """Everything about the run that is not DeepSpeed's."""
 
     data: DataConfig
+    """The images."""
     mask: MaskConfig = MaskConfig()
+    """The patches that are hidden."""
     schedule: ScheduleConfig = ScheduleConfig()
+    """Length and learning rate."""
     checkpoint: CheckpointConfig = CheckpointConfig()
+    """What is saved, and how a run goes on."""
     monitor: MonitorConfig = MonitorConfig()
+    """What is measured and written."""
     faults: FaultsConfig = FaultsConfig()
-    decay_tokens: bool = False  # weight decay for class and mask tokens too, as MAE (timm's add_weight_decay,
-    # which spares one-dimensional parameters only). Source: false as in the official config
-    compile: Literal["none", "blocks"] = "none"  # torch.compile for every transformer block; ZeRO 0 to 2
-    out: str | None = None  # run folder; null = runs/<name of the run file>
-    seed: int = Field(60, ge=0)  # Source: official config
+    """What happens when something goes wrong."""
+    decay_tokens: bool = False
+    """Weight decay for class and mask tokens too, as MAE (timm's add_weight_decay spares parameters of one
+    dimension only). Source: false as in the official config.
+    """
+    compile: Literal["none", "blocks"] = "none"
+    """torch.compile for every transformer block; ZeRO 0 to 2."""
+    out: str | None = None
+    """The run folder; null = runs/<name of the run file>."""
+    seed: int = Field(60, ge=0)
+    """Seed of weights, data order, views and masks. Source: official config."""
 
     @model_validator(mode="after")
     def _mask_fits(self) -> "CmaeConfig":

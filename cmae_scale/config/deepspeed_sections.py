@@ -33,30 +33,30 @@ class TopLevelValues(BaseModel):
     zero_force_ds_cpu_optimizer: bool | None = None
 
 
-def check_deepspeed(tree: Mapping[str, Any], *, place: str, kind: str, ours: Sequence[str]) -> None:
+def check_deepspeed(tree: Mapping[str, Any], *, file: str, kind: str, ours: Sequence[str]) -> None:
     """Raise ConfigError for what DeepSpeed would ignore or misread: names, sections without effect, values.
 
     `kind` is the name of our own object in the file, `ours` are the dotted places in it.
     """
-    _check_names(tree, frozenset(TOP_LEVEL) | {kind}, place=place, hint=(kind, ours))
+    _check_names(tree, frozenset(TOP_LEVEL) | {kind}, file=file, hint=(kind, ours))
     for name, allowed in TOP_LEVEL.items():
         if allowed is not None and name in tree:
-            _check_names(_object(tree, name, place=place), allowed, place=place, prefix=f"{name}.")
+            _check_names(_object(tree, name, file=file), allowed, file=file, prefix=f"{name}.")
     for (section, name), allowed in NESTED.items():
         inner = tree.get(section, {}).get(name)
         if isinstance(inner, dict):
-            _check_names(inner, allowed, place=place, prefix=f"{section}.{name}.")
+            _check_names(inner, allowed, file=file, prefix=f"{section}.{name}.")
     optimizer = tree.get("optimizer", {})
     if str(optimizer.get("type", "")).lower() in ("adam", "adamw"):
-        params = _object(optimizer, "params", place=place) if "params" in optimizer else {}
-        _check_names(params, ADAM_PARAMS, place=place, prefix="optimizer.params.")
+        params = _object(optimizer, "params", file=file) if "params" in optimizer else {}
+        _check_names(params, ADAM_PARAMS, file=file, prefix="optimizer.params.")
     stage = tree.get("zero_optimization", {}).get("stage", 0)
     if stage != "auto" and (isinstance(stage, bool) or stage not in (0, 1, 2, 3)):
-        raise ConfigError(f"{place}: zero_optimization.stage must be 0, 1, 2 or 3, not {stage!r}")
-    _check_values(tree, place=place)
+        raise ConfigError(f"{file}: zero_optimization.stage must be 0, 1, 2 or 3, not {stage!r}")
+    _check_values(tree, file=file)
 
 
-def drop_unserved(tree: Mapping[str, Any], *, place: str, kind: str) -> Json:
+def drop_unserved(tree: Mapping[str, Any], *, file: str, kind: str) -> Json:
     """`tree` without sections that are off and would do nothing here if they were on.
 
     Raises ConfigError with all of those that are on. (DeepSpeed refuses some even when they are off, and
@@ -67,7 +67,7 @@ def drop_unserved(tree: Mapping[str, Any], *, place: str, kind: str) -> Json:
     dead = [name for name in present if name not in off and not _is_shown(name, tree)]
     if dead:
         listed = ", ".join(f'"{name}" ({present[name].format(kind=kind)})' for name in dead)
-        raise ConfigError(f"{place}: these DeepSpeed settings do nothing here, drop them: {listed}")
+        raise ConfigError(f"{file}: these DeepSpeed settings do nothing here, drop them: {listed}")
     return {name: value for name, value in tree.items() if name not in off}
 
 
@@ -94,19 +94,19 @@ def _is_on(value: Any) -> bool:
     return bool(value) and value != "auto"
 
 
-def _check_values(tree: Mapping[str, Any], *, place: str) -> None:
+def _check_values(tree: Mapping[str, Any], *, file: str) -> None:
     try:
         TopLevelValues.model_validate({name: value for name, value in tree.items() if value != "auto"})
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         told = f"{first['msg'][0].lower()}{first['msg'][1:]}, not {first['input']!r}"
-        raise ConfigError(f"{place}: {first['loc'][0]}: {told}") from None
+        raise ConfigError(f"{file}: {first['loc'][0]}: {told}") from None
 
 
-def _object(tree: Mapping[str, Any], name: str, *, place: str) -> Json:
+def _object(tree: Mapping[str, Any], name: str, *, file: str) -> Json:
     value = tree[name]
     if not isinstance(value, dict):
-        raise ConfigError(f"{place}: {name} must be an object {{...}}, not {value!r}")
+        raise ConfigError(f"{file}: {name} must be an object {{...}}, not {value!r}")
     return value
 
 
@@ -114,21 +114,21 @@ def _check_names(
     tree: Mapping[str, Any],
     allowed: frozenset[str],
     *,
-    place: str,
+    file: str,
     prefix: str = "",
     hint: tuple[str, Sequence[str]] | None = None,
 ) -> None:
     for name in tree:
         if name not in allowed:
             raise ConfigError(
-                f'{place}: "{prefix}{name}" is not a DeepSpeed setting{nearest(name, allowed)}'
+                f'{file}: "{prefix}{name}" is not a DeepSpeed setting{nearest(name, allowed)}'
                 f"{_elsewhere(name, *hint) if hint else ''}"
             )
 
 
 def _elsewhere(name: str, kind: str, ours: Sequence[str]) -> str:
-    place = next((place for place in ours if place.rsplit(".", 1)[-1] == name), None)
-    return f'; "{kind}.{place}" is one of ours' if place else ""
+    key = next((key for key in ours if key.rsplit(".", 1)[-1] == name), None)
+    return f'; "{kind}.{key}" is one of ours' if key else ""
 
 
 _SIZES = frozenset({TOTAL, MICRO, STEPS})
@@ -151,7 +151,7 @@ _FINETUNING = {"betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.05}
 _PROBING = {"momentum": 0.9, "weight_decay": 0.0}
 
 
-def check_autos(tree: Mapping[str, Any], settings: CmaeConfig | TransferConfig, *, place: str) -> None:
+def check_autos(tree: Mapping[str, Any], settings: CmaeConfig | TransferConfig, *, file: str) -> None:
     """Raise ConfigError with every "auto" of a ds_config that comes to nothing."""
     if isinstance(settings, TransferConfig) and settings.task.knn is not None:
         return  # nothing is trained
@@ -162,19 +162,19 @@ def check_autos(tree: Mapping[str, Any], settings: CmaeConfig | TransferConfig, 
         wrong.insert(0, f"{TOTAL} (beside {MICRO})")
     if wrong:
         raise ConfigError(
-            f'{place}: nothing in the run says what "auto" should be for {", ".join(wrong)}: write the values'
+            f'{file}: nothing in the run says what "auto" should be for {", ".join(wrong)}: write the values'
         )
 
 
 def fill_autos(tree: Mapping[str, Any], known: Mapping[str, Any]) -> Json:
-    """A copy of `tree` with the values of `known` (by place) for "auto", and without the other ones."""
+    """A copy of `tree` with the values of `known` (by key) for "auto", and without the other ones."""
     return _fill(tree, known, prefix="")
 
 
 def plan_optimizer(
     settings: CmaeConfig | TransferConfig, *, batch_samples: int, total_steps: int, warmup_steps: int
 ) -> Json:
-    """What "auto" comes to for optimizer and scheduler, by place.
+    """What "auto" comes to for optimizer and scheduler, by key.
 
     `lr` follows the linear scaling rule base_lr * train_batch_size / 256 (Source: MAE appendix A.1, official
     config), the rest of the optimizer the published recipe, and the scheduler the run's own schedule.
@@ -197,11 +197,11 @@ def _name_recipe(settings: CmaeConfig | TransferConfig) -> Json:
     return {f"optimizer.params.{name}": value for name, value in recipe.items()}
 
 
-def _has_default(place: str) -> bool:
-    section, *inner = place.split(".")
+def _has_default(key: str) -> bool:
+    section, *inner = key.split(".")
     if section == _OF_THE_MACHINE or not inner:
         return True
-    return len(inner) == 1 and section in _WITH_DEFAULTS and place not in _CHOICES
+    return len(inner) == 1 and section in _WITH_DEFAULTS and key not in _CHOICES
 
 
 def _find_autos(tree: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
@@ -215,13 +215,13 @@ def _find_autos(tree: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
 def _fill(tree: Mapping[str, Any], known: Mapping[str, Any], *, prefix: str) -> Json:
     filled: Json = {}
     for name, value in tree.items():
-        place = f"{prefix}{name}"
-        if place == _OF_THE_MACHINE:
+        key = f"{prefix}{name}"
+        if key == _OF_THE_MACHINE:
             filled[name] = value
         elif isinstance(value, dict):
-            filled[name] = _fill(value, known, prefix=f"{place}.")
+            filled[name] = _fill(value, known, prefix=f"{key}.")
         elif value != "auto":
             filled[name] = value
-        elif place in known:
-            filled[name] = known[place]
+        elif key in known:
+            filled[name] = known[key]
     return filled

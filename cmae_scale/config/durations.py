@@ -20,15 +20,15 @@ class Clock:
     total_steps: int = 0
 
 
-def read_steps(text: str, *, clock: Clock, place: str) -> int:
+def read_steps(text: str, *, clock: Clock, key: str) -> int:
     """Optimizer steps that `text` lasts, rounded to the nearest whole step.
 
-    `place` is the setting's name for the error message. Raises ConfigError for a text outside of the grammar
+    `key` is the setting's name for the error message. Raises ConfigError for a text outside of the grammar
     and for a percentage where nothing is known yet that it could be a share of.
     """
     match = _FORM.fullmatch(text)
     if match is None:
-        raise ConfigError(f'{place}: "{text}" is no duration: write "300ep", "5000st", "1.5Msamples" or "2%"')
+        raise ConfigError(f'{key}: "{text}" is no duration: write "300ep", "5000st", "1.5Msamples" or "2%"')
     amount, unit = float(match[1]), match[2]
     if unit == "ep":
         return round(amount * clock.steps_per_epoch)
@@ -36,7 +36,7 @@ def read_steps(text: str, *, clock: Clock, place: str) -> int:
         return round(amount)
     if unit == "%":
         if not clock.total_steps:
-            raise ConfigError(f'{place}: "{text}" is a share of itself: write epochs, steps or samples')
+            raise ConfigError(f'{key}: "{text}" is a share of itself: write epochs, steps or samples')
         return round(amount / 100 * clock.total_steps)
     return round(amount * _SAMPLES[unit] / clock.batch_samples)
 
@@ -58,7 +58,7 @@ def plan_timetable(
     """When the run and its warm-up end, how often it saves. Raises ConfigError for less than one step."""
     kind = "cmae" if isinstance(cfg, CmaeConfig) else "transfer"
     clock = Clock(steps_per_epoch=steps_per_epoch, batch_samples=batch_samples)
-    total = read_steps(cfg.schedule.duration, clock=clock, place=f"{kind}.schedule.duration")
+    total = read_steps(cfg.schedule.duration, clock=clock, key=f"{kind}.schedule.duration")
     if total < 1:
         raise ConfigError(
             f'{kind}.schedule.duration "{cfg.schedule.duration}" is less than a step of '
@@ -66,8 +66,8 @@ def plan_timetable(
         )
     clock = replace(clock, total_steps=total)
 
-    def steps(text: str, place: str) -> int:
-        return read_steps(text, clock=clock, place=f"{kind}.{place}")
+    def steps(text: str, key: str) -> int:
+        return read_steps(text, clock=clock, key=f"{kind}.{key}")
 
     kept = cfg.checkpoint.keep_every
     return Timetable(

@@ -76,11 +76,11 @@ class Run:
 
 
 def read_run(path: str | Path, overrides: Sequence[str] = (), *, kind: RunKind = "cmae") -> Run:
-    """The run that a file describes, after `overrides` such as "cmae.mask.ratio=0.65" (place=JSON value).
+    """The run that a file describes, after `overrides` such as "cmae.mask.ratio=0.65" (key=JSON value).
 
     `path` may be the bare name of a shipped file (config/shipped); `kind` is the object that the file must
     have beside DeepSpeed's keys.
-    Raises ConfigError with the place and the remedy: missing file, broken JSON, duplicate or unknown keys,
+    Raises ConfigError with the key and the remedy: missing file, broken JSON, duplicate or unknown keys,
     values outside of their range. "auto" values stay until `resolve_run`; a precision that is not named is
     left to the machine.
     """
@@ -90,17 +90,18 @@ def read_run(path: str | Path, overrides: Sequence[str] = (), *, kind: RunKind =
         _apply_override(tree, override, kind=kind)
     if masked := ", ".join(list_masked(tree)):
         raise ConfigError(
-            f"{path}: {masked} held a secret, which no run writes down: give it again (--set PLACE=VALUE, or "
+            f"{path}: {masked} held a secret, which no run writes down: give it again (--set KEY=VALUE, or "
             "${NAME} instead of the secret in an address of shards, to have it from the environment)"
         )
+    tree.pop("$schema", None)  # for editors
     ours = tree.pop(kind, None)
     if not isinstance(ours, dict):
         raise ConfigError(f'{path}: the object "{kind}" is missing: {_explain_missing(tree, kind)}')
-    check_deepspeed(tree, place=str(path), kind=kind, ours=_places(_KINDS[kind]))
-    tree = drop_unserved(tree, place=str(path), kind=kind)
+    check_deepspeed(tree, file=str(path), kind=kind, ours=_list_keys(_KINDS[kind]))
+    tree = drop_unserved(tree, file=str(path), kind=kind)
     leave_to_machine_(tree)
     settings = _read_settings(ours, path, kind=kind)
-    check_autos(tree, settings, place=str(path))
+    check_autos(tree, settings, file=str(path))
     return Run(path=path, settings=settings, deepspeed=tree)
 
 
@@ -137,7 +138,7 @@ def name_settings(text: str, kind: RunKind) -> str:
 
     Code that serves every kind of run writes "cmae.data.streams"; what only pre-training has stays as it is.
     """
-    places = _places(_KINDS[kind])
+    places = _list_keys(_KINDS[kind])
     return re.sub(
         r"\bcmae\.([a-z_]+(?:\.[a-z_]+)*)",
         lambda found: f"{kind}.{found[1]}" if found[1] in places else found[0],
@@ -178,18 +179,18 @@ def _explain_missing(tree: Mapping[str, Any], kind: RunKind) -> str:
 
 
 def _apply_override(tree: Json, override: str, *, kind: RunKind) -> None:
-    place, equals, text = override.partition("=")
-    names = place.split(".")
+    key, equals, text = override.partition("=")
+    names = key.split(".")
     if names[0] in _KINDS and names[0] != kind:
         raise ConfigError(f'--set "{override}": the settings of this run are "{kind}", as {kind}.data')
     if not equals or not all(names):
-        raise ConfigError(f'--set "{override}": write PLACE=VALUE, for instance {kind}.seed=1')
+        raise ConfigError(f'--set "{override}": write KEY=VALUE, for instance {kind}.seed=1')
     try:
         value = parse_json(text)
     except json.JSONDecodeError:
         value = text
     except ValueError as error:
-        raise ConfigError(f'--set "{place}": {error}') from None
+        raise ConfigError(f'--set "{key}": {error}') from None
     node = tree
     for name in names[:-1]:
         child = node.setdefault(name, {})
@@ -210,42 +211,57 @@ def _read_settings(tree: Json, path: Path, *, kind: RunKind) -> Settings:
 
 def _describe(error: Mapping[str, Any], kind: RunKind) -> str:
     location = [str(part) for part in error["loc"]]
-    place = ".".join([kind, *location])
+    key = ".".join([kind, *location])
     match error["type"]:
         case "extra_forbidden":
-            return f'"{place}" is not a setting{_suggest(location, kind)}'
+            return f'"{key}" is not a setting{_suggest(location, kind)}'
         case "missing":
-            return f'"{place}" is missing: write it'
+            return f'"{key}" is missing: write it'
         case "value_error":
-            return f"{place}: {error['ctx']['error']}"
+            return f"{key}: {error['ctx']['error']}"
         case "string_pattern_mismatch" | "string_type" if location[-1] in _DURATIONS:
-            return (
-                f'{place}: {error["input"]!r} is no duration: write "300ep", "5000st", "1.5Msamples" or "2%"'
-            )
+            return f'{key}: {error["input"]!r} is no duration: write "300ep", "5000st", "1.5Msamples" or "2%"'
         case _:
-            return f"{place}: {error['msg'][0].lower()}{error['msg'][1:]}, not {error['input']!r}"
+            told = f"{error['msg'][0].lower()}{error['msg'][1:]}, not {error['input']!r}"
+            return f"{key}: {told}{_explain(location, kind)}"
+
+
+def _explain(location: Sequence[str], kind: RunKind) -> str:
+    """The first words of a setting's description, in brackets; nothing for what is no setting."""
+    section: type[BaseModel] | None = _KINDS[kind]
+    text = None
+    for name in location:
+        field = section.model_fields.get(name) if section else None
+        if field is None:
+            break
+        text, section = field.description, _find_section(field.annotation)
+    return f" ({text.split('. ')[0].split('; ')[0].rstrip('.')})" if text else ""
+
+
+def _find_section(annotation: Any) -> type[BaseModel] | None:
+    kinds = (annotation, *get_args(annotation))
+    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
 
 
 def _suggest(location: list[str], kind: RunKind) -> str:
-    places = _places(_KINDS[kind])
+    keys = _list_keys(_KINDS[kind])
     section, name = ".".join(location[:-1]), location[-1]
-    siblings = [place for place in places if place.rpartition(".")[0] == section]
-    sibling = nearest(name, [place.rpartition(".")[2] for place in siblings])
+    siblings = [key for key in keys if key.rpartition(".")[0] == section]
+    sibling = nearest(name, [key.rpartition(".")[2] for key in siblings])
     if sibling:
         return sibling
-    namesake = next((place for place in places if place.rpartition(".")[2] == name), None)
+    namesake = next((key for key in keys if key.rpartition(".")[2] == name), None)
     return f"; did you mean '{kind}.{namesake}'?" if namesake else ""
 
 
-def _places(section: type[BaseModel], prefix: str = "") -> list[str]:
-    """Dotted places of every setting and section below `section`."""
-    places = []
+def _list_keys(section: type[BaseModel], prefix: str = "") -> list[str]:
+    """Dotted keys of every setting and section below `section`."""
+    keys = []
     for name, field in section.model_fields.items():
-        places.append(f"{prefix}{name}")
-        for kind in (field.annotation, *get_args(field.annotation)):
-            if isinstance(kind, type) and issubclass(kind, BaseModel):
-                places += _places(kind, f"{prefix}{name}.")
-    return places
+        keys.append(f"{prefix}{name}")
+        if (inner := _find_section(field.annotation)) is not None:
+            keys += _list_keys(inner, f"{prefix}{name}.")
+    return keys
 
 
 SHIPPED = (

@@ -17,16 +17,22 @@ class CellConfig(Section):
     """A run: a run file beside the study's, and what is changed of it."""
 
     config: str
+    """A run file, relative to the study's."""
     set: tuple[str, ...] = ()
+    """What is changed of it, as "KEY=VALUE"."""
 
 
 class StudyConfig(Section):
     """Every encoder under every task."""
 
     pretrain: dict[Name, CellConfig] = Field(min_length=1)
+    """The encoders by name."""
     tasks: dict[Name, CellConfig] = Field(min_length=1)
-    random: str | None = None  # also judge an untrained encoder, built as the one of this name
-    out: str | None = None  # folder of the study; null = runs/<name of the file>
+    """The tasks by name, each done with every encoder."""
+    random: str | None = None
+    """Evaluate an untrained encoder too, built as the one of this name; null = none."""
+    out: str | None = None
+    """Folder of the study; null = runs/<name of the file>."""
 
     @model_validator(mode="after")
     def _random_is_known(self) -> "StudyConfig":
@@ -38,17 +44,24 @@ class StudyConfig(Section):
 
 
 def read_study(path: Path) -> StudyConfig:
-    """The study of a file. Raises ConfigError with the place of a mistake."""
+    """The study of a file. ConfigError names the key of a mistake."""
     try:
-        return StudyConfig.model_validate_json(json.dumps(parse_json(path.read_bytes())))
+        return StudyConfig.model_validate_json(json.dumps(_read(path)))
     except OSError as error:
         raise ConfigError(f"study file {path} cannot be read: {error.strerror}") from None
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        place = ".".join(str(part) for part in first["loc"])
-        raise ConfigError(f"{path}: {place + ': ' if place else ''}{first['msg']}") from None
+        key = ".".join(str(part) for part in first["loc"])
+        raise ConfigError(f"{path}: {key + ': ' if key else ''}{first['msg']}") from None
     except ValueError as error:
         raise ConfigError(f"{path}: {error}") from None
+
+
+def _read(path: Path) -> object:
+    tree = parse_json(path.read_bytes())
+    if isinstance(tree, dict):
+        tree.pop("$schema", None)  # for editors
+    return tree
 
 
 def dump_study(study: StudyConfig) -> dict[str, object]:

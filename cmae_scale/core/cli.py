@@ -40,20 +40,18 @@ def build_parser(description: str, *, examples: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--deepspeed_config", required=True, metavar="FILE", help="the run file (ds_configs/*.json)"
     )
-    parser.add_argument(
-        "--set",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="PLACE=VALUE",
-        help="override settings of the run file, e.g. zero_optimization.stage=3",
-    )
+    add_overrides(parser, help="override settings of the run file (docs/settings.md), e.g. cmae.seed=1")
     parser.add_argument("--out", metavar="DIR", help="run folder (as the setting out)")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     parser.add_argument(
         "--deepspeed", action="store_true", help=argparse.SUPPRESS
     )  # habit of DeepSpeed users
     return parser
+
+
+def add_overrides(parser: argparse.ArgumentParser, *, help: str) -> None:
+    """The option --set, which may come several times and takes several overrides each time."""
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help=help)
 
 
 def read_overrides(args: argparse.Namespace, *, kind: str = "cmae") -> list[str]:

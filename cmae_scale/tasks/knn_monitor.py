@@ -82,7 +82,7 @@ def open_knn_monitor(
     train, val = place_monitored(cfg)
     views = cfg.views
     crop = CropConfig(img_px=views.img_px, centre=views.img_px / views.master_px)
-    every = read_steps(knn.every, clock=clock, place="cmae.monitor.knn.every")
+    every = read_steps(knn.every, clock=clock, key="cmae.monitor.knn.every")
     labelled = open_labelled(train, val, data=cfg.data)
     evaluator = Evaluator(labelled, cfg.data, crop, knn.batch, world, device)
     return KnnMonitor(knn, cfg, evaluator, gather, compute, attention, max(1, every), clock.total_steps)

@@ -56,7 +56,7 @@ def test_defaults_follow_the_official_code(run_file: Path) -> None:
         ("optimizer.params.betass=1", "did you mean 'betas'?"),
         ("optimizer=AdamW", "optimizer must be an object"),
         ("mask.ratio=0.5", "\"mask\" is not a DeepSpeed setting; \"cmae.mask\" is one of ours"),
-        ("cmae.mask.ratio", "write PLACE=VALUE"),
+        ("cmae.mask.ratio", "write KEY=VALUE"),
         ("train_batch_size.x=1", "is not an object"),
     ],
 )  # fmt: skip

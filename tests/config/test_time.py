@@ -24,13 +24,13 @@ CLOCK = Clock(steps_per_epoch=313, batch_samples=4096, total_steps=1000)
     ],
 )
 def test_durations_become_steps(text: str, steps: int) -> None:
-    assert read_steps(text, clock=CLOCK, place="here") == steps
+    assert read_steps(text, clock=CLOCK, key="here") == steps
 
 
 @pytest.mark.parametrize("text", ["", "5", "ep", "-1ep", "1e3st", "5 ep", "5epochs"])
 def test_other_texts_are_refused_with_the_place(text: str) -> None:
     with pytest.raises(ConfigError, match=r"^here: "):
-        read_steps(text, clock=CLOCK, place="here")
+        read_steps(text, clock=CLOCK, key="here")
 
 
 def timetable_config(**schedule: str) -> CmaeConfig:
