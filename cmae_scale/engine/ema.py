@@ -6,7 +6,13 @@ import torch
 from torch import Tensor, nn
 
 from cmae_scale.core.collectives import sum_of_ranks
-from cmae_scale.engine.zero.partitions import drop_node_copies_, master_of, own_elements, partition_of
+from cmae_scale.engine.zero.partitions import (
+    drop_node_copies_,
+    is_partitioned,
+    master_of,
+    own_elements,
+    partition_of,
+)
 
 Pair = tuple[str, nn.Parameter, nn.Parameter]  # name, online, target
 
@@ -75,7 +81,7 @@ class TargetEma:
             values = partition_of(online) if self.masters is None else master_of(online)
             own, followed = own_elements(online, values), own_elements(online, target)
             squares += torch.stack([(own - followed).square().sum(), own.square().sum()]).to(self._device)
-        if hasattr(self.online[0], "ds_tensor"):
+        if is_partitioned(self.online[0]):
             squares = sum_of_ranks(squares)
         return (squares[0] / squares[1]).sqrt()
 

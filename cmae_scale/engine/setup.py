@@ -16,8 +16,8 @@ from cmae_scale.engine.checkpoint.metadata import DataOrder, build_metadata
 from cmae_scale.engine.metrics.health import Health
 from cmae_scale.engine.precision import Product, read_precision, settle_arithmetic
 from cmae_scale.engine.process.group import RankContext
-from cmae_scale.engine.start import build_model
 from cmae_scale.engine.train_state import TrainState, count_trainable, name_precision, start_train_state
+from cmae_scale.engine.zero.start import build_model
 from cmae_scale.layers.attention import AttentionShape, describe_attention, set_attention_
 from cmae_scale.sizing.flops import count_kept
 

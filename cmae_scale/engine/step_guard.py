@@ -1,10 +1,7 @@
 """A step that goes wrong moves nothing: neither weights nor target, moments, statistics nor counters.
 
-DeepSpeed looks at the norm of the whole gradient before it updates, on all ranks alike, and drops a step
-whose norm is not finite (ZeRO 1-3 and bf16, with a wait for the device that is there anyway). The guard makes
-everything that is wrong with a step show in that norm, gives plain fp32 at stage 0 the same check, and says
-what happened. Source: DeepSpeed 0.19.8, `_take_model_step` and the optimizers' `step`; at stage 0 in fp32 it
-updates with whatever it has.
+An update is left out when the norm of the whole gradient is not finite (see `zero.patches.CheckedUpdate`).
+The guard makes everything that is wrong with a step show in that norm, and says what happened.
 """
 
 import math
@@ -14,10 +11,11 @@ from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from cmae_scale.core.collectives import gather_objects, mean_of_ranks
 from cmae_scale.core.errors import DivergedError
+from cmae_scale.engine.zero.patches import CheckedUpdate
 
 SHOWN_SAMPLES = 8
 MAX_OVERFLOWS = (
@@ -107,16 +105,7 @@ class NonFiniteGuard:
         self._keys: Sequence[str] = ()
         self._step_loss: Tensor | None = None
         self._overflows = 0
-        # a plain torch optimizer, at stage 0 in fp32; under fp16 autocast torch's own scaler looks
-        self._norm_is_ours = (
-            not hasattr(engine.optimizer, "overflow") and engine.torch_autocast_z0_gradscaler is None
-        )
-        self._scales_loss = bool(
-            engine.fp16_enabled()
-            or engine.torch_autocast_z0_gradscaler
-            or getattr(engine.optimizer, "dynamic_loss_scale", False)  # fp16 autocast under ZeRO
-        )
-        self._insist_on_checks()
+        self._update = CheckedUpdate(engine)
         self._watch_backward()
 
     @torch.no_grad()
@@ -136,12 +125,12 @@ class NonFiniteGuard:
         moves nothing either.
         """
         try:
-            self._step_engine()
+            is_applied = self._update.step()
         except Exception as error:
             if "loss scale" not in str(error):
                 raise
             raise DivergedError(f"fp16 overflows at step {self._step} at any loss scale: use bf16") from error
-        if self.engine.was_step_applied():
+        if is_applied:
             self._overflows = 0
             if self.spike is not None and self._step_loss is not None:
                 self.statistics.add_(self._step_loss)
@@ -170,26 +159,13 @@ class NonFiniteGuard:
 
     def pass_over(self) -> None:
         """A step that is left out from the start: what is told of it is what is told of a bad one."""
-        self.engine._global_grad_norm = math.inf
+        self._update.pass_over()
 
     @torch.no_grad()
     def _undo(self) -> None:
         if self._buffers:
             torch._foreach_copy_(self._buffers, self._kept)
-        # ZeRO-3 has split the parameters that it keeps whole, and gathers them again only after an update
-        if whole := getattr(self.engine.optimizer, "persistent_parameters", []):
-            whole[0].all_gather(whole)
-
-    def _step_engine(self) -> None:
-        if not self._norm_is_ours:
-            self.engine.step()
-            return
-        optimizer = self.engine.optimizer
-        gradients = [p.grad for p in self.engine.module.parameters() if p.grad is not None]
-        norm = float(nn.utils.get_total_norm(gradients))
-        optimizer.overflow = not math.isfinite(norm)  # DeepSpeed asks every optimizer that has it
-        self.engine._global_grad_norm = norm
-        self.engine.step()
+        self._update.gather_whole_()
 
     def _explain(self, losses: Tensor) -> BadStep | None:
         """Why no update came, asked of all ranks. None: an fp16 overflow."""
@@ -203,7 +179,7 @@ class NonFiniteGuard:
             ranks = [rank for rank, count in enumerate(bad_parts) if count == max(bad_parts)]
         elif any(spiked for _, _, spiked in everywhere):
             cause = "loss jumped"
-        elif self._scales_loss:
+        elif self._update.scales_loss:
             return None
         else:
             cause = "gradient is not finite"
@@ -222,21 +198,6 @@ class NonFiniteGuard:
 
     def _rank(self) -> int:
         return int(self.engine.global_rank)
-
-    def _insist_on_checks(self) -> None:
-        """Have DeepSpeed look for NaN where a run file could have told it not to, and at stage 0 at all."""
-        optimizer = self.engine.optimizer
-        if hasattr(optimizer, "check_grad_overflow") and self.engine.bfloat16_enabled():
-            optimizer.check_grad_overflow = True
-        if not getattr(optimizer, "compute_grad_norm", True):
-            optimizer.check_grad_overflow = True
-        if self._norm_is_ours:
-            original = optimizer.step
-
-            def step(*args: Any) -> Any:
-                return None if getattr(optimizer, "overflow", False) else original(*args)
-
-            optimizer.step = step
 
     def _watch_backward(self) -> None:
         original = self.engine.backward

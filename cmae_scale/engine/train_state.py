@@ -18,8 +18,9 @@ from cmae_scale.engine.ema import Pair, TargetEma
 from cmae_scale.engine.metrics.step_timer import StepTimer
 from cmae_scale.engine.precision import Choices, Precision, read_precision
 from cmae_scale.engine.process.group import RankContext
-from cmae_scale.engine.start import Engine, start_engine
 from cmae_scale.engine.zero.checks import check_memory_plan
+from cmae_scale.engine.zero.partition_map import count_elements
+from cmae_scale.engine.zero.start import Engine, start_engine
 from cmae_scale.layers.attention import use_attention
 
 
@@ -135,7 +136,7 @@ def name_precision(precision: Precision) -> str:
 
 def count_trainable(module: nn.Module) -> int:
     """Trainable parameters, also where ZeRO-3 has split them."""
-    return sum(getattr(p, "ds_numel", p.numel()) for p in module.parameters() if p.requires_grad)
+    return sum(count_elements(p) for p in module.parameters() if p.requires_grad)
 
 
 def _open_folder(run: Run, context: RankContext) -> None:

@@ -8,7 +8,7 @@ import torch
 from timm.models.vision_transformer import Block
 
 from cmae_scale.core.errors import ConfigError
-from cmae_scale.engine.start import compile_blocks_
+from cmae_scale.engine.zero.start import compile_blocks_
 from cmae_scale.models import build_cmae
 
 

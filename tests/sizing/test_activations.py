@@ -8,7 +8,7 @@ import torch
 from cmae_scale.config.cmae import CmaeConfig, Remat
 from cmae_scale.config.precision import NumberFormats
 from cmae_scale.engine.pretraining import _hidden_patches
-from cmae_scale.engine.remat import choose_block_runner
+from cmae_scale.engine.zero.remat import choose_block_runner
 from cmae_scale.layers.attention import AttentionChoice, set_attention_, use_attention
 from cmae_scale.losses import infonce, pixel_loss
 from cmae_scale.models import build_cmae

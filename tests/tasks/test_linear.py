@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cmae_scale.engine.start import build_lars
+from cmae_scale.engine.zero.start import build_lars
 
 
 def step_lars_(weights: list[torch.Tensor], state: list[torch.Tensor], *, lr: float) -> None:

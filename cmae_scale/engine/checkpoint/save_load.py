@@ -21,8 +21,8 @@ from cmae_scale.core.collectives import gather_objects
 from cmae_scale.core.errors import ConfigError
 from cmae_scale.core.world import World
 from cmae_scale.engine.checkpoint.metadata import CheckpointMetadata
-from cmae_scale.engine.checkpoint.state import read_content, read_counters, write_content, write_counters
 from cmae_scale.engine.zero.partition_map import count_elements, list_partitions
+from cmae_scale.engine.zero.state import read_content, read_counters, write_content, write_counters
 
 # what PyTorch and the file system raise when a disk is full, read-only or gone
 _SAVE_ERRORS = (OSError, RuntimeError)

@@ -14,20 +14,13 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
-from deepspeed.monitor.config import get_monitor_config
-from deepspeed.monitor.monitor import MonitorMaster
+from cmae_scale.engine.zero.patches import SECTIONS, open_monitor
 
 Event = tuple[str, float | int, int]  # name, value, samples
 
-SECTIONS = ("tensorboard", "wandb", "csv_monitor", "comet")
 WANDB_TIMEOUT_S = "10"  # to reach the server; then the run is logged offline. wandb's own is 90
 WAITING_LINES = 1000  # of metrics, for a monitor that does not keep up; newer ones are dropped
 CLOSE_S = 10.0  # for what still waits when the run ends
-
-
-def without_monitors(settings: dict[str, Any]) -> dict[str, Any]:
-    """The ds_config for the engine: its own use of the monitors is off."""
-    return {name: value for name, value in settings.items() if name not in SECTIONS}
 
 
 class MetricsWriters:
@@ -44,7 +37,7 @@ class MetricsWriters:
         is_first: bool,
         say: Callable[[str], None],
         kept: dict[str, Any] | None = None,
-        build: Callable[[Any], Any] = MonitorMaster,
+        build: Callable[[str, dict[str, Any]], Any] = open_monitor,
     ) -> None:
         on = [name for name in SECTIONS if settings.get(name, {}).get("enabled", False)] if is_first else []
         if "wandb" in on and kept is not None:
@@ -68,7 +61,12 @@ class _Outlet:
     """One monitor and its thread: a stalled one keeps no other from writing."""
 
     def __init__(
-        self, name: str, section: dict[str, Any], *, say: Callable[[str], None], build: Callable[[Any], Any]
+        self,
+        name: str,
+        section: dict[str, Any],
+        *,
+        say: Callable[[str], None],
+        build: Callable[[str, dict[str, Any]], Any],
     ) -> None:
         self._name, self._section, self._say, self._build = name, section, say, build
         self._told: set[str] = set()
@@ -101,7 +99,7 @@ class _Outlet:
         if self._name == "wandb":
             self._settle_wandb()
         try:
-            return self._build(get_monitor_config({self._name: self._section}))
+            return self._build(self._name, self._section)
         except Exception as error:
             if self._name == "wandb" and os.environ.get("WANDB_MODE") != "offline":
                 self._tell_once(

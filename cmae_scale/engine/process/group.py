@@ -16,10 +16,7 @@ from cmae_scale.core.world import World, describe_task, read_world
 from cmae_scale.engine.process.devices import settle_threads, take_device
 from cmae_scale.engine.process.heartbeat import Heartbeat
 from cmae_scale.engine.process.signals import StopRequest
-
-# DeepSpeed's compiled shared-memory all-reduce serves tensor-parallel inference. Training does not need it,
-# and building it would cost minutes and a C++ compiler at the first start on a CPU.
-_UNUSED_OP = "deepspeed_shm_comm"
+from cmae_scale.engine.zero.patches import skip_unused_op
 
 _NEEDED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
@@ -77,7 +74,7 @@ def settle_environment() -> None:
 
 def join_group(world: World, device: torch.device, *, timeout_s: float) -> None:
     """Start the process group. Raises PeerMissingError when not all ranks come within `timeout_s`."""
-    deepspeed.ops.__compatible_ops__[_UNUSED_OP] = False
+    skip_unused_op()
     started_s = time.monotonic()
     try:
         deepspeed.init_distributed(

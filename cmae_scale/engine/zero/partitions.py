@@ -13,6 +13,11 @@ from cmae_scale.core.collectives import sum_of_ranks, world_size
 from cmae_scale.core.world import read_world
 
 
+def is_partitioned(parameter: nn.Parameter) -> bool:
+    """Whether ZeRO-3 has split `parameter` over the ranks."""
+    return hasattr(parameter, "ds_tensor")
+
+
 def partition_of(parameter: nn.Parameter) -> Tensor:
     """The elements of `parameter` that live on this rank: all of them below ZeRO-3."""
     shard: Any = getattr(parameter, "ds_tensor", None)
@@ -27,7 +32,7 @@ def master_of(parameter: nn.Parameter) -> Tensor:
     shard = partition_of(parameter)
     if not parameter.requires_grad:
         return shard.float()
-    if not hasattr(parameter, "ds_tensor"):
+    if not is_partitioned(parameter):
         whole = safe_get_full_fp32_param(parameter)
         return shard.float() if whole is None else whole.reshape(shard.shape)
     optimizer: Any = parameter._z3_optimizer  # type: ignore[attr-defined]
@@ -44,7 +49,7 @@ def own_elements(parameter: nn.Parameter, shard: Tensor) -> Tensor:
 
     ZeRO-3 cuts every parameter into equal parts; what fills up the last one is whatever was in memory.
     """
-    if not hasattr(parameter, "ds_tensor"):
+    if not is_partitioned(parameter):
         return shard
     begin = parameter.ds_zero_partition_rank * shard.numel()  # type: ignore[attr-defined]
     kept = min(shard.numel(), max(0, parameter.ds_numel - begin))  # type: ignore[attr-defined]
@@ -81,7 +86,7 @@ def _whole(parameter: nn.Parameter) -> Tensor:
         master = safe_get_full_fp32_param(parameter)
         if master is not None:
             return _copy(master.reshape(_shape(parameter)))
-    if hasattr(parameter, "ds_tensor"):
+    if is_partitioned(parameter):
         with deepspeed.zero.GatheredParameters([parameter]):
             return _copy(parameter)
     return _copy(parameter)

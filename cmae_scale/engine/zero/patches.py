@@ -1,8 +1,14 @@
-"""What DeepSpeed's engines do otherwise than a run needs, mended on a new engine; each with its reason."""
+"""What DeepSpeed does otherwise than a run needs, mended or used otherwise; each with its reason."""
 
+import math
 from typing import Any
 
+import deepspeed
+import torch
+from deepspeed.monitor.config import get_monitor_config
+from deepspeed.monitor.monitor import MonitorMaster
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
+from torch import nn
 
 Engine = Any  # deepspeed.DeepSpeedEngine, which ships no types
 
@@ -76,3 +82,82 @@ def _tell_skipped_steps(engine: Engine) -> None:
 
     scaler.step = step
     optimizer.register_step_post_hook(note_update)
+
+
+def skip_unused_op() -> None:
+    """Have DeepSpeed not compile its shared-memory all-reduce; before its process group is started.
+
+    It serves tensor-parallel inference. Training does not need it, and building it would cost minutes and a
+    C++ compiler at the first start on a CPU.
+    """
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+class CheckedUpdate:
+    """`engine.step()` that leaves out every update whose gradient is not finite, at any ZeRO stage.
+
+    DeepSpeed looks at the norm of the whole gradient before it updates, on all ranks alike, and drops a step
+    whose norm is not finite (ZeRO 1-3 and bf16). Plain fp32 at stage 0 gets the same check here. Source:
+    DeepSpeed 0.19.8, `_take_model_step` and the optimizers' `step`; at stage 0 in fp32 it updates with
+    whatever it has.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        optimizer = engine.optimizer
+        # a plain torch optimizer, at stage 0 in fp32; under fp16 autocast torch's own scaler looks
+        self._norm_is_ours = (
+            not hasattr(optimizer, "overflow") and engine.torch_autocast_z0_gradscaler is None
+        )
+        self.scales_loss = bool(
+            engine.fp16_enabled()
+            or engine.torch_autocast_z0_gradscaler
+            or getattr(optimizer, "dynamic_loss_scale", False)  # fp16 autocast under ZeRO
+        )
+        if hasattr(optimizer, "check_grad_overflow") and engine.bfloat16_enabled():
+            optimizer.check_grad_overflow = True  # a run file could have told it not to
+        if not getattr(optimizer, "compute_grad_norm", True):
+            optimizer.check_grad_overflow = True
+        if self._norm_is_ours:
+            original = optimizer.step
+
+            def step(*args: Any) -> Any:
+                return None if getattr(optimizer, "overflow", False) else original(*args)
+
+            optimizer.step = step
+
+    def step(self) -> bool:
+        """Update by the gradients that are there. Whether the weights moved."""
+        if self._norm_is_ours:
+            gradients = [p.grad for p in self._engine.module.parameters() if p.grad is not None]
+            norm = float(nn.utils.get_total_norm(gradients))
+            self._engine.optimizer.overflow = not math.isfinite(norm)  # asked of every optimizer that has it
+            self._engine._global_grad_norm = norm
+        self._engine.step()
+        return bool(self._engine.was_step_applied())
+
+    def pass_over(self) -> None:
+        """Tell the norm of a step that is left out from the start as that of one that was not finite."""
+        self._engine._global_grad_norm = math.inf
+
+    @torch.no_grad()
+    def gather_whole_(self) -> None:
+        """After a step that was left out: have the parameters whole again that ZeRO-3 keeps whole.
+
+        It has split them, and gathers them again only after an update.
+        """
+        if whole := getattr(self._engine.optimizer, "persistent_parameters", []):
+            whole[0].all_gather(whole)
+
+
+SECTIONS = ("tensorboard", "wandb", "csv_monitor", "comet")  # of a ds_config
+
+
+def without_monitors(settings: dict[str, Any]) -> dict[str, Any]:
+    """The ds_config for the engine: its own use of the monitors is off."""
+    return {name: value for name, value in settings.items() if name not in SECTIONS}
+
+
+def open_monitor(name: str, section: dict[str, Any]) -> Any:
+    """The monitor of one section, whose `write_events` takes what is logged."""
+    return MonitorMaster(get_monitor_config({name: section}))

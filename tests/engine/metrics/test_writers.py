@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from cmae_scale.engine.metrics import writers
-from cmae_scale.engine.metrics.writers import MetricsWriters, without_monitors
+from cmae_scale.engine.metrics.writers import MetricsWriters
+from cmae_scale.engine.zero.patches import without_monitors
 
 CSV = {"csv_monitor": {"enabled": True, "output_path": "x", "job_name": "y"}}
 TWO = {**CSV, "tensorboard": {"enabled": True, "output_path": "x", "job_name": "y"}}
@@ -32,7 +33,7 @@ class Sink:
 
 def test_what_is_written_arrives_in_order() -> None:
     sink = Sink(lambda: None)
-    opened = MetricsWriters(CSV, is_first=True, say=print, build=lambda config: sink)
+    opened = MetricsWriters(CSV, is_first=True, say=print, build=lambda *_: sink)
     for step in range(100):
         opened.write([("loss", 1.0, step)])
     opened.close()
@@ -44,7 +45,7 @@ def test_a_monitor_that_raises_is_told_of_once() -> None:
         raise OSError("[Errno 28] No space left on device")
 
     said: list[str] = []
-    opened = MetricsWriters(CSV, is_first=True, say=said.append, build=lambda config: Sink(fail))
+    opened = MetricsWriters(CSV, is_first=True, say=said.append, build=lambda *_: Sink(fail))
     for step in range(10):
         opened.write([("loss", 1.0, step)])
     opened.close()
@@ -52,7 +53,7 @@ def test_a_monitor_that_raises_is_told_of_once() -> None:
 
 
 def test_a_monitor_that_cannot_be_opened_is_told_of() -> None:
-    def build(config: Any) -> Any:
+    def build(*_: Any) -> Any:
         raise RuntimeError("no such server\nmore")
 
     said: list[str] = []
@@ -71,8 +72,8 @@ def test_a_stalled_monitor_holds_up_neither_training_nor_the_other_monitor(
     stalled, well = Sink(lambda: threading.Event().wait()), Sink(arrived.release)
     said: list[str] = []
 
-    def build(config: Any) -> Sink:
-        return stalled if config.csv_monitor.enabled else well
+    def build(name: str, _: Any) -> Sink:
+        return stalled if name == "csv_monitor" else well
 
     opened = MetricsWriters(TWO, is_first=True, say=said.append, build=build)
     for step in range(50):
@@ -84,7 +85,7 @@ def test_a_stalled_monitor_holds_up_neither_training_nor_the_other_monitor(
 
 
 def test_only_the_first_rank_opens_monitors() -> None:
-    opened = MetricsWriters(CSV, is_first=False, say=print, build=lambda config: pytest.fail("opened"))
+    opened = MetricsWriters(CSV, is_first=False, say=print, build=lambda *_: pytest.fail("opened"))
     opened.write([("loss", 1.0, 0)])
     opened.close()
 
@@ -105,7 +106,7 @@ def open_wandb(kept: dict[str, Any]) -> tuple[str | None, str | None]:
     """What wandb finds in the environment when it is opened."""
     found: list[str | None] = []
 
-    def build(config: Any) -> Sink:
+    def build(*_: Any) -> Sink:
         found.extend(os.environ.get(name) for name in ("WANDB_RUN_ID", "WANDB_RESUME"))
         return Sink(lambda: None)
 
@@ -133,7 +134,7 @@ def test_a_run_that_goes_on_is_the_same_one_for_wandb(
 
 def test_states_keep_nothing_for_monitors_that_are_off() -> None:
     kept: dict[str, Any] = {}
-    MetricsWriters(CSV, is_first=True, say=print, kept=kept, build=lambda config: Sink(lambda: None)).close()
+    MetricsWriters(CSV, is_first=True, say=print, kept=kept, build=lambda *_: Sink(lambda: None)).close()
     assert kept == {}
 
 

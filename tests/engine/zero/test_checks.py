@@ -124,7 +124,7 @@ def test_a_model_built_in_shards_has_the_weights_of_one_built_whole(
         import deepspeed
 
         from cmae_scale.engine.process.group import start_processes
-        from cmae_scale.engine.start import build_model
+        from cmae_scale.engine.zero.start import build_model
         from cmae_scale.models import build_cmae
 
         context = start_processes()

@@ -15,8 +15,8 @@ from cmae_scale.engine.inputs import draw_step
 from cmae_scale.engine.metrics.logger import MetricAverage, drop_later_lines, set_aside
 from cmae_scale.engine.precision import read_precision
 from cmae_scale.engine.pretraining import METRIC_NAMES, contrast_factor
-from cmae_scale.engine.remat import choose_block_runner
-from cmae_scale.engine.start import weight_decay_groups
+from cmae_scale.engine.zero.remat import choose_block_runner
+from cmae_scale.engine.zero.start import weight_decay_groups
 from cmae_scale.models import build_cmae
 
 

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from cmae_scale.config.cmae import Remat
 from cmae_scale.engine.process.group import start_processes
-from cmae_scale.engine.remat import choose_block_runner
+from cmae_scale.engine.zero.remat import choose_block_runner
 from cmae_scale.layers.blocks import build_blocks
 from cmae_scale.models.encoder import BlockRunner, run_block
 

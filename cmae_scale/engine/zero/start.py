@@ -15,11 +15,10 @@ from cmae_scale.config.cmae import Remat
 from cmae_scale.config.run_file import Run
 from cmae_scale.core.collectives import gather_objects
 from cmae_scale.core.errors import ConfigError
-from cmae_scale.engine.metrics.writers import without_monitors
-from cmae_scale.engine.remat import adapt_settings, choose_block_runner
 from cmae_scale.engine.zero.checks import check_memory_plan
 from cmae_scale.engine.zero.partitions import drop_node_copies_, partition_of
-from cmae_scale.engine.zero.patches import mend_engine_
+from cmae_scale.engine.zero.patches import mend_engine_, without_monitors
+from cmae_scale.engine.zero.remat import adapt_settings, choose_block_runner
 from cmae_scale.models import CMAE, build_cmae
 from cmae_scale.models.initial import start_from_
 
@@ -178,8 +177,8 @@ def check_settings(settings: dict[str, Any], run: Run) -> None:
         DeepSpeedConfig(dict(settings))
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        place = ".".join([_SECTIONS.get(error.title, error.title), *(str(part) for part in first["loc"])])
-        raise ConfigError(f"{run.path}: DeepSpeed refuses {place}: {first['msg']}") from None
+        key = ".".join([_SECTIONS.get(error.title, error.title), *(str(part) for part in first["loc"])])
+        raise ConfigError(f"{run.path}: DeepSpeed refuses {key}: {first['msg']}") from None
     except (
         ValueError,
         TypeError,
