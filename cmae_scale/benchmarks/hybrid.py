@@ -9,8 +9,7 @@ from torch import Tensor, nn
 
 from cmae_scale.config.cmae import CmaeConfig
 from cmae_scale.config.sizes import COARSE, FINE
-from cmae_scale.layers.masking import TokenMask, mask_from_noise, take_tokens
-from cmae_scale.layers.patches import patchify
+from cmae_scale.layers.tokens import TokenMask, mask_from_noise, patchify, take_tokens
 from cmae_scale.models.build import build_encoder, init_transformer_
 from cmae_scale.models.hybrid import HybridEncoder, place_sites
 from cmae_scale.report.records import Timing

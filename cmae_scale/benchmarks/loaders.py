@@ -118,7 +118,7 @@ def prepare_bare(course: Contender, *, threads: int) -> Batches:
     """
     images = [sample.image for shard in course.shards.shards for sample in shard.read(0, shard.info.samples)]
     draws = [
-        draw_uniforms(0, Purpose.CROP, place=(0, number, 0), count=CROP_DRAWS).tolist()
+        draw_uniforms(0, Purpose.CROP, slot=(0, number, 0), count=CROP_DRAWS).tolist()
         for number in range(course.samples)
     ]
 
@@ -173,7 +173,7 @@ def prepare_webdataset(course: Contender) -> Batches:
         data = torch.frombuffer(bytearray(sample["jpg"]), dtype=torch.uint8)
         return torch.as_tensor(crop(decode_jpeg(data, mode=ImageReadMode.RGB)))
 
-    places = [shard.place for shard in course.shards.shards]
+    places = [shard.location for shard in course.shards.shards]
     workers = min(course.workers, len(places))  # more of them would have no shard
     stored = webdataset.WebDataset(places, shardshuffle=100, seed=0).repeat().shuffle(PEER_WINDOW).map(decode)
     return _prepare_loader(course, stored, workers=workers)

@@ -17,7 +17,7 @@ from cmae_scale.core.files import write_text
 MASK = "*****"
 
 _VARIABLE = re.compile(r"\$\{(\w+)\}")
-_COMMAND = re.compile(r"pipe:(\S*)[ \t]+(?!\*)[^\n]*")  # a mask or more is how places.show_place ends one
+_COMMAND = re.compile(r"pipe:(\S*)[ \t]+(?!\*)[^\n]*")  # a mask or more is how places.show_location ends one
 _ADDRESS = re.compile(r"\b([A-Za-z][A-Za-z0-9+.-]*://)([^\s\"'<>]*)")
 # "user:password@", "token@"; a password may hold a slash, but "host:8080/" is none
 _USER = re.compile(r"(?!\[)[^/?#@]*:(?!\d*(?:[/?#]|$)).*@|[^/?#]*@")

@@ -10,7 +10,7 @@ from jaxtyping import Int64
 
 from cmae_scale.data.decode import GreyRange
 from cmae_scale.data.mix import MixPlan
-from cmae_scale.data.plan import DataPlan, Place, block_order, run_pieces
+from cmae_scale.data.plan import DataPlan, Slot, block_order, run_pieces
 from cmae_scale.data.shard_set import Shard, ShardSet
 
 
@@ -52,32 +52,32 @@ class Block:
         missing = len(self._order) - len(self.samples)
         self.samples.extend(islice(self._source, missing if samples is None else min(samples, missing)))
 
-    def candidates(self, place: int, *, distance: int) -> Iterator[StoredSample]:
-        """The sample at `place` of the shuffled block, then all others to replace it if it is bad.
+    def candidates(self, slot: int, *, distance: int) -> Iterator[StoredSample]:
+        """The sample at `slot` of the shuffled block, then all others to replace it if it is bad.
 
-        Those begin `distance` places on and wrap around. When that is the number of rows which the stream has
+        Those begin `distance` slots on and wrap around. When that is the number of rows which the stream has
         in a step, they belong to the next step, so that a global batch does not hold an image twice.
         """
         size = len(self._order)
-        others = ((place + distance + i) % size for i in range(size))
-        return (self.samples[self._order[i]] for i in chain([place], others))
+        others = ((slot + distance + i) % size for i in range(size))
+        return (self.samples[self._order[i]] for i in chain([slot], others))
 
 
 class BlockReader:
     """The blocks of one stream one after another, from that of `start` on, with at most two in memory."""
 
-    def __init__(self, part: Part, *, start: Place) -> None:
+    def __init__(self, part: Part, *, start: Slot) -> None:
         self._blocks = list_blocks(part, start=start)
         self._current: Block | None = None
         self._ahead = next(self._blocks)
 
-    def reach(self, place: Place) -> Block:
-        """The full block that `place` lies in: that of last time or a later one.
+    def reach(self, slot: Slot) -> Block:
+        """The full block that `slot` lies in: that of last time or a later one.
 
         Blocks between them are read and dropped: they are all another rank's, where a step takes more of a
         stream than a window holds.
         """
-        wanted = (place.epoch, place.block)
+        wanted = (slot.epoch, slot.block)
         while self._current is None or (self._current.epoch, self._current.number) < wanted:
             self._ahead.fill()
             self._current, self._ahead = self._ahead, next(self._blocks)
@@ -89,7 +89,7 @@ class BlockReader:
         self._ahead.fill(samples)
 
 
-def list_blocks(part: Part, *, start: Place) -> Iterator[Block]:
+def list_blocks(part: Part, *, start: Slot) -> Iterator[Block]:
     """Endless: all blocks of a stream from that of `start` on, still empty. Fill each before the next."""
     first = start.block
     for epoch in count(start.epoch):
@@ -114,7 +114,7 @@ class RawRow(NamedTuple):
     """One row of a batch before decoding: a position of a shuffled block."""
 
     block: Block
-    place: int
+    slot: int
 
 
 class RawBatch(NamedTuple):
@@ -150,10 +150,10 @@ def read_raw_batches(
             for row in own:
                 if stop.is_set():
                     return
-                part, place = plan.find_row(step=step, row=row)
-                if (reader := readers.get((part, place.stream))) is None:
-                    reader = readers[part, place.stream] = BlockReader(parts[part], start=place)
-                rows.append(RawRow(reader.reach(place), place.place))
+                part, slot = plan.find_row(step=step, row=row)
+                if (reader := readers.get((part, slot.stream))) is None:
+                    reader = readers[part, slot.stream] = BlockReader(parts[part], start=slot)
+                rows.append(RawRow(reader.reach(slot), slot.slot))
             yield RawBatch(step, micro, rows)
         for reader in readers.values():
             reader.read_ahead(plan.stream_rows)

@@ -8,7 +8,7 @@ import subprocess
 from typing import IO, TYPE_CHECKING
 
 from cmae_scale.core.errors import ConfigError
-from cmae_scale.data.places import COMMAND, NAME_FIELD, show_place
+from cmae_scale.data.locations import COMMAND, NAME_FIELD, show_location
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
@@ -25,8 +25,8 @@ class CommandFile(io.RawIOBase):
     writes more than `max_bytes`.
     """
 
-    def __init__(self, place: str, *, timeout_s: float, max_bytes: int) -> None:
-        self._place = place
+    def __init__(self, location: str, *, timeout_s: float, max_bytes: int) -> None:
+        self._location = location
         self._timeout_s = timeout_s
         self._max_bytes = max_bytes
         self._process: subprocess.Popen[bytes] | None = None
@@ -76,7 +76,7 @@ class CommandFile(io.RawIOBase):
                 self._process.kill()
                 self._process.wait()
             self._process = subprocess.Popen(  # noqa: S603 -- what the user allowed by name
-                split_command(self._place), stdout=subprocess.PIPE, stdin=subprocess.DEVNULL
+                split_command(self._location), stdout=subprocess.PIPE, stdin=subprocess.DEVNULL
             )
             self._reached = 0
         output = self._process.stdout
@@ -97,15 +97,15 @@ class CommandFile(io.RawIOBase):
         return data
 
 
-def split_command(place: str) -> list[str]:
-    """The words of the command, with the file's name in its place."""
-    command, _, name = place.removeprefix(f"{COMMAND}:").partition("\0")
+def split_command(location: str) -> list[str]:
+    """The words of the command, with the file's name put in."""
+    command, _, name = location.removeprefix(f"{COMMAND}:").partition("\0")
     try:
         words = shlex.split(command)
     except ValueError as error:
-        raise ConfigError(f"{show_place(place)} cannot be split into words ({error})") from None
+        raise ConfigError(f"{show_location(location)} cannot be split into words ({error})") from None
     if not any(NAME_FIELD in word for word in words):
         raise ConfigError(
-            f"{show_place(place)} does not say where the file's name belongs: write {NAME_FIELD} there"
+            f"{show_location(location)} does not say where the file's name belongs: write {NAME_FIELD} there"
         )
     return [word.replace(NAME_FIELD, name) for word in words]

@@ -46,7 +46,7 @@ Pixels = UInt8[Tensor, "crops 3 side side"]
 
 
 @dataclass(frozen=True)
-class SamplePlace:
+class SampleSlot:
     """What random numbers of a sample belong to: not the thread, rank or row that it is decoded for."""
 
     seed: int
@@ -55,8 +55,8 @@ class SamplePlace:
 
     def draw(self, purpose: Purpose, *, count: int, crop: int = 0) -> list[float]:
         """`count` numbers in [0, 1) for one purpose."""
-        place = (self.epoch, self.number, crop)
-        numbers: list[float] = draw_uniforms(self.seed, purpose, place=place, count=count).tolist()
+        slot = (self.epoch, self.number, crop)
+        numbers: list[float] = draw_uniforms(self.seed, purpose, slot=slot, count=count).tolist()
         return numbers
 
 
@@ -72,7 +72,7 @@ class Decoding(Protocol):
         """Their side, px."""
 
     def decode(
-        self, data: bytes, place: SamplePlace, *, out: Pixels, grey_range: GreyRange | None = None
+        self, data: bytes, slot: SampleSlot, *, out: Pixels, grey_range: GreyRange | None = None
     ) -> None:
         """Write the pictures, RGB, to `out`, whose channels lie last in memory.
 
@@ -98,7 +98,7 @@ class PretrainCrops:
         return self.views.master_px
 
     def decode(
-        self, data: bytes, place: SamplePlace, *, out: Pixels, grey_range: GreyRange | None = None
+        self, data: bytes, slot: SampleSlot, *, out: Pixels, grey_range: GreyRange | None = None
     ) -> None:
         """Random resized crops."""
         decode_crops(
@@ -108,7 +108,7 @@ class PretrainCrops:
             ratio=self.views.crop_ratio,
             max_mpx=self.max_mpx,
             grey_range=grey_range,
-            draws=[place.draw(Purpose.CROP, count=CROP_DRAWS, crop=crop) for crop in range(self.crops)],
+            draws=[slot.draw(Purpose.CROP, count=CROP_DRAWS, crop=crop) for crop in range(self.crops)],
             out=out,
         )
 
@@ -127,7 +127,7 @@ class CentreCrops:
         return self.crop.img_px
 
     def decode(
-        self, data: bytes, place: SamplePlace, *, out: Pixels, grey_range: GreyRange | None = None
+        self, data: bytes, slot: SampleSlot, *, out: Pixels, grey_range: GreyRange | None = None
     ) -> None:
         """One centre; nothing is random."""
         centre = decode_centre(

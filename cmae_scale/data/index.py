@@ -171,14 +171,14 @@ def _validate(text: bytes, path: str) -> IndexFile:
         return IndexFile.model_validate_json(text)
     except ValidationError as error:
         first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
-        raise DataError(f"{path}: {place}: {first['msg']}: make the shards again") from None
+        key = ".".join(str(part) for part in first["loc"])
+        raise DataError(f"{path}: {key}: {first['msg']}: make the shards again") from None
 
 
-def check_size(place: str, size: int | None, *, expected: ShardInfo) -> None:
+def check_size(location: str, size: int | None, *, expected: ShardInfo) -> None:
     """DataError if a shard's file has another size than its index says. None: not known before reading."""
     if size is not None and size != expected.bytes:
-        raise DataError(f"{place} has {size} bytes, {INDEX_NAME} says {expected.bytes}: {REMEDY}")
+        raise DataError(f"{location} has {size} bytes, {INDEX_NAME} says {expected.bytes}: {REMEDY}")
 
 
 def measure_shard(path: str | Path) -> int:

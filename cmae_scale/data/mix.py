@@ -13,7 +13,7 @@ from itertools import accumulate
 
 from cmae_scale.config.cmae import DataConfig
 from cmae_scale.core.errors import ConfigError
-from cmae_scale.data.plan import DataPlan, Place, plan_streams
+from cmae_scale.data.plan import DataPlan, Slot, plan_streams
 from cmae_scale.data.shard_set import ShardSet
 
 SEED_STEP = 1 << 32  # between the seeds of two sets: equal shards should not be shuffled equally
@@ -79,8 +79,8 @@ class MixPlan:
         """The number of each part's first shard among all shards."""
         return [0, *accumulate(len(part.shard_samples) for part in self.parts[:-1])]
 
-    def find_row(self, *, step: int, row: int) -> tuple[int, Place]:
-        """The part that fills `row` of the global batch of `step`, and the place in that part's own plan."""
+    def find_row(self, *, step: int, row: int) -> tuple[int, Slot]:
+        """The part that fills `row` of the global batch of `step`, and the slot in that part's own plan."""
         stream, row_in_stream = divmod(row, self.stream_rows)
         owner, own_stream = self._own_streams[stream]
         part = self.parts[owner]

@@ -41,10 +41,10 @@ def write_offsets(shard: Path, offsets: list[int], *, sha256: str) -> None:
     write_text(shard.with_name(offsets_name(shard.name)), text + "\n")
 
 
-def read_offsets(storage: Storage, place: str, *, expected: ShardInfo) -> list[int] | None:
-    """The offsets of a shard from the file `place`; None if it is missing or of another content."""
+def read_offsets(storage: Storage, location: str, *, expected: ShardInfo) -> list[int] | None:
+    """The offsets of a shard from the file `location`; None if it is missing or of another content."""
     try:
-        text = read_text(storage, place)
+        text = read_text(storage, location)
         if text is None:
             return None
         content = _OffsetsFile.model_validate_json(text)

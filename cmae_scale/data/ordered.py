@@ -14,7 +14,7 @@ from cmae_scale.config.cmae import DataConfig, ViewsConfig
 from cmae_scale.core.errors import DataError
 from cmae_scale.data.blocks import Block, RawBatch, RawRow, StoredSample
 from cmae_scale.data.decode import BadSamples, decode_centre
-from cmae_scale.data.decoding import Decoding, SamplePlace, allocate_for
+from cmae_scale.data.decoding import Decoding, SampleSlot, allocate_for
 from cmae_scale.data.plan import Piece
 from cmae_scale.data.shard_set import ShardSet
 from cmae_scale.data.stream import NO_LABEL, BatchStream, DecodedRow
@@ -43,7 +43,7 @@ def open_ordered(
     pieces = share_pieces(count_samples(shards, fraction), rank=rank, ranks=ranks)
 
     def decode(row: RawRow, out: torch.Tensor) -> DecodedRow:
-        return _decode_exactly(row.block.samples[row.place], decoding=decoding, bad=bad, out=out)
+        return _decode_exactly(row.block.samples[row.slot], decoding=decoding, bad=bad, out=out)
 
     return BatchStream(
         _read_batches(shards, pieces, batch=batch, stop=stop),
@@ -101,15 +101,15 @@ def _read_samples(shards: ShardSet, pieces: Sequence[Piece]) -> Iterator[StoredS
 def _as_batch(samples: list[StoredSample], step: int) -> RawBatch:
     block = Block(0, step, order=np.arange(len(samples)), source=iter(samples))
     block.fill()
-    return RawBatch(step, 0, [RawRow(block, place) for place in range(len(samples))])
+    return RawBatch(step, 0, [RawRow(block, slot) for slot in range(len(samples))])
 
 
 def _decode_exactly(
     sample: StoredSample, *, decoding: Decoding, bad: BadSamples, out: torch.Tensor
 ) -> DecodedRow:
     try:
-        place = SamplePlace(0, 0, sample.number)
-        decoding.decode(sample.image, place, out=out, grey_range=sample.grey_range)
+        slot = SampleSlot(0, 0, sample.number)
+        decoding.decode(sample.image, slot, out=out, grey_range=sample.grey_range)
     except DataError as error:
         bad.add(sample.key, str(error))
         out.zero_()

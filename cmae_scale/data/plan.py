@@ -2,7 +2,7 @@
 
 An epoch shuffles the shards, lays their samples in one row and cuts it into `streams` equal runs, each
 shuffled in blocks of `window` samples. Every step takes the same number of samples of each run, so the shards
-are read front to back in `streams` places at once. A rank serves the rows of the global batch that are its
+are read front to back in `streams` slots at once. A rank serves the rows of the global batch that are its
 own: how many ranks, threads or restarts there are cannot change what a row holds.
 """
 
@@ -24,7 +24,7 @@ BLOCK_WORDS = 4
 
 
 class Purpose(IntEnum):
-    """What numbers are for, so that equal places of different uses do not share them."""
+    """What numbers are for, so that equal slots of different uses do not share them."""
 
     SHARD_ORDER = 1
     EPOCH_START = 2
@@ -55,28 +55,28 @@ _OWN = _Own()
 
 
 def draw_words(
-    seed: int, purpose: Purpose, *, place: tuple[int, int, int], count: int
+    seed: int, purpose: Purpose, *, slot: tuple[int, int, int], count: int
 ) -> UInt64[np.ndarray, " count"]:
-    """`count` uniform 64-bit words of one place. `seed` counts modulo 2^64."""
+    """`count` uniform 64-bit words of one slot. `seed` counts modulo 2^64."""
     key, counter = _OWN.key, _OWN.counter
     key[0], key[1] = seed % WORD, int(purpose)
-    counter[1], counter[2], counter[3] = place
+    counter[1], counter[2], counter[3] = slot
     _OWN.generator.state = _OWN.state
     return np.asarray(_OWN.generator.random_raw(count))
 
 
 def draw_uniforms(
-    seed: int, purpose: Purpose, *, place: tuple[int, int, int], count: int
+    seed: int, purpose: Purpose, *, slot: tuple[int, int, int], count: int
 ) -> Float64[np.ndarray, " count"]:
     """`count` numbers in [0, 1), multiples of 2^-53."""
-    return (draw_words(seed, purpose, place=place, count=count) >> np.uint64(11)) * 2.0**-53
+    return (draw_words(seed, purpose, slot=slot, count=count) >> np.uint64(11)) * 2.0**-53
 
 
 def draw_permutation(
-    seed: int, purpose: Purpose, *, place: tuple[int, int, int], count: int
+    seed: int, purpose: Purpose, *, slot: tuple[int, int, int], count: int
 ) -> Int64[np.ndarray, " count"]:
     """0 .. count-1 in random order."""
-    return np.argsort(draw_words(seed, purpose, place=place, count=count), kind="stable")
+    return np.argsort(draw_words(seed, purpose, slot=slot, count=count), kind="stable")
 
 
 MAX_STREAMS = 64  # of `plan_streams` left to itself: each costs a file handle and up to two windows of memory
@@ -90,13 +90,13 @@ class Piece(NamedTuple):
     samples: int
 
 
-class Place(NamedTuple):
-    """Where a row is found: position `place` of the shuffled block number `block` of one run."""
+class Slot(NamedTuple):
+    """Where a row is found: position `slot` of the shuffled block number `block` of one run."""
 
     epoch: int
     stream: int
     block: int
-    place: int
+    slot: int
 
 
 @dataclass(frozen=True)
@@ -151,12 +151,12 @@ class DataPlan:
         """Samples that an epoch leaves out: others in every epoch, because it starts elsewhere."""
         return self.total - self.samples_per_epoch
 
-    def find_row(self, *, step: int, row: int) -> Place:
+    def find_row(self, *, step: int, row: int) -> Slot:
         """Which shuffled block, and where in it, holds `row` of the batch of `step` (counted from 0)."""
         epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
         stream, row_in_stream = divmod(row, self.stream_rows)
-        block, place = divmod(step_in_epoch * self.stream_rows + row_in_stream, self.window)
-        return Place(epoch, stream, block, place)
+        block, slot = divmod(step_in_epoch * self.stream_rows + row_in_stream, self.window)
+        return Slot(epoch, stream, block, slot)
 
     @property
     def fingerprint(self) -> str:
@@ -179,7 +179,7 @@ def block_samples(plan: DataPlan, block: int) -> int:
 def block_order(plan: DataPlan, *, epoch: int, stream: int, block: int) -> Int64[np.ndarray, " samples"]:
     """For every position of the shuffled block, which of its samples (in reading order) stands there."""
     return draw_permutation(
-        plan.seed, Purpose.BLOCK_ORDER, place=(epoch, stream, block), count=block_samples(plan, block)
+        plan.seed, Purpose.BLOCK_ORDER, slot=(epoch, stream, block), count=block_samples(plan, block)
     )
 
 
@@ -202,11 +202,11 @@ def epoch_pieces(plan: DataPlan, epoch: int) -> list[Piece]:
     after their last whole step are not always the same ones, even with a single shard.
     """
     order = draw_permutation(
-        plan.seed, Purpose.SHARD_ORDER, place=(epoch, 0, 0), count=len(plan.shard_samples)
+        plan.seed, Purpose.SHARD_ORDER, slot=(epoch, 0, 0), count=len(plan.shard_samples)
     ).tolist()
     head, *others = order
     size = plan.shard_samples[head]
-    word = draw_words(plan.seed, Purpose.EPOCH_START, place=(epoch, 0, 0), count=1)
+    word = draw_words(plan.seed, Purpose.EPOCH_START, slot=(epoch, 0, 0), count=1)
     begin = int(word[0]) % size
     return [
         Piece(head, begin, size - begin),

@@ -19,7 +19,7 @@ from cmae_scale.config.transfer import CropConfig
 from cmae_scale.core.errors import ConfigError
 from cmae_scale.data.crops import decode_pixels
 from cmae_scale.data.decode import CROP_DRAWS, GreyRange, random_crop_box
-from cmae_scale.data.decoding import Pixels, SamplePlace
+from cmae_scale.data.decoding import Pixels, SampleSlot
 from cmae_scale.data.plan import Purpose
 
 _NUMBERS = 4  # of each operation: which one, whether at all, how strong, which way
@@ -124,17 +124,17 @@ class TrainingCrops:
         return self.crop.img_px
 
     def decode(
-        self, data: bytes, place: SamplePlace, *, out: Pixels, grey_range: GreyRange | None = None
+        self, data: bytes, slot: SampleSlot, *, out: Pixels, grey_range: GreyRange | None = None
     ) -> None:
         """One crop."""
         pixels = decode_pixels(data, max_mpx=self.max_mpx, grey_range=grey_range)
         height, width, _ = pixels.shape
-        draws = place.draw(Purpose.CROP, count=CROP_DRAWS)
+        draws = slot.draw(Purpose.CROP, count=CROP_DRAWS)
         box = random_crop_box(width, height, scale=self.crop.scale, ratio=self.crop.ratio, draws=draws)
         part = torch.from_numpy(pixels)[box.top : box.bottom, box.left : box.right].permute(2, 0, 1)[None]
         size = (self.side, self.side)
         picture = F.interpolate(part, size, mode="bicubic", antialias=True, align_corners=False)[0]
-        flip, *numbers = place.draw(Purpose.AUGMENT, count=1 + self._count_numbers())
+        flip, *numbers = slot.draw(Purpose.AUGMENT, count=1 + self._count_numbers())
         if flip < self.crop.flip_p:
             picture = picture.flip(-1)
         if self.augmentation is None:

@@ -1,7 +1,7 @@
 """Files of object stores and web servers, read in ranges through fsspec.
 
 A range that fails, stalls or comes short is asked for again, so a broken transfer costs one range and never
-the place in the file. While one range is read the next is on its way. Messages hold no query, user or
+the location in the file. While one range is read the next is on its way. Messages hold no query, user or
 password of an address, and nothing of what a library says about a request: its text may hold a token.
 """
 
@@ -17,9 +17,9 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from cmae_scale.core.errors import ConfigError, DataError
-from cmae_scale.data.answers import Failure, fetch_http, fetch_s3, say_too_much, understand_error
 from cmae_scale.data.cache import ChunkCache
-from cmae_scale.data.places import read_scheme, show_place
+from cmae_scale.data.locations import read_scheme, show_location
+from cmae_scale.data.remote_errors import Failure, fetch_http, fetch_s3, say_too_much, understand_error
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
@@ -43,24 +43,24 @@ class Remote:
         self.cache = cache
 
     def open_file(
-        self, place: str, *, max_bytes: int, end: int | None = None, version: str | None = None
+        self, location: str, *, max_bytes: int, end: int | None = None, version: str | None = None
     ) -> io.RawIOBase:
         """The file, read range by range. DataError if it is missing. Cached if its content has a name."""
-        size = self.measure([place])[0]
-        return RemoteFile(self, place, size=size, max_bytes=max_bytes, end=end, version=version)
+        size = self.measure([location])[0]
+        return RemoteFile(self, location, size=size, max_bytes=max_bytes, end=end, version=version)
 
-    def measure(self, places: Sequence[str]) -> list[int | None]:
+    def measure(self, locations: Sequence[str]) -> list[int | None]:
         """Sizes as the server tells them; None where it does not. DataError if one is missing."""
 
         async def measure_all() -> list[int | None]:
             gate = asyncio.Semaphore(AT_ONCE)
 
-            async def measure_one(place: str) -> int | None:
+            async def measure_one(location: str) -> int | None:
                 async with gate:
-                    size = (await self._repeat(place, lambda: self._info(place))).get("size")
+                    size = (await self._repeat(location, lambda: self._info(location))).get("size")
                 return size if isinstance(size, int) else None
 
-            return list(await asyncio.gather(*map(measure_one, places)))
+            return list(await asyncio.gather(*map(measure_one, locations)))
 
         return self.start(measure_all()).result()
 
@@ -70,7 +70,9 @@ class Remote:
         try:
             found = self._files.glob(pattern)
         except Exception as error:  # every store has errors of its own
-            raise DataError(f"{show_place(pattern)} cannot be listed ({understand_error(error)})") from None
+            raise DataError(
+                f"{show_location(pattern)} cannot be listed ({understand_error(error)})"
+            ) from None
         return sorted(each if "://" in each else f"{scheme}://{each}" for each in found)
 
     def start(self, work: Coroutine[Any, Any, T]) -> "Future[T]":
@@ -79,21 +81,21 @@ class Remote:
 
         return asyncio.run_coroutine_threadsafe(work, get_loop())
 
-    async def fetch(self, place: str, start: int, end: int | None, *, max_bytes: int) -> bytes:
+    async def fetch(self, location: str, start: int, end: int | None, *, max_bytes: int) -> bytes:
         """Bytes `start` to `end` of a file, exactly as many; all, `max_bytes` at most, if `end` is None."""
         most = max_bytes if end is None else end - start
 
         async def fetch_once() -> bytes:
-            data = await self._cat(place, start, end, max_bytes=most)
+            data = await self._cat(location, start, end, max_bytes=most)
             if len(data) > most:
                 raise say_too_much(most, is_range=end is not None)
             if end is not None and len(data) < end - start:
                 raise Failure(f"{len(data)} of {end - start} bytes came")
             return data
 
-        return await self._repeat(place, fetch_once)
+        return await self._repeat(location, fetch_once)
 
-    async def _repeat(self, place: str, once: Callable[[], Awaitable[T]]) -> T:
+    async def _repeat(self, location: str, once: Callable[[], Awaitable[T]]) -> T:
         for attempt in range(self._retries + 1):
             try:
                 return await asyncio.wait_for(once(), self._timeout_s)
@@ -104,23 +106,23 @@ class Remote:
             except Exception as error:  # every store has errors of its own
                 failure = understand_error(error)
             if failure.is_missing:
-                raise FileNotFoundError(errno.ENOENT, "it is not there", show_place(place))
+                raise FileNotFoundError(errno.ENOENT, "it is not there", show_location(location))
             if failure.is_final or attempt == self._retries:
                 break
             pause_s = min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2**attempt) * random.uniform(0.5, 1)  # noqa: S311
             pause_s = max(pause_s, min(failure.wait_s, self._timeout_s))
-            LOG.info("%s: %s, asked again in %.1f s", show_place(place), failure, pause_s)
+            LOG.info("%s: %s, asked again in %.1f s", show_location(location), failure, pause_s)
             await asyncio.sleep(pause_s)
         raise DataError(
-            f"{show_place(place)} cannot be read: {failure} (asked {attempt + 1} times): look at the server "
-            "and at your permissions, or raise cmae.data.read_retries or read_timeout_s"
+            f"{show_location(location)} cannot be read: {failure} (asked {attempt + 1} times): look at the "
+            "server and at your permissions, or raise cmae.data.read_retries or read_timeout_s"
         )
 
-    async def _cat(self, place: str, start: int, end: int | None, *, max_bytes: int) -> bytes:
-        if read_scheme(place) in ("http", "https"):
-            return await fetch_http(self._files, place, start, end, max_bytes=max_bytes)
-        path = self._files._strip_protocol(place)
-        if read_scheme(place) == "s3":
+    async def _cat(self, location: str, start: int, end: int | None, *, max_bytes: int) -> bytes:
+        if read_scheme(location) in ("http", "https"):
+            return await fetch_http(self._files, location, start, end, max_bytes=max_bytes)
+        path = self._files._strip_protocol(location)
+        if read_scheme(location) == "s3":
             return await fetch_s3(self._files, path, start, end, max_bytes=max_bytes)
         if self._files.async_impl:
             return bytes(await self._files._cat_file(path, start=start, end=end))
@@ -128,8 +130,8 @@ class Remote:
         read = partial(self._files.cat_file, path, start=start, end=end, cache_type="none")
         return bytes(await asyncio.to_thread(read))
 
-    async def _info(self, place: str) -> dict[str, Any]:
-        path = self._files._strip_protocol(place)
+    async def _info(self, location: str) -> dict[str, Any]:
+        path = self._files._strip_protocol(location)
         if self._files.async_impl:
             return dict(await self._files._info(path))
         return dict(await asyncio.to_thread(self._files.info, path))
@@ -139,13 +141,13 @@ class RemoteFile(io.RawIOBase):
     """A file of a server, read in ranges that lie on a grid, so that a cache can keep them.
 
     Seeks cost nothing; reading on asks for the next range while this one is used. Without a cache, no byte
-    before the place of a seek and none from `end` on is asked for.
+    before the location of a seek and none from `end` on is asked for.
     """
 
     def __init__(
         self,
         remote: Remote,
-        place: str,
+        location: str,
         *,
         size: int | None,
         max_bytes: int,
@@ -153,9 +155,9 @@ class RemoteFile(io.RawIOBase):
         version: str | None,
     ) -> None:
         self._remote = remote
-        self._place = place
+        self._location = location
         self._cache = remote.cache if version is not None else None
-        self._kept_as = f"{place}\n{version}"
+        self._kept_as = f"{location}\n{version}"
         self._size = size
         self._max_bytes = max_bytes
         self._end = end if size is None or end is None else min(size, end)
@@ -236,12 +238,12 @@ class RemoteFile(io.RawIOBase):
         return self._remote.start(self._fetch_cached(self._cache, start, end))
 
     def _fetch(self, start: int, end: int | None) -> "Future[bytes]":
-        return self._remote.start(self._remote.fetch(self._place, start, end, max_bytes=self._max_bytes))
+        return self._remote.start(self._remote.fetch(self._location, start, end, max_bytes=self._max_bytes))
 
     async def _fetch_cached(self, cache: ChunkCache, start: int, end: int) -> bytes:
         data = await asyncio.to_thread(cache.read, self._kept_as, start, end - start)
         if data is None:
-            data = await self._remote.fetch(self._place, start, end, max_bytes=self._max_bytes)
+            data = await self._remote.fetch(self._location, start, end, max_bytes=self._max_bytes)
             await asyncio.to_thread(cache.write, self._kept_as, start, data)
         return data
 

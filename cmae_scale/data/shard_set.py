@@ -18,9 +18,16 @@ from cmae_scale.data.index import (
     read_value_range,
     reads_by_stem,
 )
+from cmae_scale.data.locations import (
+    COMMAND,
+    expand_braces,
+    join_location,
+    read_scheme,
+    show_location,
+    split_location,
+)
 from cmae_scale.data.offsets import offsets_name, read_offsets
-from cmae_scale.data.places import COMMAND, expand_braces, join_place, read_scheme, show_place, split_place
-from cmae_scale.data.storage import Storage, find_places, open_storage, read_text
+from cmae_scale.data.storage import Storage, find_locations, open_storage, read_text
 from cmae_scale.data.tar import MAX_LABEL, RawSample, read_samples
 
 
@@ -41,9 +48,9 @@ class Shard:
     grey_range: GreyRange | None = None
 
     @property
-    def place(self) -> str:
+    def location(self) -> str:
         """What to open."""
-        return join_place(self.folder, self.info.name)
+        return join_location(self.folder, self.info.name)
 
     def read(self, first: int, count: int) -> Iterator[RawSample]:
         """Samples number `first` to `first + count`, without labels if the set has none (see tar).
@@ -52,10 +59,10 @@ class Shard:
         """
         offsets = None
         if count < self.info.samples:
-            place = join_place(self.folder, offsets_name(self.info.name))
-            offsets = read_offsets(self.storage, place, expected=self.info)
+            location = join_location(self.folder, offsets_name(self.info.name))
+            offsets = read_offsets(self.storage, location, expected=self.info)
         samples = read_samples(
-            self.place,
+            self.location,
             first=first,
             count=count,
             expected=self.info,
@@ -93,33 +100,33 @@ class ShardSet:
 
     def describe(self) -> str:
         """The folders, for messages."""
-        return ", ".join(dict.fromkeys(show_place(shard.folder) for shard in self.shards))
+        return ", ".join(dict.fromkeys(show_location(shard.folder) for shard in self.shards))
 
 
-def open_shards(places: str | Sequence[str], *, data: DataConfig, measure: bool = True) -> ShardSet:
+def open_shards(locations: str | Sequence[str], *, data: DataConfig, measure: bool = True) -> ShardSet:
     """The shards of the setting cmae.data.shards (or val_shards), each there and of the right size.
 
     Without `measure` only their indexes are read, and none is asked for its size.
     Raises DataError when an index or a shard is missing, or when folders that are to be one data set have
-    other classes; ConfigError for places that cannot be read at all.
+    other classes; ConfigError for locations that cannot be read at all.
     """
-    entries = [places] if isinstance(places, str) else list(places)
+    entries = [locations] if isinstance(locations, str) else list(locations)
     parts = [list(_read_entry(entry, data=data)) for entry in entries]
     folders = [folder for part in parts for folder in part]
-    is_mixed = data.mix is not None and not isinstance(places, str)
+    is_mixed = data.mix is not None and not isinstance(locations, str)
     same_classes = all(folder.classes == folders[0].classes for folder in folders)
     if not same_classes and not is_mixed:
         other = next(folder for folder in folders if folder.classes != folders[0].classes)
         raise DataError(
-            f"{show_place(other.place)} has other classes than {show_place(folders[0].place)} "
+            f"{show_location(other.location)} has other classes than {show_location(folders[0].location)} "
             f"({tell_apart(other.classes, folders[0].classes)}): they cannot be one data set (with "
             "cmae.data.mix they can, without labels)"
         )
-    names = _distinguish([folder.place for folder in folders])
+    names = _distinguish([folder.location for folder in folders])
     shards = [
         Shard(
-            folder.place,
-            names[folder.place] + info.name,
+            folder.location,
+            names[folder.location] + info.name,
             info,
             folder.storage,
             has_labels=same_classes and bool(folder.classes),
@@ -130,8 +137,8 @@ def open_shards(places: str | Sequence[str], *, data: DataConfig, measure: bool 
         for folder in folders
         for info in folder.shards
     ]
-    if len({shard.place for shard in shards}) < len(shards):
-        raise ConfigError(f"cmae.data.shards names a shard twice: {', '.join(map(show_place, entries))}")
+    if len({shard.location for shard in shards}) < len(shards):
+        raise ConfigError(f"cmae.data.shards names a shard twice: {', '.join(map(show_location, entries))}")
     if measure:
         _check_sizes(folders)
     return ShardSet(
@@ -145,7 +152,7 @@ def open_shards(places: str | Sequence[str], *, data: DataConfig, measure: bool 
 class _Folder:
     """A folder and those of its shards that were asked for."""
 
-    place: str
+    location: str
     storage: Storage
     shards: tuple[ShardInfo, ...]
     classes: tuple[str, ...]
@@ -161,60 +168,63 @@ def _read_entry(entry: str, *, data: DataConfig) -> Iterator[_Folder]:
     entry = fill_in(entry)
     storage = open_storage(entry, data)
     chosen: dict[str, list[str]] = {}  # tars by folder; none named means all
-    for place in expand_braces(entry):
+    for location in expand_braces(entry):
         names: list[str] = []
-        if place.endswith(".tar") and read_scheme(place) != COMMAND:
-            place, name = split_place(place)
+        if location.endswith(".tar") and read_scheme(location) != COMMAND:
+            location, name = split_location(location)
             names.append(name)
-        for folder in find_places(storage, place):
+        for folder in find_locations(storage, location):
             chosen.setdefault(folder, []).extend(names)
     for folder, names in chosen.items():
         yield _read_folder(folder, names, storage=storage)
 
 
-def _read_folder(place: str, names: list[str], *, storage: Storage) -> _Folder:
-    index_place = join_place(place, INDEX_NAME)
-    text = read_text(storage, index_place)
+def _read_folder(location: str, names: list[str], *, storage: Storage) -> _Folder:
+    index_location = join_location(location, INDEX_NAME)
+    text = read_text(storage, index_location)
     if text is None:
-        raise missing_index(show_place(place))
-    index = parse_text(text, name=show_place(index_place))
+        raise missing_index(show_location(location))
+    index = parse_text(text, name=show_location(index_location))
     shards = index.shards
     if names:
+        shown = show_location(index_location)
         for name in names:
             if not any(fnmatchcase(shard.name, name) for shard in shards):
-                raise DataError(f"{show_place(index_place)} lists no shard {name}: look at cmae.data.shards")
+                raise DataError(f"{shown} lists no shard {name}: look at cmae.data.shards")
         shards = tuple(shard for shard in shards if any(fnmatchcase(shard.name, name) for name in names))
     return _Folder(
-        place,
+        location,
         storage,
         shards,
         index.classes,
         by_stem=reads_by_stem(index.options),
-        grey_range=read_value_range(index.options, name=show_place(index_place)),
+        grey_range=read_value_range(index.options, name=show_location(index_location)),
     )
 
 
 def _check_sizes(folders: Sequence[_Folder]) -> None:
     for folder in folders:
-        places = [join_place(folder.place, shard.name) for shard in folder.shards]
+        locations = [join_location(folder.location, shard.name) for shard in folder.shards]
         try:
-            sizes = folder.storage.measure(places)
+            sizes = folder.storage.measure(locations)
         except FileNotFoundError as error:
             raise DataError(f"{error.filename} is missing: copy it again, or make the shards again") from None
-        for place, size, shard in zip(places, sizes, folder.shards, strict=True):
-            check_size(show_place(place), size, expected=shard)
+        for location, size, shard in zip(locations, sizes, folder.shards, strict=True):
+            check_size(show_location(location), size, expected=shard)
 
 
-def _distinguish(places: Sequence[str]) -> dict[str, str]:
+def _distinguish(locations: Sequence[str]) -> dict[str, str]:
     """What the names of each folder's shards begin with: nothing for a lone one, else the difference."""
-    shown = {place: show_place(place) for place in places}
+    shown = {location: show_location(location) for location in locations}
     if len(shown) == 1:
         return dict.fromkeys(shown, "")
     try:
         shared = posixpath.commonpath(list(shown.values()))
     except ValueError:  # paths from the root and from here
         shared = ""
-    return {place: f"{posixpath.relpath(one, shared) if shared else one}/" for place, one in shown.items()}
+    return {
+        location: f"{posixpath.relpath(one, shared) if shared else one}/" for location, one in shown.items()
+    }
 
 
 def tell_apart(classes: Sequence[str], others: Sequence[str]) -> str:
@@ -247,7 +257,7 @@ def open_labelled(
     train: str | Sequence[str], val: str | Sequence[str], *, data: DataConfig, measure: bool = True
 ) -> Labelled:
     """Both sets. Raises DataError where classes are missing or differ. `measure` is that of `open_shards`."""
-    shards, val_shards = (open_shards(places, data=data, measure=measure) for places in (train, val))
+    shards, val_shards = (open_shards(locations, data=data, measure=measure) for locations in (train, val))
     if not shards.classes:
         raise DataError(
             f"{shards.describe()} has no classes: make its shards with --source imagefolder from a folder of "
@@ -262,7 +272,7 @@ def open_labelled(
     return Labelled(shards, val_shards, shards.classes)
 
 
-def place_monitored(cfg: CmaeConfig) -> tuple[str | tuple[str, ...], str | tuple[str, ...]]:
+def find_monitored(cfg: CmaeConfig) -> tuple[str | tuple[str, ...], str | tuple[str, ...]]:
     """Where the kNN monitor's voting and held-out shards are. ConfigError where nothing is held out."""
     knn = cfg.monitor.knn
     assert knn is not None

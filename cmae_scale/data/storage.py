@@ -11,7 +11,7 @@ from cmae_scale.core.errors import ConfigError, DataError
 from cmae_scale.data.cache import ChunkCache
 from cmae_scale.data.command import CommandFile
 from cmae_scale.data.index import measure_shard
-from cmae_scale.data.places import COMMAND, is_pattern, read_scheme, show_place
+from cmae_scale.data.locations import COMMAND, is_pattern, read_scheme, show_location
 from cmae_scale.data.remote import Remote
 
 if TYPE_CHECKING:
@@ -22,10 +22,10 @@ TEXT_CHUNK_BYTES = 1 << 22
 
 
 class Storage(Protocol):
-    """Files of one kind of place. Whatever goes wrong is a DataError or an OSError."""
+    """Files of one kind of storage. Whatever goes wrong is a DataError or an OSError."""
 
     def open_file(
-        self, place: str, *, max_bytes: int, end: int | None = None, version: str | None = None
+        self, location: str, *, max_bytes: int, end: int | None = None, version: str | None = None
     ) -> io.RawIOBase:
         """A file to read front to back and to seek in; nothing from byte `end` on will be asked for.
 
@@ -33,11 +33,11 @@ class Storage(Protocol):
         that a cache can tell it from what was there before.
         """
 
-    def measure(self, places: Sequence[str]) -> list[int | None]:
+    def measure(self, locations: Sequence[str]) -> list[int | None]:
         """Size of each in bytes; None where it cannot be told before reading. DataError if one is missing."""
 
     def find(self, pattern: str) -> list[str]:
-        """Places that match a pattern with *, ? and [], sorted."""
+        """Locations that match a pattern with *, ? and [], sorted."""
 
 
 class LocalStorage:
@@ -47,14 +47,14 @@ class LocalStorage:
     """
 
     def open_file(
-        self, place: str, *, max_bytes: int, end: int | None = None, version: str | None = None
+        self, location: str, *, max_bytes: int, end: int | None = None, version: str | None = None
     ) -> io.RawIOBase:
         """The file itself."""
-        return _LocalFile(place, end=end)
+        return _LocalFile(location, end=end)
 
-    def measure(self, places: Sequence[str]) -> list[int | None]:
+    def measure(self, locations: Sequence[str]) -> list[int | None]:
         """From the file system's tables."""
-        return [measure_shard(place) for place in places]
+        return [measure_shard(location) for location in locations]
 
     def find(self, pattern: str) -> list[str]:
         """As a shell would."""
@@ -71,30 +71,30 @@ class CommandStorage:
         self.timeout_s = timeout_s
 
     def open_file(
-        self, place: str, *, max_bytes: int, end: int | None = None, version: str | None = None
+        self, location: str, *, max_bytes: int, end: int | None = None, version: str | None = None
     ) -> io.RawIOBase:
         """The output of the command, started when it is first read."""
-        return CommandFile(place, timeout_s=self.timeout_s, max_bytes=max_bytes)
+        return CommandFile(location, timeout_s=self.timeout_s, max_bytes=max_bytes)
 
-    def measure(self, places: Sequence[str]) -> list[int | None]:
+    def measure(self, locations: Sequence[str]) -> list[int | None]:
         """Unknown until it was read."""
-        return [None for _ in places]
+        return [None for _ in locations]
 
     def find(self, pattern: str) -> list[str]:
         """A command is no pattern."""
         return [pattern]
 
 
-def open_storage(place: str, data: DataConfig) -> Storage:
-    """What reads `place`. ConfigError for a command that is not allowed, and for schemes we do not read."""
-    match read_scheme(place):
+def open_storage(location: str, data: DataConfig) -> Storage:
+    """What reads `location`. ConfigError for schemes we do not read, and a command that is not allowed."""
+    match read_scheme(location):
         case "":
             return LOCAL
         case "pipe":
             if not data.allow_commands:
                 raise ConfigError(
-                    f"{show_place(place)} would run a command: set cmae.data.allow_commands to true if you "
-                    "trust this run file"
+                    f"{show_location(location)} would run a command: set cmae.data.allow_commands "
+                    "to true if you trust this run file"
                 )
             return CommandStorage(timeout_s=data.read_timeout_s)
         case scheme:
@@ -104,39 +104,39 @@ def open_storage(place: str, data: DataConfig) -> Storage:
             return Remote(scheme, timeout_s=data.read_timeout_s, retries=data.read_retries, cache=cache)
 
 
-def read_text(storage: Storage, place: str) -> bytes | None:
+def read_text(storage: Storage, location: str) -> bytes | None:
     """A whole small file, such as an index; None if there is none. DataError if it is absurdly large."""
     text = bytearray()
     try:
-        with storage.open_file(place, max_bytes=MAX_TEXT_BYTES) as file:
+        with storage.open_file(location, max_bytes=MAX_TEXT_BYTES) as file:
             while len(text) <= MAX_TEXT_BYTES and (part := file.read(TEXT_CHUNK_BYTES)):
                 text += part
     except FileNotFoundError:
         return None
     except OSError as error:
         raise DataError(
-            f"{show_place(place)} cannot be read ({error.strerror or type(error).__name__})"
+            f"{show_location(location)} cannot be read ({error.strerror or type(error).__name__})"
         ) from None
     if len(text) > MAX_TEXT_BYTES:
-        raise DataError(f"{show_place(place)} has more than {MAX_TEXT_BYTES} bytes: it is no index")
+        raise DataError(f"{show_location(location)} has more than {MAX_TEXT_BYTES} bytes: it is no index")
     return bytes(text)
 
 
-def find_places(storage: Storage, place: str) -> list[str]:
-    """The places that a pattern matches; a place that is no pattern is itself. DataError when none match."""
-    if read_scheme(place) == COMMAND or not is_pattern(place):
-        return [place]
-    found = storage.find(place)
+def find_locations(storage: Storage, location: str) -> list[str]:
+    """What a pattern matches; a location that is no pattern is itself. DataError when nothing matches."""
+    if read_scheme(location) == COMMAND or not is_pattern(location):
+        return [location]
+    found = storage.find(location)
     if not found:
-        raise DataError(f"nothing matches {show_place(place)}: look at the pattern in cmae.data.shards")
+        raise DataError(f"nothing matches {show_location(location)}: look at the pattern in cmae.data.shards")
     return found
 
 
 class _LocalFile(io.FileIO):
     """A file whose buffered readers do not read on beyond byte `end`."""
 
-    def __init__(self, place: str, *, end: int | None) -> None:
-        super().__init__(place)
+    def __init__(self, location: str, *, end: int | None) -> None:
+        super().__init__(location)
         self._end = end
 
     def readinto(self, buffer: "WriteableBuffer", /) -> int | None:

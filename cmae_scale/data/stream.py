@@ -1,7 +1,7 @@
 """Batches of decoded master images in the plan's order, made by threads ahead of whoever consumes them.
 
 One thread reads shards and says which sample belongs in which row; `workers` threads decode, crop and write
-it to the row's place in a batch that was allocated beforehand. Decoders and file reads leave the interpreter
+it to the row's slot in a batch that was allocated beforehand. Decoders and file reads leave the interpreter
 lock, so threads are enough, and no image travels between processes. No value depends on timing.
 """
 
@@ -22,7 +22,7 @@ from cmae_scale.config.cmae import DataConfig, ViewsConfig
 from cmae_scale.core.errors import DataError
 from cmae_scale.data.blocks import RawBatch, RawRow, read_raw_batches
 from cmae_scale.data.decode import BadSamples
-from cmae_scale.data.decoding import Decoding, PretrainCrops, SamplePlace, allocate_for
+from cmae_scale.data.decoding import Decoding, PretrainCrops, SampleSlot, allocate_for
 from cmae_scale.data.mix import MixPlan
 from cmae_scale.data.shard_set import ShardSet
 
@@ -142,10 +142,10 @@ def decode_row(
     Random numbers are drawn per epoch and sample, so they do not depend on the row either. DataError if no
     sample of the block is readable.
     """
-    for attempt, sample in enumerate(row.block.candidates(row.place, distance=plan.stream_rows)):
+    for attempt, sample in enumerate(row.block.candidates(row.slot, distance=plan.stream_rows)):
         try:
-            place = SamplePlace(plan.seed, row.block.epoch, sample.number)
-            decoding.decode(sample.image, place, out=out, grey_range=sample.grey_range)
+            slot = SampleSlot(plan.seed, row.block.epoch, sample.number)
+            decoding.decode(sample.image, slot, out=out, grey_range=sample.grey_range)
         except DataError as error:
             if attempt == 0:  # a stand-in that is bad too is counted where it is due itself
                 bad.add(sample.key, str(error))

@@ -20,7 +20,7 @@ from typing import BinaryIO, NamedTuple
 from cmae_scale.core.errors import DataError
 from cmae_scale.data.image_formats import IMAGE_ENDINGS
 from cmae_scale.data.index import REMEDY, ShardInfo
-from cmae_scale.data.places import show_place
+from cmae_scale.data.locations import show_location
 from cmae_scale.data.storage import LOCAL, Storage
 from cmae_scale.data.tar_headers import (
     BLOCK,
@@ -50,7 +50,7 @@ class RawSample(NamedTuple):
 
 
 def read_samples(
-    place: str | Path,
+    location: str | Path,
     *,
     first: int,
     count: int,
@@ -71,13 +71,13 @@ def read_samples(
     ends = first + count == expected.samples
     end = None if ends or offsets is None else offsets[first + count]
     try:
-        with _open(storage, str(place), expected, end=end) as raw:
+        with _open(storage, str(location), expected, end=end) as raw:
             start = _find_sample(raw, first, by_stem=by_stem) if offsets is None else offsets[first]
             with io.BufferedReader(raw, READ_BYTES) as file:
                 members = walk_members(file, start, end=end)
                 yield from _take(group_members(members, by_stem=by_stem), file, count=count, ends=ends)
     except Damage as damage:
-        name = f"{show_place(str(place))} ({expected.samples} samples)"
+        name = f"{show_location(str(location))} ({expected.samples} samples)"
         raise _as_error(damage, name=name, remedy=REMEDY) from None
 
 
@@ -158,9 +158,9 @@ def _as_error(damage: Damage, *, name: str, remedy: str) -> DataError:
     return DataError(f"{name} is damaged: {damage}: {remedy}")
 
 
-def _open(storage: Storage, place: str, expected: ShardInfo, *, end: int | None) -> io.RawIOBase:
+def _open(storage: Storage, location: str, expected: ShardInfo, *, end: int | None) -> io.RawIOBase:
     try:
-        raw = storage.open_file(place, max_bytes=expected.bytes, end=end, version=expected.sha256)
+        raw = storage.open_file(location, max_bytes=expected.bytes, end=end, version=expected.sha256)
     except OSError as error:
         raise Damage(f"it cannot be opened ({error.strerror})") from None
     try:

@@ -11,7 +11,7 @@ from typing import BinaryIO, NamedTuple
 
 from cmae_scale.data.image_formats import find_format, name_other
 
-BLOCK = 512  # Source: POSIX.1-2001, pax and ustar interchange format; so are the places of fields below
+BLOCK = 512  # Source: POSIX.1-2001, pax and ustar interchange format; so are the locations of fields below
 END = bytes(BLOCK)
 CHECKSUM = slice(148, 156)
 MAGIC = slice(257, 262)

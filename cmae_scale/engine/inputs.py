@@ -13,8 +13,7 @@ from cmae_scale.augment.draws import step_generator
 from cmae_scale.config.cmae import CmaeConfig
 from cmae_scale.data.stream import CropBatch, copy_ahead
 from cmae_scale.engine.metrics.step_timer import StepTimer
-from cmae_scale.layers.masking import take_tokens
-from cmae_scale.layers.patches import patchify, unpatchify
+from cmae_scale.layers.tokens import patchify, take_tokens, unpatchify
 from cmae_scale.losses import patch_statistics
 
 

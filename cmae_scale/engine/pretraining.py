@@ -25,8 +25,7 @@ from cmae_scale.engine.metrics.health import Health
 from cmae_scale.engine.metrics.step_timer import StepTimer
 from cmae_scale.engine.train_state import TrainState
 from cmae_scale.engine.zero.partitions import gather_weights
-from cmae_scale.layers.masking import TokenMask, take_tokens
-from cmae_scale.layers.patches import patchify
+from cmae_scale.layers.tokens import TokenMask, patchify, take_tokens
 from cmae_scale.losses import byol, infonce, pixel_loss
 from cmae_scale.models.export import export_run
 from cmae_scale.sizing.flops import count_flops

@@ -8,7 +8,7 @@ from torch import nn
 
 from cmae_scale.config.cmae import ModelConfig
 from cmae_scale.config.sizes import read_size, read_stages
-from cmae_scale.layers.patches import PatchProjection
+from cmae_scale.layers.tokens import PatchProjection
 from cmae_scale.models.decoder import MaskedDecoder
 from cmae_scale.models.encoder import Encoder, ImageEncoder
 from cmae_scale.models.hybrid import HybridEncoder, MergeProjection, StemProjection

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from cmae_scale.config.cmae import CmaeConfig, MaskConfig, NetworkConfig
-from cmae_scale.layers.masking import TokenMask, mask_from_noise
+from cmae_scale.layers.tokens import TokenMask, mask_from_noise
 from cmae_scale.models.build import (
     Settle,
     build_encoder,

@@ -8,8 +8,7 @@ from torch import Tensor, nn
 
 from cmae_scale.config.cmae import DecoderConfig
 from cmae_scale.layers.blocks import NORM_EPS, ExactLinear, build_blocks
-from cmae_scale.layers.masking import TokenMask, scatter_tokens, take_tokens
-from cmae_scale.layers.patches import sincos_positions
+from cmae_scale.layers.tokens import TokenMask, scatter_tokens, sincos_positions, take_tokens
 from cmae_scale.models.encoder import BlockRunner, run_block
 
 

@@ -9,8 +9,7 @@ from torch import Tensor, nn
 
 from cmae_scale.config.sizes import EncoderSize
 from cmae_scale.layers.blocks import NORM_EPS, build_blocks
-from cmae_scale.layers.masking import TokenMask, take_tokens
-from cmae_scale.layers.patches import PatchEmbed, patchify, sincos_positions
+from cmae_scale.layers.tokens import PatchEmbed, TokenMask, patchify, sincos_positions, take_tokens
 
 BlockCall: TypeAlias = Callable[[Tensor], Tensor]  # a block, or one with its other arguments bound
 BlockRunner: TypeAlias = Callable[[BlockCall, Tensor], Tensor]

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from cmae_scale.config.sizes import COARSE, FINE, KERNEL, ConvStages, EncoderSize
 from cmae_scale.layers.blocks import NORM_EPS, build_blocks
-from cmae_scale.layers.masking import TokenMask
-from cmae_scale.layers.patches import PatchProjection, patchify, sincos_positions
+from cmae_scale.layers.tokens import PatchProjection, TokenMask, patchify, sincos_positions
 from cmae_scale.models.encoder import BlockRunner, ImageEncoder, run_block
 
 

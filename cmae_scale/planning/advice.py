@@ -11,9 +11,9 @@ from cmae_scale.config.precision import FormatName
 from cmae_scale.config.run_file import Run, resolve_run
 from cmae_scale.config.transfer import TransferConfig
 from cmae_scale.core.errors import ConfigError
+from cmae_scale.data.locations import read_scheme
 from cmae_scale.data.mix import plan_data
-from cmae_scale.data.places import read_scheme
-from cmae_scale.data.shard_set import open_labelled, open_shards, place_monitored
+from cmae_scale.data.shard_set import find_monitored, open_labelled, open_shards
 from cmae_scale.planning.layouts import Layout
 from cmae_scale.sizing.flops import count_kept
 from cmae_scale.sizing.parameters import count_parameters
@@ -163,7 +163,7 @@ def _check_pretraining(run: Run, cfg: CmaeConfig, *, batch: BatchSizes) -> None:
             f"cmae.model.init {init} does not exist: give a run, or a file or folder of weights"
         )
     if cfg.monitor.knn is not None:
-        train, val = place_monitored(cfg)
+        train, val = find_monitored(cfg)
         if _are_local(train, val):
             open_labelled(train, val, data=data, measure=False)
     if data.val_shards is not None and _are_local(data.val_shards):

@@ -13,7 +13,7 @@ from cmae_scale.augment.views import normalise
 from cmae_scale.config.transfer import CropConfig
 from cmae_scale.core.errors import ConfigError, DataError
 from cmae_scale.data.crops import empty_crops
-from cmae_scale.data.decoding import CentreCrops, SamplePlace
+from cmae_scale.data.decoding import CentreCrops, SampleSlot
 from cmae_scale.data.image_formats import IMAGE_ENDINGS
 from cmae_scale.models.read import read_classifier, read_description
 from cmae_scale.models.weights import CONFIG_FILE
@@ -109,7 +109,7 @@ def _has_no_classes(folder: str) -> ConfigError:
 def guess(classifier: Classifier, data: bytes, *, count: int) -> list[tuple[str, float]]:
     """The `count` most probable classes of an encoded image, best first. DataError if it is none."""
     pixels = empty_crops(1, side=classifier.crop.img_px)
-    CentreCrops(classifier.crop, MAX_MPX).decode(data, SamplePlace(0, 0, 0), out=pixels)
+    CentreCrops(classifier.crop, MAX_MPX).decode(data, SampleSlot(0, 0, 0), out=pixels)
     images = normalise(pixels, mean=classifier.mean, std=classifier.std)
     shares = classifier.model(images).softmax(dim=1)[0]
     best = shares.topk(min(count, len(shares)))

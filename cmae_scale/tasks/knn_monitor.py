@@ -12,7 +12,7 @@ from cmae_scale.config.cmae import CmaeConfig, KnnMonitorConfig, Pool
 from cmae_scale.config.durations import Clock, read_steps
 from cmae_scale.config.transfer import CropConfig
 from cmae_scale.core.world import World
-from cmae_scale.data.shard_set import open_labelled, place_monitored
+from cmae_scale.data.shard_set import find_monitored, open_labelled
 from cmae_scale.layers.attention import AttentionChoice
 from cmae_scale.models.build import build_encoder
 from cmae_scale.models.encoder import ImageEncoder
@@ -79,7 +79,7 @@ def open_knn_monitor(
     knn = cfg.monitor.knn
     if knn is None:
         return None
-    train, val = place_monitored(cfg)
+    train, val = find_monitored(cfg)
     views = cfg.views
     crop = CropConfig(img_px=views.img_px, centre=views.img_px / views.master_px)
     every = read_steps(knn.every, clock=clock, key="cmae.monitor.knn.every")

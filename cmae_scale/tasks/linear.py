@@ -187,7 +187,7 @@ def _deal_features(
     for step in steps:
         epoch, within = divmod(step, per_epoch)
         if epoch != of_epoch:
-            drawn = draw_permutation(seed, Purpose.FEATURE_ORDER, place=(epoch, 0, 0), count=len(known))
+            drawn = draw_permutation(seed, Purpose.FEATURE_ORDER, slot=(epoch, 0, 0), count=len(known))
             order, of_epoch = numbers[torch.from_numpy(drawn)], epoch
         for part in range(accumulation):
             first = within * batch + (rank * accumulation + part) * micro

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from cmae_scale.config.run_file import dump_run, read_run
 from cmae_scale.core.credentials import MASK, fill_in, list_masked, mask, mask_tree, write_settings
 from cmae_scale.core.errors import ConfigError
-from cmae_scale.data.places import show_place
+from cmae_scale.data.locations import show_location
 
 HIDDEN = [
     "https://user:TOKEN@host/train",
@@ -72,7 +72,7 @@ def test_masking_ends_and_is_done_once_whatever_the_text(text: str, scheme: str)
 @given(st.text(alphabet="ab/.{}0*", max_size=12), st.text(alphabet="ab&=", max_size=8))
 def test_no_place_lets_its_user_or_query_through(path: str, query: str) -> None:
     place = f"https://user:SECRET@host/{path}?{query}&k=SECRET"
-    assert "SECRET" not in mask(place) + show_place(place)
+    assert "SECRET" not in mask(place) + show_location(place)
 
 
 def test_settings_are_known_to_be_secret_by_their_names_too() -> None:

@@ -10,14 +10,14 @@ from cmae_scale.data.decoding import BatchMemory
 def test_memory_is_used_again_when_its_last_tensor_is_gone() -> None:
     memory = BatchMemory(pin=False)
     tensor = memory.take((4, 5))
-    place = tensor.data_ptr()
+    location = tensor.data_ptr()
     row = tensor.permute(1, 0)[2]
     del tensor
     gc.collect()
-    assert memory.take((4, 5)).data_ptr() != place, "a row of it is still looked at"
+    assert memory.take((4, 5)).data_ptr() != location, "a row of it is still looked at"
     del row
     gc.collect()
-    assert memory.take((5, 4)).data_ptr() == place
+    assert memory.take((5, 4)).data_ptr() == location
 
 
 def test_what_is_kept_keeps_its_content() -> None:

@@ -25,7 +25,7 @@ SCALE, RATIO = (0.2, 1.0), (0.75, 4 / 3)
 
 
 def draws(number: int) -> list[float]:
-    return draw_uniforms(7, Purpose.CROP, place=(0, number, 0), count=CROP_DRAWS).tolist()
+    return draw_uniforms(7, Purpose.CROP, slot=(0, number, 0), count=CROP_DRAWS).tolist()
 
 
 def picture(width: int, height: int) -> Image.Image:

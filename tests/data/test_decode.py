@@ -35,7 +35,7 @@ SCALE, RATIO = (0.2, 1.0), (0.75, 4 / 3)
 
 
 def draws(number: int) -> list[float]:
-    return draw_uniforms(7, Purpose.CROP, place=(0, number, 0), count=CROP_DRAWS).tolist()
+    return draw_uniforms(7, Purpose.CROP, slot=(0, number, 0), count=CROP_DRAWS).tolist()
 
 
 def picture(width: int, height: int, *, seed: int = 0) -> Image.Image:
@@ -52,13 +52,13 @@ def encode(image: Image.Image, form: str = "PNG", **options: object) -> bytes:
 def torchvision_box(width: int, height: int, numbers: list[float], monkeypatch: pytest.MonkeyPatch) -> Box:
     """RandomResizedCrop.get_params, fed with our numbers where it asks torch for random ones."""
     tries = iter(numbers[:-2])
-    places = iter(numbers[-2:])
+    locations = iter(numbers[-2:])
 
     def uniform(self: torch.Tensor, low: float, high: float) -> torch.Tensor:
         return self.fill_(float(low) + (float(high) - float(low)) * next(tries))
 
     def randint(low: int, high: int, size: tuple[int, ...]) -> torch.Tensor:
-        return torch.full(size, low + int(next(places) * (high - low)))
+        return torch.full(size, low + int(next(locations) * (high - low)))
 
     monkeypatch.setattr(torch.Tensor, "uniform_", uniform)
     monkeypatch.setattr(torch, "randint", randint)
@@ -280,8 +280,8 @@ def test_a_damaged_header_has_a_plain_size_only_if_pillow_agrees_or_no_decoder_r
 ) -> None:
     data = bytearray(encode_jpeg(**options))
     header = data.index(b"\xff\xda") + 4
-    for place, value in changes:
-        data[3 + int(place * (header - 3))] = value
+    for location, value in changes:
+        data[3 + int(location * (header - 3))] = value
     if (size := read_plain_size(bytes(data))) is None:
         return
     try:

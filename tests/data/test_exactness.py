@@ -26,7 +26,7 @@ class Reading(NamedTuple):
     """One read of a shard: which opening of it, from where, how many bytes."""
 
     opening: int
-    place: str
+    location: str
     start: int
     bytes: int
 
@@ -39,14 +39,14 @@ class WatchedStorage(LocalStorage):
         self.readings: list[Reading] = []
         self.openings = itertools.count()
 
-    def open_file(self, place: str, **options: Any) -> io.RawIOBase:
-        file = super().open_file(place, **options)
-        return _WatchedFile(file, place, self) if place.endswith(".tar") else file
+    def open_file(self, location: str, **options: Any) -> io.RawIOBase:
+        file = super().open_file(location, **options)
+        return _WatchedFile(file, location, self) if location.endswith(".tar") else file
 
 
 class _WatchedFile(io.RawIOBase):
-    def __init__(self, file: io.RawIOBase, place: str, storage: WatchedStorage) -> None:
-        self.file, self.place, self.storage = file, place, storage
+    def __init__(self, file: io.RawIOBase, location: str, storage: WatchedStorage) -> None:
+        self.file, self.location, self.storage = file, location, storage
         self.opening = next(storage.openings)
 
     def readable(self) -> bool:
@@ -64,7 +64,7 @@ class _WatchedFile(io.RawIOBase):
     def readinto(self, buffer: memoryview) -> int:
         start = self.file.tell()
         count = self.file.readinto(buffer) or 0
-        self.storage.readings.append(Reading(self.opening, self.place, start, count))
+        self.storage.readings.append(Reading(self.opening, self.location, start, count))
         return count
 
     def close(self) -> None:
@@ -77,8 +77,8 @@ def folder(write_folder, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Shards with offsets beside them."""
     folder: Path = write_folder(tmp_path_factory.mktemp("exact") / "a", SHARDS)
     for shard in load(folder).shards:
-        with Path(shard.place).open("rb") as file:
-            write_offsets(Path(shard.place), find_offsets(file, name=shard.name), sha256=shard.info.sha256)
+        with Path(shard.location).open("rb") as file:
+            write_offsets(Path(shard.location), find_offsets(file, name=shard.name), sha256=shard.info.sha256)
     return folder
 
 
@@ -123,7 +123,7 @@ def read_keys(
     found: dict[int, list[str]] = {step: [] for step in steps}
     for batch in batches:
         for row in batch.rows:
-            found[batch.step].append(next(row.block.candidates(row.place, distance=1)).key)
+            found[batch.step].append(next(row.block.candidates(row.slot, distance=1)).key)
     return list(found.values())
 
 

@@ -21,7 +21,7 @@ from cmae_scale.data.plan import Purpose, draw_uniforms
 LOSSLESS = {"PNG", "WEBP", "TIFF", "BMP", "PPM", "JPEG2000"}
 OPTIONS: dict[str, dict[str, object]] = {"WEBP": {"lossless": True}}
 MAX_MPX = 1.0
-NUMBERS = [draw_uniforms(7, Purpose.CROP, place=(0, 0, 0), count=CROP_DRAWS).tolist()]
+NUMBERS = [draw_uniforms(7, Purpose.CROP, slot=(0, 0, 0), count=CROP_DRAWS).tolist()]
 
 
 def picture(width: int = 40, height: int = 30, *, seed: int = 0) -> Image.Image:
@@ -126,8 +126,8 @@ def test_an_image_that_its_resize_would_make_enormous_is_refused() -> None:
 
 def jpeg_with_size(width: int, height: int) -> bytes:
     data = bytearray(encode(picture(), "JPEG"))
-    place = data.index(b"\xff\xc0") + 5
-    data[place : place + 4] = struct.pack(">HH", height, width)
+    location = data.index(b"\xff\xc0") + 5
+    data[location : location + 4] = struct.pack(">HH", height, width)
     return bytes(data)
 
 
@@ -190,8 +190,8 @@ CUTS = st.floats(0.02, 1)
 def damage(data: bytes, changes: Changes, *, span: float, cut: float) -> bytes:
     """Bytes set within the first `span` of a file, of which only the share `cut` is left."""
     damaged = bytearray(data)
-    for place, value in changes:
-        damaged[int(place * span * len(damaged))] = value
+    for location, value in changes:
+        damaged[int(location * span * len(damaged))] = value
     return bytes(damaged[: max(1, int(cut * len(damaged)))])
 
 

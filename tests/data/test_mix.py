@@ -30,15 +30,15 @@ def shards(make_folder) -> ShardSet:
 
 def sample_at(plan: MixPlan, *, step: int, row: int) -> Sample:
     """(part, shard, sample) of a row, by listing its whole run."""
-    owner, place = plan.find_row(step=step, row=row)
+    owner, slot = plan.find_row(step=step, row=row)
     part = plan.parts[owner]
     run = [
         (owner, piece.shard, piece.first + i)
-        for piece in run_pieces(part, epoch=place.epoch, stream=place.stream)
+        for piece in run_pieces(part, epoch=slot.epoch, stream=slot.stream)
         for i in range(piece.samples)
     ]
-    order = block_order(part, epoch=place.epoch, stream=place.stream, block=place.block)
-    return run[place.block * part.window + order[place.place]]
+    order = block_order(part, epoch=slot.epoch, stream=slot.stream, block=slot.block)
+    return run[slot.block * part.window + order[slot.slot]]
 
 
 @settings(max_examples=300, deadline=None)

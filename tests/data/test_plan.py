@@ -47,15 +47,15 @@ def slow_epoch(plan: DataPlan, epoch: int) -> list[list[Sample]]:
 
 
 def planned_sample(plan: DataPlan, *, step: int, row: int) -> Sample:
-    place = plan.find_row(step=step, row=row)
-    first = place.block * plan.window
+    slot = plan.find_row(step=step, row=row)
+    first = slot.block * plan.window
     reading = itertools.chain.from_iterable(
         [(piece.shard, piece.first + i) for i in range(piece.samples)]
-        for piece in run_pieces(plan, epoch=place.epoch, stream=place.stream, first=first)
+        for piece in run_pieces(plan, epoch=slot.epoch, stream=slot.stream, first=first)
     )
-    block = list(itertools.islice(reading, block_samples(plan, place.block)))
-    order = block_order(plan, epoch=place.epoch, stream=place.stream, block=place.block)
-    return block[order[place.place]]
+    block = list(itertools.islice(reading, block_samples(plan, slot.block)))
+    order = block_order(plan, epoch=slot.epoch, stream=slot.stream, block=slot.block)
+    return block[order[slot.slot]]
 
 
 @st.composite

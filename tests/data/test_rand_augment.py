@@ -8,7 +8,7 @@ from PIL import Image
 from cmae_scale.config.transfer import CropConfig
 from cmae_scale.core.errors import ConfigError
 from cmae_scale.data.crops import empty_crops
-from cmae_scale.data.decoding import SamplePlace
+from cmae_scale.data.decoding import SampleSlot
 from cmae_scale.data.rand_augment import TrainingCrops, apply_operation, build_rand_augment, draw_magnitude
 
 OFFICIAL = "rand-m9-mstd0.5-inc1"
@@ -59,9 +59,9 @@ def test_all_operations_come_up_equally_often_and_half_of_them_act() -> None:
     assert augmentation.apply(picture(), nothing) == picture()
 
 
-def decode(crops: TrainingCrops, data: bytes, place: SamplePlace) -> torch.Tensor:
+def decode(crops: TrainingCrops, data: bytes, slot: SampleSlot) -> torch.Tensor:
     out = empty_crops(1, side=crops.side)
-    crops.decode(data, place, out=out)
+    crops.decode(data, slot, out=out)
     return out
 
 
@@ -72,8 +72,8 @@ def test_a_crop_depends_on_its_sample_and_epoch_alone() -> None:
     picture(64).save(file, "PNG")
     crops = TrainingCrops(CropConfig(img_px=32), 50.0, build_rand_augment(OFFICIAL, img_px=32, mean=MEAN))
     first, again, other = (
-        decode(crops, file.getvalue(), place)
-        for place in (SamplePlace(0, 3, 7), SamplePlace(0, 3, 7), SamplePlace(0, 4, 7))
+        decode(crops, file.getvalue(), slot)
+        for slot in (SampleSlot(0, 3, 7), SampleSlot(0, 3, 7), SampleSlot(0, 4, 7))
     )
     assert first.shape == (1, 3, 32, 32)
     assert (first == again).all()
@@ -88,7 +88,7 @@ def test_a_plain_crop_is_torchvisions_resize_of_its_box_mirrored_half_the_time()
     whole = CropConfig(img_px=32, scale=(1.0, 1.0), ratio=(1.0, 1.0))
     crops = TrainingCrops(whole, 50.0)
     pixels = np.asarray(picture(32)).transpose(2, 0, 1)
-    seen = [decode(crops, file.getvalue(), SamplePlace(0, 0, number))[0].numpy() for number in range(200)]
+    seen = [decode(crops, file.getvalue(), SampleSlot(0, 0, number))[0].numpy() for number in range(200)]
     mirrored = sum(bool((one == pixels[:, :, ::-1]).all()) for one in seen)
     straight = sum(bool((one == pixels).all()) for one in seen)
     assert mirrored + straight == 200

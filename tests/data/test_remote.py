@@ -105,12 +105,12 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote, "FIRST_PAUSE_S", 0.001)
 
 
-def settings(place: str | Path, **others: Any) -> DataConfig:
-    return DataConfig.model_validate({"shards": str(place), "shuffle_window": 4, "workers": 2, **others})
+def settings(location: str | Path, **others: Any) -> DataConfig:
+    return DataConfig.model_validate({"shards": str(location), "shuffle_window": 4, "workers": 2, **others})
 
 
-def open_set(place: str | Path, **others: Any) -> ShardSet:
-    return open_shards(str(place), data=settings(place, **others))
+def open_set(location: str | Path, **others: Any) -> ShardSet:
+    return open_shards(str(location), data=settings(location, **others))
 
 
 def read_batches(shards: ShardSet, data: DataConfig, *, first_step: int = 0) -> list[CropBatch]:
@@ -324,12 +324,12 @@ def test_an_object_store_gives_the_same_batches(make_folder, monkeypatch: pytest
         for path in folder.iterdir():
             client.upload_file(str(path), "images", f"sets/a/{path.name}")
         expected = read_batches(open_set(folder), settings(folder))
-        for place in (
+        for location in (
             "s3://images/sets/a",
             "s3://images/se*/a",
             "s3://images/sets/a/shard-{00000..00002}.tar",
         ):
-            assert_same(read_batches(open_set(place), settings(place)), expected)
+            assert_same(read_batches(open_set(location), settings(location)), expected)
         with pytest.raises(DataError, match=r"s3://images/sets/b holds no index\.json") as error:
             open_set("s3://images/sets/b")
         assert "hidden-words" not in f"{error.value!r} {error.value.__cause__!r}"
@@ -409,10 +409,10 @@ def test_a_torn_file_of_the_cache_is_not_used(tmp_path: Path) -> None:
 
 def test_commands_run_only_when_allowed_and_without_a_shell(make_folder, tmp_path: Path) -> None:
     folder = make_folder("a", (7, 13))
-    place = f"pipe:cat {folder}/{{name}}"
+    location = f"pipe:cat {folder}/{{name}}"
     with pytest.raises(ConfigError, match=r"pipe:cat \*+ would run a command.*allow_commands"):
-        open_set(place)
-    allowed = open_set(place, allow_commands=True)
+        open_set(location)
+    allowed = open_set(location, allow_commands=True)
     expected = read_batches(open_set(folder), settings(folder))
     assert_same(read_batches(allowed, settings(folder)), expected)
     trap = tmp_path / "trap"
@@ -438,8 +438,8 @@ def test_a_command_that_fails_stalls_or_stops_is_damage(
 
     folder = make_folder("a", (9,))
     monkeypatch.chdir(folder)
-    place = f"pipe:{command}"
-    storage = open_storage(place, settings(place, allow_commands=True, read_timeout_s=0.3))
-    shard = dataclasses.replace(open_set(folder).shards[0], folder=place, storage=storage)
+    location = f"pipe:{command}"
+    storage = open_storage(location, settings(location, allow_commands=True, read_timeout_s=0.3))
+    shard = dataclasses.replace(open_set(folder).shards[0], folder=location, storage=storage)
     with pytest.raises(DataError, match=message):
         list(shard.read(0, 9))

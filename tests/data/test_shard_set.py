@@ -12,8 +12,8 @@ from cmae_scale.data.shard_set import ShardSet, open_shards
 from cmae_scale.data.tar import find_offsets
 
 
-def open_set(*places: str | Path, **settings: object) -> ShardSet:
-    names = tuple(str(place) for place in places)
+def open_set(*locations: str | Path, **settings: object) -> ShardSet:
+    names = tuple(str(location) for location in locations)
     return open_shards(names, data=DataConfig.model_validate({"shards": names, **settings}, strict=False))
 
 
@@ -22,7 +22,9 @@ def test_one_folder_is_its_index(make_folder) -> None:
     shards = open_set(folder)
     assert tuple(shard.info for shard in shards.shards) == read_index(folder).shards
     assert [shard.name for shard in shards.shards] == ["shard-00000.tar", "shard-00001.tar"]
-    assert [shard.place for shard in shards.shards] == [str(folder / shard.name) for shard in shards.shards]
+    assert [shard.location for shard in shards.shards] == [
+        str(folder / shard.name) for shard in shards.shards
+    ]
     assert (shards.total, shards.parts, len(shards.classes or ())) == (5, (2,), 10)
 
 
@@ -63,10 +65,10 @@ def test_a_shard_that_the_index_does_not_list_is_named(make_folder) -> None:
         open_set(folder / "shard-{00000..00002}.tar")
 
 
-@pytest.mark.parametrize("place", ["no/such/folder", "no/such/*"])
-def test_places_where_nothing_is(tmp_path: Path, place: str) -> None:
+@pytest.mark.parametrize("location", ["no/such/folder", "no/such/*"])
+def test_places_where_nothing_is(tmp_path: Path, location: str) -> None:
     with pytest.raises(DataError, match=r"holds no index\.json|nothing matches"):
-        open_set(tmp_path / place)
+        open_set(tmp_path / location)
 
 
 def test_the_same_shard_twice_is_refused(make_folder) -> None:
@@ -76,16 +78,16 @@ def test_the_same_shard_twice_is_refused(make_folder) -> None:
     assert open_set(folder / "shard-00000.tar", folder / "shard-00001.tar").parts == (1, 1)
 
 
-@pytest.mark.parametrize("place", ["ftp://host/x", "sftp://host/x", "file:///etc", "ais://x/y", "s3:x"])
-def test_other_schemes_are_refused_by_name(place: str) -> None:
+@pytest.mark.parametrize("location", ["ftp://host/x", "sftp://host/x", "file:///etc", "ais://x/y", "s3:x"])
+def test_other_schemes_are_refused_by_name(location: str) -> None:
     with pytest.raises(ConfigError, match="shards are not read from"):
-        open_set(place)
+        open_set(location)
 
 
 def test_a_backward_or_endless_range_is_refused() -> None:
-    for place in ("a{5..2}", "a{0..99999999}"):
+    for location in ("a{5..2}", "a{0..99999999}"):
         with pytest.raises(ConfigError, match="must count upwards"):
-            open_set(place)
+            open_set(location)
 
 
 def test_missing_and_resized_shards_are_named_before_anything_is_read(make_folder) -> None:

@@ -62,7 +62,7 @@ class Request(http.server.BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self.body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         parts = urllib.parse.urlsplit(self.path)
-        self.place = urllib.parse.unquote(parts.path)
+        self.location = urllib.parse.unquote(parts.path)
         self.asked = dict(urllib.parse.parse_qsl(parts.query))
         self.serve()
 
@@ -106,12 +106,12 @@ class Request(http.server.BaseHTTPRequestHandler):
 def answer_as_bucket(request: Request, store: Store) -> None:
     """The JSON interface of Google's store: facts of an object, lists of objects, their content."""
     head = f"/storage/v1/b/{BUCKET}/o"
-    if request.place.startswith(f"/download{head}/"):
-        request.reply_file(store.root / request.place.removeprefix(f"/download{head}/"), store)
-    elif request.place.startswith(f"{head}/"):
-        path = store.root / request.place.removeprefix(f"{head}/")
+    if request.location.startswith(f"/download{head}/"):
+        request.reply_file(store.root / request.location.removeprefix(f"/download{head}/"), store)
+    elif request.location.startswith(f"{head}/"):
+        path = store.root / request.location.removeprefix(f"{head}/")
         request.reply_json(describe_object(path, store)) if path.is_file() else request.reply(404, b"{}")
-    elif request.place == head:
+    elif request.location == head:
         prefix = request.asked.get("prefix", "")
         files = [path for path in sorted(store.root.rglob("*")) if path.is_file()]
         items = [describe_object(path, store) for path in files]
@@ -131,22 +131,22 @@ def answer_as_hub(request: Request, store: Store) -> None:
         request.reply(401, b"{}")
         return
     head = f"/api/datasets/{DATA_SET}"
-    if request.place in (head, f"{head}/revision/main"):
+    if request.location in (head, f"{head}/revision/main"):
         request.reply_json({"id": DATA_SET, "sha": COMMIT, "siblings": [], "private": True})
-    elif request.place.startswith(f"{head}/paths-info/"):
+    elif request.location.startswith(f"{head}/paths-info/"):
         asked = urllib.parse.parse_qs(request.body.decode())
         paths = asked["paths"] if asked else json.loads(request.body)["paths"]
         request.reply_json(
             [describe_path(store.root / path, store) for path in paths if (store.root / path).exists()]
         )
-    elif tree := re.fullmatch(rf"{head}/tree/[^/]+/?(.*)", request.place):
+    elif tree := re.fullmatch(rf"{head}/tree/[^/]+/?(.*)", request.location):
         list_paths = (
             (store.root / tree[1]).rglob
             if request.asked["recursive"] == "true"
             else (store.root / tree[1]).glob
         )
         request.reply_json([describe_path(path, store) for path in sorted(list_paths("*"))])
-    elif content := re.fullmatch(rf"/datasets/{DATA_SET}/resolve/[^/]+/(.*)", request.place):
+    elif content := re.fullmatch(rf"/datasets/{DATA_SET}/resolve/[^/]+/(.*)", request.location):
         request.reply_file(store.root / content[1], store)
     else:
         request.reply(404, b"{}")
@@ -184,29 +184,29 @@ def store(
     store.server.server_close()
 
 
-def read_keys(place: str | Path, **options: Any) -> list[tuple[str, bytes]]:
-    shards = open_shards(str(place), data=DataConfig(shards=str(place), **options)).shards
+def read_keys(location: str | Path, **options: Any) -> list[tuple[str, bytes]]:
+    shards = open_shards(str(location), data=DataConfig(shards=str(location), **options)).shards
     samples = [shard.read(0, shard.info.samples) for shard in shards]
     return [(sample.key, sample.image) for each in samples for sample in each]
 
 
 def test_a_store_gives_what_the_folder_holds(make_folder, store: tuple[str, Store]) -> None:
-    place, _ = store
+    location, _ = store
     folder = make_folder("store/sets/a", (5, 7, 3))
     expected = read_keys(folder)
-    assert read_keys(f"{place}/sets/a") == expected
-    assert read_keys(f"{place}/se*/a") == expected
-    assert read_keys(f"{place}/sets/a/shard-0000{{0..1}}.tar") == expected[:12]
+    assert read_keys(f"{location}/sets/a") == expected
+    assert read_keys(f"{location}/se*/a") == expected
+    assert read_keys(f"{location}/sets/a/shard-0000{{0..1}}.tar") == expected[:12]
 
 
 def test_no_byte_is_fetched_that_is_not_needed(make_folder, store: tuple[str, Store]) -> None:
-    place, behind = store
+    location, behind = store
     folder = make_folder("store/sets/a", (40,), side=64)
     with (folder / "shard-00000.tar").open("rb") as file:
         offsets = find_offsets(file, name="a")
     info = read_index(folder).shards[0]
     write_offsets(folder / info.name, offsets, sha256=info.sha256)
-    shard = open_shards(f"{place}/sets/a", data=DataConfig(shards="x")).shards[0]
+    shard = open_shards(f"{location}/sets/a", data=DataConfig(shards="x")).shards[0]
     behind.ranges.clear()
     assert [sample.key for sample in shard.read(30, 2)] == ["000000030", "000000031"]
     assert (offsets[30], offsets[32]) == behind.ranges[-1]
@@ -215,34 +215,34 @@ def test_no_byte_is_fetched_that_is_not_needed(make_folder, store: tuple[str, St
 def test_a_store_that_fails_now_and_then_gives_the_same(
     make_folder, store: tuple[str, Store], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    place, behind = store
+    location, behind = store
     monkeypatch.setattr(remote, "CHUNK_BYTES", 4096)
     expected = read_keys(make_folder("store/sets/a", (9, 8)))
     requests = itertools.count(1)
     behind.status = lambda: 503 if next(requests) in (3, 7, 12) else None  # the libraries wait a second each
-    assert read_keys(f"{place}/sets/a") == expected
+    assert read_keys(f"{location}/sets/a") == expected
     assert behind.failures == 3
 
 
 def test_what_is_not_in_the_store_is_said(make_folder, store: tuple[str, Store]) -> None:
-    place, _ = store
+    location, _ = store
     folder = make_folder("store/sets/a", (2, 3))
     with pytest.raises(DataError, match=r"/sets/b holds no index\.json"):
-        read_keys(f"{place}/sets/b")
+        read_keys(f"{location}/sets/b")
     with pytest.raises(DataError, match=r"nothing matches .*/sets/x\*"):
-        read_keys(f"{place}/sets/x*")
+        read_keys(f"{location}/sets/x*")
     (folder / "shard-00001.tar").unlink()
     with pytest.raises(DataError, match=r"sets/a/shard-00001\.tar is missing"):
-        read_keys(f"{place}/sets/a")
+        read_keys(f"{location}/sets/a")
 
 
 def test_no_message_log_or_process_list_holds_the_token(
     make_folder, store: tuple[str, Store], caplog: pytest.LogCaptureFixture
 ) -> None:
-    place, behind = store
+    location, behind = store
     make_folder("store/sets/a", (4,))
-    shard = open_shards(f"{place}/sets/a", data=DataConfig(shards="x", read_retries=1)).shards[0]
-    if place.startswith("hf"):
+    shard = open_shards(f"{location}/sets/a", data=DataConfig(shards="x", read_retries=1)).shards[0]
+    if location.startswith("hf"):
         assert f"Bearer {TOKEN}" in behind.authorizations, "the stand-in is asked with the token"
     behind.status = lambda: 403
     with caplog.at_level(logging.DEBUG), pytest.raises(DataError, match="cannot be read") as error:
@@ -254,11 +254,11 @@ def test_no_message_log_or_process_list_holds_the_token(
 
 @pytest.mark.parametrize("store", ["hf"], indirect=True)
 def test_a_store_that_refuses_is_not_asked_again(make_folder, store: tuple[str, Store]) -> None:
-    place, behind = store
+    location, behind = store
     make_folder("store/sets/a", (4,))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_TOKEN", "hf_ofSomebodyElse")
         with pytest.raises((DataError, ConfigError)) as error:
-            read_keys(f"{place}/sets/a")
+            read_keys(f"{location}/sets/a")
     assert "hf_ofSomebodyElse" not in repr(error.value)
     assert behind.failures == 0

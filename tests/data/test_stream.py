@@ -122,17 +122,17 @@ def assert_same(batches: list[CropBatch], expected: list[CropBatch]) -> None:
 
 def slow_sample(shards: ShardSet, plan: MixPlan, *, step: int, row: int) -> tuple[int, str, RawSample]:
     """The sample of a row, found by reading its whole run."""
-    _, place = plan.find_row(step=step, row=row)
+    _, slot = plan.find_row(step=step, row=row)
     part = plan.parts[0]
     starts = [0, *itertools.accumulate(part.shard_samples)]
     run = []
-    for piece in run_pieces(part, epoch=place.epoch, stream=place.stream):
+    for piece in run_pieces(part, epoch=slot.epoch, stream=slot.stream):
         shard = shards.shards[piece.shard]
         samples = list(shard.read(0, shard.info.samples))
         for number in range(piece.first, piece.first + piece.samples):
             run.append((starts[piece.shard] + number, f"{shard.name}/{samples[number].key}", samples[number]))
-    order = block_order(part, epoch=place.epoch, stream=place.stream, block=place.block)
-    return run[place.block * part.window + order[place.place]]
+    order = block_order(part, epoch=slot.epoch, stream=slot.stream, block=slot.block)
+    return run[slot.block * part.window + order[slot.slot]]
 
 
 @pytest.mark.parametrize("views", [VIEWS, VIEWS.model_copy(update={"target_crop": "random"})])
@@ -145,7 +145,7 @@ def test_each_row_holds_the_planned_sample_with_its_own_crops(shards: ShardSet, 
             number, key, raw = slow_sample(shards, plan, step=batch.step, row=row)
             epoch = batch.step // plan.steps_per_epoch
             draws = [
-                draw_uniforms(5, Purpose.CROP, place=(epoch, number, crop), count=CROP_DRAWS).tolist()
+                draw_uniforms(5, Purpose.CROP, slot=(epoch, number, crop), count=CROP_DRAWS).tolist()
                 for crop in range(crops)
             ]
             expected = decode_crops(
@@ -242,7 +242,7 @@ def test_damage_surfaces_at_the_batch_that_needs_it_and_not_before(tmp_path: Pat
     shards = write_shards(tmp_path, (30, 30))
     plan = make_plan(shards, batch=2, streams=1, window=1)
     second = list(run_pieces(plan.parts[0], epoch=0, stream=0))[1].shard
-    path = Path(shards.shards[second].place)
+    path = Path(shards.shards[second].location)
     content = bytearray(path.read_bytes())
     content[0] ^= 1
     path.write_bytes(content)

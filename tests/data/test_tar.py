@@ -130,12 +130,12 @@ def test_any_flipped_bit_of_any_header_is_noticed(tmp_path: Path, whole: bytes) 
     with tarfile.open(fileobj=io.BytesIO(whole)) as tar:
         headers = [member.offset for member in tar]
         position = headers[-1] + 1024  # where the archive ends: two blocks of zeros
-    places = [start + offset for start in headers[:1] for offset in range(512)]
-    places += [headers[-1] + offset for offset in range(0, 512, 7)]
-    places += list(range(position, position + 1024, 9))
-    for number, place in enumerate(places):
+    locations = [start + offset for start in headers[:1] for offset in range(512)]
+    locations += [headers[-1] + offset for offset in range(0, 512, 7)]
+    locations += list(range(position, position + 1024, 9))
+    for number, location in enumerate(locations):
         damaged = bytearray(whole)
-        damaged[place] ^= 1 << (number % 8)
+        damaged[location] ^= 1 << (number % 8)
         info = write_shard(path, bytes(damaged), samples=4)
         with pytest.raises(DataError, match="is damaged"):
             read_all(path, info)
@@ -195,7 +195,11 @@ SIZE = slice(124, 136)
 def with_size(content: bytes, size: bytes, *, member: int) -> bytes:
     """The archive with another size field in a header, under a right checksum."""
     damaged = bytearray(content)
-    begin = [place for place in range(0, len(content), 512) if content[place + 257 : place + 262] == b"ustar"]
+    begin = [
+        location
+        for location in range(0, len(content), 512)
+        if content[location + 257 : location + 262] == b"ustar"
+    ]
     header = memoryview(damaged)[begin[member] :][:512]
     header[SIZE] = size
     header[148:156] = b" " * 8

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cmae_scale.layers.masking import TokenMask, mask_from_noise, scatter_tokens, take_tokens
+from cmae_scale.layers.tokens import TokenMask, mask_from_noise, scatter_tokens, take_tokens
 
 
 def visible_patches(noise: list[float], *, grid: int, cell: int, ratio: float) -> list[int]:

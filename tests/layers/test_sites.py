@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from cmae_scale.layers.patches import patchify
+from cmae_scale.layers.tokens import patchify
 from cmae_scale.models.hybrid import SiteProjection, number_sites, place_sites
 
 GRID = 3

@@ -7,8 +7,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from cmae_scale.config.cmae import CmaeConfig
-from cmae_scale.layers.masking import take_tokens
-from cmae_scale.layers.patches import patchify
+from cmae_scale.layers.tokens import patchify, take_tokens
 from cmae_scale.losses import byol, infonce, pixel_loss
 from cmae_scale.models import CMAE, CMAEOutput, build_cmae
 

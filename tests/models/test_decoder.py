@@ -3,7 +3,7 @@ import torch
 from torch import Tensor, nn
 
 from cmae_scale.config.cmae import DecoderConfig, FeatureDecoderConfig, PixelDecoderConfig
-from cmae_scale.layers.masking import TokenMask, mask_from_noise
+from cmae_scale.layers.tokens import TokenMask, mask_from_noise
 from cmae_scale.models.build import init_transformer_
 from cmae_scale.models.decoder import FeatureDecoder, FeatureHead, MaskedDecoder, PixelDecoder
 

@@ -4,7 +4,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 
 from cmae_scale.config.sizes import EncoderSize
-from cmae_scale.layers.masking import mask_from_noise
+from cmae_scale.layers.tokens import mask_from_noise
 from cmae_scale.models.build import init_transformer_
 from cmae_scale.models.encoder import Encoder
 

@@ -14,8 +14,7 @@ from torch import Tensor
 
 from cmae_scale.config.cmae import CmaeConfig, ConvConfig, ModelConfig, ViewsConfig
 from cmae_scale.core.errors import ConfigError
-from cmae_scale.layers.masking import take_tokens
-from cmae_scale.layers.patches import patchify
+from cmae_scale.layers.tokens import patchify, take_tokens
 from cmae_scale.losses import pixel_loss
 from cmae_scale.models import build_cmae, read_description, read_encoder
 from cmae_scale.models.formats import folders

@@ -15,8 +15,7 @@ from torch import Tensor
 from cmae_scale.config.cmae import CmaeConfig
 from cmae_scale.config.sizes import read_size
 from cmae_scale.core.errors import ConfigError
-from cmae_scale.layers.masking import take_tokens
-from cmae_scale.layers.patches import patchify
+from cmae_scale.layers.tokens import patchify, take_tokens
 from cmae_scale.losses import infonce, pixel_loss
 from cmae_scale.models import CMAE, build_cmae, read_classifier
 from cmae_scale.models.build import build_encoder

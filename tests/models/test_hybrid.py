@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from cmae_scale.config.cmae import CmaeConfig, ConvConfig, ModelConfig, ViewsConfig
 from cmae_scale.config.sizes import ConvStages, EncoderSize
 from cmae_scale.core.errors import ConfigError
-from cmae_scale.layers.masking import TokenMask, mask_from_noise
+from cmae_scale.layers.tokens import TokenMask, mask_from_noise
 from cmae_scale.models import CMAE, build_cmae
 from cmae_scale.models.build import init_transformer_
 from cmae_scale.models.hybrid import HybridEncoder

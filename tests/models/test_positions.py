@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cmae_scale.config.cmae import CmaeConfig
 from cmae_scale.core.errors import ConfigError
-from cmae_scale.layers.patches import sincos_positions
+from cmae_scale.layers.tokens import sincos_positions
 from cmae_scale.models import CMAE, build_cmae
 from cmae_scale.models.formats.folders import write_whole
 from cmae_scale.models.formats.model_file import ModelFile

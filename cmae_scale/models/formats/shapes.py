@@ -23,7 +23,7 @@ from cmae_scale.config.cmae import (
 )
 from cmae_scale.config.sizes import NAMED_SIZES
 from cmae_scale.core.errors import ConfigError
-from cmae_scale.layers.patches import sincos_positions
+from cmae_scale.layers.tokens import sincos_positions
 
 Tensors = Mapping[str, Tensor]
 Key = TypeVar("Key", int, tuple[int, int])

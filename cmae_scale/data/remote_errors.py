@@ -18,7 +18,7 @@ REFUSED_STATUS = frozenset(
 )  # of HTTP, the same. aiohttp calls a cut answer 400
 
 
-class Failure(Exception):  # noqa: N818 -- becomes a DataError or OSError where the place is known
+class Failure(Exception):  # noqa: N818 -- becomes a DataError or OSError where the location is known
     """Why a request gave nothing, in words that may be shown.
 
     `is_final` if asking again cannot help. `wait_s` is how long the server wants to be left alone.

@@ -19,34 +19,35 @@ _LIST = re.compile(r"\{([^{}]*,[^{}]*)\}")
 _GLOB = re.compile(r"[*?\[]")
 
 
-def read_scheme(place: str) -> str:
+def read_scheme(location: str) -> str:
     """`s3` of "s3://bucket/train", "" for a path. ConfigError for a scheme that is not read."""
-    match = _SCHEME.match(place)
+    match = _SCHEME.match(location)
     if match is None:
         return ""
     scheme = match[1].lower()
     if scheme == COMMAND:
         return scheme
-    if scheme not in REMOTE or not place[match.end() :].startswith("//"):
+    if scheme not in REMOTE or not location[match.end() :].startswith("//"):
         known = ", ".join(f"{known}://" for known in REMOTE)
         raise ConfigError(f"shards are not read from {scheme}: give a path or one of {known}")
     return scheme
 
 
-def expand_braces(place: str) -> Iterator[str]:
-    """Every place that "train-{00..03}" or "{train,extra}" stands for, in order. Commands stay as they are.
+def expand_braces(location: str) -> Iterator[str]:
+    """All that "train-{00..03}" or "{train,extra}" stands for, in order. Commands stay as they are.
 
     A range counts with as many digits as its first number has.
     """
-    match = None if read_scheme(place) == COMMAND else _RANGE.search(place) or _LIST.search(place)
+    match = None if read_scheme(location) == COMMAND else _RANGE.search(location) or _LIST.search(location)
     if match is None:
-        yield place
+        yield location
         return
-    head, tail = place[: match.start()], place[match.end() :]
+    head, tail = location[: match.start()], location[match.end() :]
     if match.re is _RANGE:
         first, last = int(match[1]), int(match[2])
         if not first <= last < first + MAX_EXPANSION:
-            raise ConfigError(f"{match[0]} in {show_place(place)} must count upwards, by less than a million")
+            shown = show_location(location)
+            raise ConfigError(f"{match[0]} in {shown} must count upwards, by less than a million")
         parts: Iterator[str] = (str(number).zfill(len(match[1])) for number in range(first, last + 1))
     else:
         parts = iter(match[1].split(","))
@@ -54,14 +55,14 @@ def expand_braces(place: str) -> Iterator[str]:
         yield from expand_braces(head + part + tail)
 
 
-def is_pattern(place: str) -> bool:
+def is_pattern(location: str) -> bool:
     """Whether it holds *, ? or [: the question mark of an address begins its query instead."""
-    if read_scheme(place) in ("http", "https"):
-        place = urlsplit(place).path
-    return _GLOB.search(place) is not None
+    if read_scheme(location) in ("http", "https"):
+        location = urlsplit(location).path
+    return _GLOB.search(location) is not None
 
 
-def join_place(folder: str, name: str) -> str:
+def join_location(folder: str, name: str) -> str:
     """The file `name` of a folder: a path, an address (its query stays at the end) or a command."""
     match read_scheme(folder):
         case "http" | "https":
@@ -74,23 +75,23 @@ def join_place(folder: str, name: str) -> str:
     return f"{folder.rstrip('/')}/{name}"
 
 
-def split_place(place: str) -> tuple[str, str]:
-    """Folder and last name of a path or an address, so that join_place gives it back."""
-    if read_scheme(place) in ("http", "https"):
-        parts = urlsplit(place)
+def split_location(location: str) -> tuple[str, str]:
+    """Folder and last name of a path or an address, so that join_location gives it back."""
+    if read_scheme(location) in ("http", "https"):
+        parts = urlsplit(location)
         head, _, name = parts.path.rpartition("/")
         return urlunsplit(parts._replace(path=head)), name
-    head, slash, name = place.rpartition("/")
+    head, slash, name = location.rpartition("/")
     return head or slash or ".", name
 
 
-def show_place(place: str) -> str:
-    """The place as messages may hold it: without user, password, query and the words of a command."""
-    if place.startswith(f"{COMMAND}:"):
-        command, _, name = place.partition("\0")
+def show_location(location: str) -> str:
+    """The location as messages may hold it: without user, password, query and the words of a command."""
+    if location.startswith(f"{COMMAND}:"):
+        command, _, name = location.partition("\0")
         program = command.removeprefix(f"{COMMAND}:").split(maxsplit=1)
         return f"{COMMAND}:{program[0] if program else ''} {MASK} {name}".rstrip()
-    if "://" not in place:
-        return place
-    parts = urlsplit(mask(place))
+    if "://" not in location:
+        return location
+    parts = urlsplit(mask(location))
     return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))

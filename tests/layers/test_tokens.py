@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cmae_scale.layers.patches import PatchProjection, patchify, sincos_positions, unpatchify
+from cmae_scale.layers.tokens import PatchProjection, patchify, sincos_positions, unpatchify
 
 
 def cut(images: Tensor, patch: int) -> Tensor:

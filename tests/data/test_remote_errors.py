@@ -12,8 +12,8 @@ import pytest
 
 from cmae_scale.config.cmae import DataConfig
 from cmae_scale.core.errors import DataError
-from cmae_scale.data.answers import read_wait, understand_error
 from cmae_scale.data.remote import Remote
+from cmae_scale.data.remote_errors import read_wait, understand_error
 from cmae_scale.data.storage import open_storage, read_text
 
 pytest.importorskip("aiohttp", reason="the extra `remote` is not installed")
