@@ -49,7 +49,9 @@ def classify(argv: Sequence[str] | None) -> None:
         else:
             tell("\n".join([shown, *(f"  {share:7.2%}  {name}" for name, share in guesses)]))
     if failed or not total:
-        raise DataError(f"{failed} of {total} images could not be judged" if total else "no image was named")
+        raise DataError(
+            f"{failed} of {total} images could not be classified" if total else "no image was named"
+        )
 
 
 def read_arguments(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -1,4 +1,4 @@
-"""Compare encoders: pre-train each under the same conditions, judge all by the same tasks, one command.
+"""Compare encoders: pre-train each under the same conditions, evaluate all by the same tasks, one command.
 
 Each cell is a run that could be started by hand, and is printed as such. The same command again skips what is
 finished and goes on with what is not.

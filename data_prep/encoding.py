@@ -23,7 +23,7 @@ PNG_BITS = 24  # where a PNG says its bits per sample. Source: PNG, section 11.2
 class Encoded(NamedTuple):
     """The bytes to store and the length of their image's shorter side, px.
 
-    `noted` are kinds of tally.NOTES; `grey_range` are the extreme values of grey of over 8 bits.
+    `noted` are kinds of stats.NOTES; `grey_range` are the extreme values of grey of over 8 bits.
     """
 
     data: bytes

@@ -122,7 +122,7 @@ def write_slots(
             writer.write, tasks, executor=command.executor, processes=min(command.processes, len(slots))
         )
         for written in show_progress(shards, total=sum(slot.samples for slot in slots), out=out):
-            made.add(written.tally)
+            made.add(written.stats)
     return made
 
 

@@ -41,7 +41,7 @@ class WrittenShard:
 
     info: ShardInfo
     skipped: tuple[Skipped, ...] = ()
-    tally: ShardStats = field(default_factory=ShardStats)
+    stats: ShardStats = field(default_factory=ShardStats)
     digests: tuple[tuple[int, str], ...] = ()  # position, 128 bits of BLAKE2b of the original bytes
 
 
@@ -96,7 +96,7 @@ def record_shard(out: Path, written: WrittenShard) -> None:
         record = {
             "info": asdict(written.info),
             "skipped": written.skipped,
-            "tally": pack_stats(written.tally),
+            "stats": pack_stats(written.stats),
             "digests": written.digests,
         }
         file.write(json.dumps(record).encode())
@@ -112,7 +112,7 @@ def read_record(out: Path, name: str) -> WrittenShard | None:
         return WrittenShard(
             ShardInfo(**record["info"]),
             tuple(Skipped(*each) for each in record["skipped"]),
-            unpack_stats(record["tally"]),
+            unpack_stats(record["stats"]),
             tuple((position, digest) for position, digest in record["digests"]),
         )
 

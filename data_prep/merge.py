@@ -36,7 +36,7 @@ def write_data_set(
 ) -> tuple[ShardIndex, ShardStats]:
     """Write skipped.jsonl and the index of a folder in which every shard of the plan is finished.
 
-    Also the tally of the shards that were made since there was an index.
+    Also the stats of the shards that were made since there was an index.
     """
     slots = [plan.slot(number) for number in range(len(plan))]
     planned = {slot.name for slot in slots}
@@ -44,22 +44,22 @@ def write_data_set(
     shards = tuple(info for info in [*(finished[slot.name] for slot in slots), *others] if info.samples)
     if not shards:
         raise DataError(f"none of the {len(source.items)} files of {source.title} can be used as an image")
-    tally = ShardStats()
+    stats = ShardStats()
     unlisted = (
         {"shard": None, "position": None, "name": name, "kind": KIND, "reason": reason}
         for name, reason in source.unlisted
     )
     added = [line for line in read_lines(out) if line["shard"] in {info.name for info in others}]
-    write_skipped(out, chain(_collect(slots, out=out, tally=tally), added, unlisted))
+    write_skipped(out, chain(_collect(slots, out=out, stats=stats), added, unlisted))
     total = sum(shard.samples for shard in shards)
     options = plan.describe()
-    if (grey_range := join_ranges(tally.grey_range, _read_known_range(out))) and RANGE_OPTION not in options:
+    if (grey_range := join_ranges(stats.grey_range, _read_known_range(out))) and RANGE_OPTION not in options:
         options[RANGE_OPTION] = list(grey_range)
     classes = parse_index(out).classes if others else source.classes
     index = ShardIndex(out, shards, classes, total, source.title, options)
     write_index(index)
     drop_records(index)
-    return index, tally
+    return index, stats
 
 
 def share_range(folders: Iterable[Path]) -> GreyRange | None:
@@ -80,13 +80,13 @@ def _read_known_range(out: Path) -> GreyRange | None:
     return read_value_range(parse_index(out).options, name=str(out / INDEX_NAME))
 
 
-def _collect(slots: Iterable[ShardSlot], *, out: Path, tally: ShardStats) -> Iterator[dict[str, Any]]:
+def _collect(slots: Iterable[ShardSlot], *, out: Path, stats: ShardStats) -> Iterator[dict[str, Any]]:
     """What was skipped, in the order of the plan; counts what the records say on the way."""
     before = read_skipped(out)
     for slot in slots:
         record = read_record(out, slot.name)
         if record is not None:
-            tally.add(record.tally)
+            stats.add(record.stats)
         for each in before.get(slot.name, ()) if record is None else record.skipped:
             yield {"shard": slot.name, **each._asdict()}
 

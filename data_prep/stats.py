@@ -41,7 +41,7 @@ class ShardStats:
         self.short_sides[short_side] += 1
 
     def add(self, other: "ShardStats") -> None:
-        """Add the sums of another tally."""
+        """Add the sums of another stats."""
         self.images += other.images
         self.image_bytes += other.image_bytes
         self.formats += other.formats
@@ -64,16 +64,16 @@ class ShardStats:
             yield f"skipped {total:,}: {kinds}; skipped.jsonl names each"
 
 
-def pack_stats(tally: ShardStats) -> dict[str, Any]:
-    """A tally as JSON can keep it."""
+def pack_stats(stats: ShardStats) -> dict[str, Any]:
+    """A stats as JSON can keep it."""
     return {
-        "images": tally.images,
-        "image_bytes": tally.image_bytes,
-        "formats": tally.formats,
-        "short_sides": sorted(tally.short_sides.items()),  # JSON has no numbers as keys
-        "skipped": tally.skipped,
-        "noted": tally.noted,
-        "grey_range": tally.grey_range,
+        "images": stats.images,
+        "image_bytes": stats.image_bytes,
+        "formats": stats.formats,
+        "short_sides": sorted(stats.short_sides.items()),  # JSON has no numbers as keys
+        "skipped": stats.skipped,
+        "noted": stats.noted,
+        "grey_range": stats.grey_range,
     }
 
 

@@ -35,7 +35,7 @@ class ShardWriter:
         """Write the shard of `task` and a record of it. A bad item is a DataError unless `skip_bad`."""
         skipped: list[Skipped] = []
         digests: list[tuple[int, str]] = []
-        tally = ShardStats()
+        stats = ShardStats()
         with write_whole(self.out / task.name) as file:
             tar = _TarFile(file)
             for position, item in enumerate(task.items, start=task.first):
@@ -57,19 +57,19 @@ class ShardWriter:
                     skipped.append(Skipped(position, item.name, "small", reason))
                     continue
                 tar.add_sample(f"{position:09d}", image, label=item.label)
-                tally.count_image(
+                stats.count_image(
                     image.ending, size=len(image.data), short_side=image.short_side, noted=image.noted
                 )
-                tally.grey_range = join_ranges(tally.grey_range, image.grey_range)
+                stats.grey_range = join_ranges(stats.grey_range, image.grey_range)
                 if self.options.dedup:
                     digest = hashlib.blake2b(original, digest_size=DIGEST_BYTES)
                     digests.append((position, digest.hexdigest()))
             tar.end()
-        tally.skipped.update(each.kind for each in skipped)
-        info = ShardInfo(task.name, tally.images, tar.size, tar.digest.hexdigest())
-        if tally.images:
+        stats.skipped.update(each.kind for each in skipped)
+        info = ShardInfo(task.name, stats.images, tar.size, tar.digest.hexdigest())
+        if stats.images:
             write_offsets(self.out / task.name, [*tar.starts, tar.end_of_members], sha256=info.sha256)
-        written = WrittenShard(info, tuple(skipped), tally, tuple(digests))
+        written = WrittenShard(info, tuple(skipped), stats, tuple(digests))
         record_shard(self.out, written)
         return written
 

@@ -76,14 +76,14 @@ def test_every_shipped_run_fits_an_a100_as_it_is(
 def test_the_amounts_are_arithmetic(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = [*IMAGENET, "--gpu", "H100", "--gpus", "8", "--mfu", "0.4", "--price", "2"]
     plan = read_plan(capsys, "vitb.json", *arguments)
-    outlook = plan["outlook"]
-    assert outlook["steps"] == 300 * (1281167 // 4096)
-    assert outlook["images"] == outlook["steps"] * 4096
-    seconds = outlook["images"] * plan["training_flops_per_image"] / (8 * 989e12 * 0.4)
-    assert outlook["hours"] == pytest.approx(seconds / 3600)
-    assert outlook["cost"] == pytest.approx(2 * 8 * seconds / 3600)
-    assert outlook["images_per_s"] == pytest.approx(outlook["images"] / seconds)
-    assert outlook["cost_per_1000_images"] == pytest.approx(1000 * outlook["cost"] / outlook["images"])
+    estimate = plan["outlook"]
+    assert estimate["steps"] == 300 * (1281167 // 4096)
+    assert estimate["images"] == estimate["steps"] * 4096
+    seconds = estimate["images"] * plan["training_flops_per_image"] / (8 * 989e12 * 0.4)
+    assert estimate["hours"] == pytest.approx(seconds / 3600)
+    assert estimate["cost"] == pytest.approx(2 * 8 * seconds / 3600)
+    assert estimate["images_per_s"] == pytest.approx(estimate["images"] / seconds)
+    assert estimate["cost_per_1000_images"] == pytest.approx(1000 * estimate["cost"] / estimate["images"])
     assert plan["parameters"]["trained"] == 121_118_208
     page = run_plan(capsys, "vitb.json", *arguments)
     assert "121.12 M" in page

@@ -32,9 +32,9 @@ def measure_loader(args: argparse.Namespace) -> None:
     course = Contender(
         shards, args.folder, views, workers=args.workers, batch=args.batch, samples=args.samples
     )
-    laps = benchmark(course, rounds=args.rounds)
-    tell(describe_benchmark(laps))
-    results: dict[str, dict[str, object]] = record_benchmark(laps)
+    timings = benchmark(course, rounds=args.rounds)
+    tell(describe_benchmark(timings))
+    results: dict[str, dict[str, object]] = record_benchmark(timings)
     memory = measure_footprint(data, views=views, batch=args.batch, epochs=args.epochs)
     tell(f"resident memory after each epoch, MiB: {' '.join(f'{mib:.0f}' for mib in memory)}")
     results[OURS]["resident_mib"] = memory
@@ -89,9 +89,9 @@ def measure_shards(args: argparse.Namespace) -> None:
     if not files:
         raise ConfigError(f"--folder {args.folder} holds no class folders with files")
     mb = sum(path.stat().st_size for path in files) / 1e6 / len(files)
-    laps = benchmark_shards(files, make=make, scratch=args.scratch, rounds=args.rounds)
-    tell(describe_shard_benchmark(laps, images=len(files), mb_per_image=mb))
-    results = {name: summarise_timings(runs, per="image") for name, runs in laps.items()}
+    timings = benchmark_shards(files, make=make, scratch=args.scratch, rounds=args.rounds)
+    tell(describe_shard_benchmark(timings, images=len(files), mb_per_image=mb))
+    results = {name: summarise_timings(runs, per="image") for name, runs in timings.items()}
     write_record(args.record, config={"images": len(files), "mb_per_image": mb}, results=results)
     tell(f"record {args.record}")
 
@@ -133,12 +133,12 @@ def measure_hybrid(args: argparse.Namespace) -> None:
     run, told = settle_precision(run, device=torch.device("cpu"), product=product)
     tell("\n".join(told))
     compute = read_precision(run.deepspeed).compute
-    laps = benchmark_encoders(cfg, compute=compute, batch=args.batch, rounds=args.rounds)
-    lowest = {name: min(lap.wall_s for lap in runs) for name, runs in laps.items()}
+    timings = benchmark_encoders(cfg, compute=compute, batch=args.batch, rounds=args.rounds)
+    lowest = {name: min(timing.wall_s for timing in runs) for name, runs in timings.items()}
     for name, wall_s in lowest.items():
         tell(f"{name:12} {1e3 * wall_s:8.1f} ms an image, forward and backward, lowest of {args.rounds}")
     tell(f"the same tokens from kept sites alone {lowest[WHOLE] / lowest[KEPT]:.2f} times as fast")
-    results = {name: summarise_timings(runs, per="image") for name, runs in laps.items()}
+    results = {name: summarise_timings(runs, per="image") for name, runs in timings.items()}
     config = {"model": cfg.model.encoder, "mask_ratio": cfg.mask.ratio, "batch": args.batch}
     config["products"] = str(compute)
     write_record(args.record, config=config, results=results)

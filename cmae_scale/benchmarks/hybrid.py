@@ -37,13 +37,13 @@ def benchmark_encoders(
     }
     with torch.no_grad():
         torch.testing.assert_close(ways[WHOLE](), ways[KEPT](), rtol=1e-4, atol=1e-4)
-    laps: dict[str, list[Timing]] = {name: [] for name in ways}
+    timings: dict[str, list[Timing]] = {name: [] for name in ways}
     for number in range(rounds + 1):
         for name, way in ways.items():
-            lap = _time(way, compute)
+            timing = _time(way, compute)
             if number > 0:
-                laps[name].append(Timing(lap.cpu_s / batch, lap.wall_s / batch))
-    return laps
+                timings[name].append(Timing(timing.cpu_s / batch, timing.wall_s / batch))
+    return timings
 
 
 def encode_whole_maps(encoder: HybridEncoder, images: Tensor, mask: TokenMask) -> Tensor:

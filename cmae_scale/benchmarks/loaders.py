@@ -68,19 +68,19 @@ def benchmark(course: Contender, *, rounds: int) -> dict[str, list[Timing]]:
             contestants["ImageFolder + torchvision + DataLoader"] = prepare_image_folder(
                 course, course.folder
             )
-        laps: dict[str, list[Timing]] = {name: [] for name in contestants}
+        timings: dict[str, list[Timing]] = {name: [] for name in contestants}
         for number in range(rounds + 1):
             for name, batches in contestants.items():
-                lap = _run_lap(batches, steps=course.samples // course.batch)
+                timing = _time_once(batches, steps=course.samples // course.batch)
                 if number > 0:
-                    laps[name].append(lap)
-    return laps
+                    timings[name].append(timing)
+    return timings
 
 
-def describe_benchmark(laps: dict[str, list[Timing]]) -> str:
+def describe_benchmark(timings: dict[str, list[Timing]]) -> str:
     """Each contestant's lowest CPU time, in lines for people, and our share of the decoder's own."""
-    lowest = {name: min(lap.cpu_s for lap in runs) for name, runs in laps.items()}
-    title = f"CPU time per sample, lowest of {len(laps[OURS])}"
+    lowest = {name: min(timing.cpu_s for timing in runs) for name, runs in timings.items()}
+    title = f"CPU time per sample, lowest of {len(timings[OURS])}"
     lines = [f"{title:40} {'ms':>7} {'per core':>9} {'/ ours':>8}"]
     for name, cpu_s in lowest.items():
         lines.append(f"{name:40} {1e3 * cpu_s:7.3f} {1 / cpu_s:7.0f}/s {cpu_s / lowest[OURS]:7.2f}x")
@@ -90,19 +90,19 @@ def describe_benchmark(laps: dict[str, list[Timing]]) -> str:
     return "\n".join(lines)
 
 
-def record_benchmark(laps: dict[str, list[Timing]]) -> dict[str, dict[str, object]]:
+def record_benchmark(timings: dict[str, list[Timing]]) -> dict[str, dict[str, object]]:
     """The same as figures."""
-    ours = min(lap.cpu_s for lap in laps[OURS])
+    ours = min(timing.cpu_s for timing in timings[OURS])
     return {
         name: {
             **summarise_timings(runs, per="sample"),
-            "times_ours": min(lap.cpu_s for lap in runs) / ours,
+            "times_ours": min(timing.cpu_s for timing in runs) / ours,
         }
-        for name, runs in laps.items()
+        for name, runs in timings.items()
     }
 
 
-def _run_lap(batches: Batches, *, steps: int) -> Timing:
+def _time_once(batches: Batches, *, steps: int) -> Timing:
     """From full buffers to full buffers: so much work as it took to make `steps` batches."""
     cpu_s, wall_s = _settle(), time.perf_counter()
     samples = sum(islice(batches, steps))

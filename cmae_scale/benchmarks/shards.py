@@ -37,7 +37,7 @@ def benchmark_shards(
         for path in files:
             decode_pixels(path.read_bytes(), max_mpx=50.0)
 
-    laps: dict[str, list[Timing]] = {COPY: [], MAKE: [], DECODE: []}
+    timings: dict[str, list[Timing]] = {COPY: [], MAKE: [], DECODE: []}
     for number in range(rounds + 1):
         for name, work in {COPY: copy, MAKE: make, DECODE: decode}.items():
             with tempfile.TemporaryDirectory(dir=scratch) as folder:
@@ -45,15 +45,15 @@ def benchmark_shards(
                 work(Path(folder))
                 cpu_s, wall_s = time.process_time() - cpu_s, time.perf_counter() - wall_s
             if number > 0:
-                laps[name].append(Timing(cpu_s / len(files), wall_s / len(files)))
-    return laps
+                timings[name].append(Timing(cpu_s / len(files), wall_s / len(files)))
+    return timings
 
 
-def describe_shard_benchmark(laps: dict[str, list[Timing]], *, images: int, mb_per_image: float) -> str:
+def describe_shard_benchmark(timings: dict[str, list[Timing]], *, images: int, mb_per_image: float) -> str:
     """The lowest times and rates, in lines for people."""
-    title = f"lowest of {len(laps[MAKE])}"
+    title = f"lowest of {len(timings[MAKE])}"
     lines = [f"{title:14} {'CPU ms':>8} {'ms':>8} {'MB/s':>8}   for each of {images:,} images"]
-    lowest = {name: Timing(*map(min, zip(*runs, strict=True))) for name, runs in laps.items()}
+    lowest = {name: Timing(*map(min, zip(*runs, strict=True))) for name, runs in timings.items()}
     for name, (cpu_s, wall_s) in lowest.items():
         lines.append(f"{name:14} {1e3 * cpu_s:8.3f} {1e3 * wall_s:8.3f} {mb_per_image / wall_s:8.1f}")
     gain = lowest[DECODE].wall_s / lowest[MAKE].wall_s

@@ -132,7 +132,7 @@ class TaskConfig(Section):
 
 
 class TransferDataConfig(DataConfig):
-    """Labelled shards to learn from and others to be judged by."""
+    """Labelled shards to learn from and others to be evaluated on."""
 
     val_shards: str | tuple[str, ...] = Field(min_length=1)  # type: ignore[assignment]
     """Labelled shards that the network is evaluated on."""

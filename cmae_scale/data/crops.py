@@ -57,7 +57,7 @@ class RegionDecoders:
         try:
             region = codec.Region(box.top, box.left, box.bottom, box.right)
             image = decode(codec.CodeStream(data).get_sub_code_stream(region=region))
-        except Exception:  # damage is for Pillow to judge
+        except Exception:  # damage is for Pillow to decide
             return None
         if image is None or image.shape != (box.bottom - box.top, box.right - box.left, 3):
             return None
@@ -185,11 +185,11 @@ def decode_pixels(data: bytes, *, max_mpx: float, grey_range: GreyRange | None =
 
     The header is checked before anything is decoded.
 
-    What the fast decoder does not take, or has doubts about, is for Pillow to judge, so that it does not
+    What the fast decoder does not take, or has doubts about, is for Pillow to decide, so that it does not
     depend on installed packages which images are bad.
     """
     if DECODE_JPEG is not None and (size := _measure_plain(data, max_mpx=max_mpx)) is not None:
-        with contextlib.suppress(Exception):  # damage is for Pillow to judge
+        with contextlib.suppress(Exception):  # damage is for Pillow to decide
             return np.asarray(DECODE_JPEG(data, buffer=_SCRATCH.take(3 * size.width * size.height)))
     image = open_image(data, max_mpx=max_mpx)
     upright = finish_image(image, grey_range=grey_range)

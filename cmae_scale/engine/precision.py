@@ -99,7 +99,7 @@ def recall_metadata(run: Run) -> dict[str, Any] | None:
 def _decide(run: Run, device: torch.device, product: Product) -> tuple[dict[str, Any], list[str]]:
     settings = run.deepspeed
     candidates = list_formats(settings, half=name_half(device))
-    trial = judge(candidates[-1], device=device, product=product)
+    trial = try_out(candidates[-1], device=device, product=product)
     if not is_left_to_machine(settings):
         return settings, [] if trial.best == candidates[-1] else [_warn(settings, trial)]
     if (written := recall_metadata(run)) is not None:
@@ -138,7 +138,7 @@ def name_half(device: torch.device) -> FormatName:
     return "bfloat16" if device.type == "cpu" or get_accelerator().is_bf16_supported() else "float16"
 
 
-def judge(low: FormatName, *, device: torch.device, product: Product) -> Trial:
+def try_out(low: FormatName, *, device: torch.device, product: Product) -> Trial:
     """Whether `low` is better than fp32 on `device`: on a CPU by computing `product` in both."""
     if low == "float32":
         return Trial(low, "it is named")

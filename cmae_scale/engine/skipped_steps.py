@@ -89,6 +89,6 @@ def _read(path: Path) -> dict[int, dict[str, Any]]:
         return {}
     lines = {}
     for line in map(parse_line, path.read_bytes().splitlines()):
-        if line and type(step := line.get("step")) is int:  # else its step is judged anew
+        if line and type(step := line.get("step")) is int:  # else its step is checked again
             lines[step] = {"rewound_to": None, **line}
     return lines

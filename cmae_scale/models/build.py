@@ -38,7 +38,7 @@ def build_encoder(model: ModelConfig, *, img_px: int, final_norm: bool = True) -
 TOKEN_STD = 0.02  # of class and mask tokens. Source: facebookresearch/mae models_mae.py
 
 
-Settle: TypeAlias = Callable[[nn.Module], None]  # gets each module once its own parameters have values
+OnInit: TypeAlias = Callable[[nn.Module], None]  # gets each module once its own parameters have values
 
 
 def keep_whole(module: nn.Module) -> None:
@@ -54,7 +54,7 @@ def fill_(module: nn.Module) -> None:
 
 
 @torch.no_grad()
-def init_transformer_(model: nn.Module, on_init: Settle = keep_whole) -> None:
+def init_transformer_(model: nn.Module, on_init: OnInit = keep_whole) -> None:
     """Give every parameter of an encoder or a decoder its starting value.
 
     Source: facebookresearch/mae models_mae.py, as official cmae_vit.py: Xavier for every Linear (query, key
@@ -89,7 +89,7 @@ def init_transformer_(model: nn.Module, on_init: Settle = keep_whole) -> None:
 
 
 @torch.no_grad()
-def init_head_(head: nn.Module, on_init: Settle = keep_whole) -> None:
+def init_head_(head: nn.Module, on_init: OnInit = keep_whole) -> None:
     """Give every parameter of a projector or predictor torch's own starting value.
 
     Source: official heads call no initialiser (kaiming-uniform Linear, norm 1 and 0).
@@ -102,7 +102,7 @@ def init_head_(head: nn.Module, on_init: Settle = keep_whole) -> None:
 
 
 @torch.no_grad()
-def init_follower_(branch: nn.Module, on_init: Settle = keep_whole) -> None:
+def init_follower_(branch: nn.Module, on_init: OnInit = keep_whole) -> None:
     """Room for the parameters of a branch that is a copy of another, and fresh running moments."""
     for module in branch.modules():
         fill_(module)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from cmae_scale.config.cmae import CmaeConfig, MaskConfig, NetworkConfig
 from cmae_scale.layers.tokens import TokenMask, mask_from_noise
 from cmae_scale.models.build import (
-    Settle,
+    OnInit,
     build_encoder,
     init_follower_,
     init_head_,
@@ -168,10 +168,10 @@ class CMAE(nn.Module):
         return pairs
 
     @torch.no_grad()
-    def init_(self, on_init: Settle = keep_whole) -> None:
+    def init_(self, on_init: OnInit = keep_whole) -> None:
         """Give every parameter its starting value; the target starts as a copy of the online branch.
 
-        `settle` gets each module in turn when its own parameters have their values. If it splits them over
+        `on_init` gets each module in turn when its own parameters have their values. If it splits them over
         ranks, it is the caller's to copy online to target, shard by shard.
         """
         for transformer in (self.online_encoder, self.pixel_decoder, self.feature_decoder):
@@ -194,10 +194,10 @@ class CMAE(nn.Module):
                     module.run_block = checkpoint_block or run_block
 
 
-def build_cmae(cfg: CmaeConfig, *, on_init: Settle = keep_whole) -> CMAE:
+def build_cmae(cfg: CmaeConfig, *, on_init: OnInit = keep_whole) -> CMAE:
     """The model of a run file, on the CPU. Its weights follow from `cfg.seed` alone, so all ranks agree.
 
-    It is laid out on the meta device and gets its values module by module; `settle` may put each module away
+    It is laid out on the meta device and gets its values module by module; `on_init` may put each module away
     before the next takes memory (see `CMAE.init_`). Inside of `torch.device("meta")` it stays without values.
     """
     with torch.device("meta"):

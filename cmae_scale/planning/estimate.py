@@ -27,7 +27,7 @@ class Estimate(NamedTuple):
     cost_per_1000_images: float | None
 
 
-def estimate(
+def estimate_run(
     cfg: CmaeConfig,
     times: Timetable,
     *,

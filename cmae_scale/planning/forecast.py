@@ -8,7 +8,7 @@ from cmae_scale.config.durations import Timetable
 from cmae_scale.config.precision import FormatName, is_left_to_machine, read_formats, write_autocast
 from cmae_scale.config.run_file import Run
 from cmae_scale.planning.advice import find_faults
-from cmae_scale.planning.estimate import Estimate, estimate
+from cmae_scale.planning.estimate import Estimate, estimate_run
 from cmae_scale.planning.layouts import Layout, on_device, plan_layouts, recommend
 from cmae_scale.sizing.activations import Kernel
 from cmae_scale.sizing.flops import ForwardFlops, count_flops
@@ -39,7 +39,7 @@ class Forecast(NamedTuple):
     mfu: float
     parameters: ParameterCounts
     flops: ForwardFlops
-    outlook: Estimate
+    estimate: Estimate
     layouts: list[Layout]
     own: Layout
     recommended: Layout | None
@@ -74,7 +74,7 @@ def forecast(
     layouts = plan_layouts(job, capacity_bytes=machine.memory_gib * 2**30)
     remat = "full" if "activation_checkpointing" in run.deepspeed else run.cmae.model.remat
     own = next(layout for layout in layouts if (layout.stage, layout.remat) == (job.zero.stage, remat))
-    outlook = estimate(
+    estimate = estimate_run(
         run.cmae,
         times,
         batch=batch.total,
@@ -93,7 +93,7 @@ def forecast(
         mfu=mfu,
         parameters=count_parameters(run.cmae),
         flops=count_flops(run.cmae),
-        outlook=outlook,
+        estimate=estimate,
         layouts=layouts,
         own=own,
         recommended=recommend(layouts, ranks=machine.ranks),
@@ -139,7 +139,7 @@ def to_json(plan: Forecast) -> dict[str, Any]:
         "forward_flops_per_image": plan.flops._asdict(),
         "training_flops_per_image": plan.flops.training,
         "assumed_mfu": plan.mfu,
-        "outlook": plan.outlook._asdict(),
+        "outlook": plan.estimate._asdict(),
         "layouts": [_layout_json(layout, plan=plan) for layout in plan.layouts],
         "own": {"stage": plan.own.stage, "remat": plan.own.remat, "fits": plan.own.fits},
         "recommended": plan.recommended and _layout_json(plan.recommended, plan=plan),

@@ -56,24 +56,24 @@ def _parts(plan: Forecast) -> list[str]:
 
 
 def _run(plan: Forecast) -> list[str]:
-    batch, times, outlook = plan.batch, plan.times, plan.outlook
+    batch, times, estimate = plan.batch, plan.times, plan.estimate
     lines = [
-        f"run    {outlook.steps:,} steps, {outlook.epochs:.4g} epochs of {plan.dataset_images:,} images: "
-        f"{outlook.images:,} images, {outlook.flops:.3g} FLOP",
+        f"run    {estimate.steps:,} steps, {estimate.epochs:.4g} epochs of {plan.dataset_images:,} images: "
+        f"{estimate.images:,} images, {estimate.flops:.3g} FLOP",
         f"batch  {batch.total} = {batch.micro} micro-batch x {batch.accumulation} accumulation x "
         f"{plan.machine.ranks} ranks; peak lr {plan.run.peak_lr:.3g} after {times.warmup_steps:,} steps, "
         f"saved every {times.save_every_steps:,}",
     ]
-    if outlook.hours is None or outlook.gpu_hours is None:
+    if estimate.hours is None or estimate.gpu_hours is None:
         return [*lines, f"time   not said: the speed of a {plan.machine.name} is not known (--tflops)"]
     lines.append(
-        f"time   {format_seconds(3600 * outlook.hours)} at {plan.mfu:.0%} MFU (assumed; --mfu), "
-        f"{outlook.images_per_s:,.0f} images/s, {outlook.gpu_hours:,.1f} GPU-hours, "
-        f"{outlook.gpu_s_per_1000_images:.3g} GPU-seconds per 1000 images"
+        f"time   {format_seconds(3600 * estimate.hours)} at {plan.mfu:.0%} MFU (assumed; --mfu), "
+        f"{estimate.images_per_s:,.0f} images/s, {estimate.gpu_hours:,.1f} GPU-hours, "
+        f"{estimate.gpu_s_per_1000_images:.3g} GPU-seconds per 1000 images"
     )
-    if outlook.cost is not None:
+    if estimate.cost is not None:
         lines.append(
-            f"cost   {outlook.cost:,.2f} for the run, {outlook.cost_per_1000_images:.3g} per 1000 images"
+            f"cost   {estimate.cost:,.2f} for the run, {estimate.cost_per_1000_images:.3g} per 1000 images"
         )
     return lines
 

@@ -35,11 +35,11 @@ class Timing(NamedTuple):
     wall_s: float
 
 
-def summarise_timings(laps: Sequence[Timing], *, per: str) -> dict[str, dict[str, float | int]]:
-    """How the seconds of some laps spread, CPU time and the clock's."""
+def summarise_timings(timings: Sequence[Timing], *, per: str) -> dict[str, dict[str, float | int]]:
+    """How the seconds of some timings spread, CPU time and the clock's."""
     return {
-        f"cpu_s_per_{per}": summarise([lap.cpu_s for lap in laps]),
-        f"wall_s_per_{per}": summarise([lap.wall_s for lap in laps]),
+        f"cpu_s_per_{per}": summarise([timing.cpu_s for timing in timings]),
+        f"wall_s_per_{per}": summarise([timing.wall_s for timing in timings]),
     }
 
 

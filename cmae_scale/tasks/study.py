@@ -57,7 +57,7 @@ def plan_cells(study: StudyConfig, *, folder: Path, out: Path, overrides: Sequen
 
 
 def list_encoders(study: StudyConfig) -> list[str]:
-    """Names of what is judged."""
+    """Names of what is evaluated."""
     return [*study.pretrain, *([RANDOM] if study.random is not None else [])]
 
 

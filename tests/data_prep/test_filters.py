@@ -154,13 +154,13 @@ def test_the_closing_lines_count_formats_sizes_and_reasons(
 
 
 def test_a_tally_survives_its_record_and_quantiles_are_those_of_the_list() -> None:
-    tally = ShardStats()
+    stats = ShardStats()
     sides = [5, 5, 9, 1, 7]
     for side in sides:
-        tally.count_image("jpg", size=10 * side, short_side=side)
-    tally.skipped["bad"] += 2
-    assert unpack_stats(json.loads(json.dumps(pack_stats(tally)))) == tally
-    assert read_quantiles(tally.short_sides) == (1, 5, 9)
+        stats.count_image("jpg", size=10 * side, short_side=side)
+    stats.skipped["bad"] += 2
+    assert unpack_stats(json.loads(json.dumps(pack_stats(stats)))) == stats
+    assert read_quantiles(stats.short_sides) == (1, 5, 9)
     assert read_quantiles({3: 1}) == (3, 3, 3)
     assert read_quantiles({3: 1, 4: 1}) == (3, 3, 4)
 

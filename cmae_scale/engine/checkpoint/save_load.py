@@ -66,8 +66,8 @@ def save_state(
     failed = _on_first(world, lambda: _open_part(part))
     if failed:
         return failed
-    pieces = list_partitions(engine, masters=masters, averages=averages)
-    failure, entry = _try(lambda: _write_share(engine, pieces, part, world=world))
+    partitions = list_partitions(engine, masters=masters, averages=averages)
+    failure, entry = _try(lambda: _write_share(engine, partitions, part, world=world))
     shares = gather_objects((failure, entry))
     failed = _join(failure for failure, _ in shares)
     if failed:
@@ -151,9 +151,9 @@ def _open_part(part: Path) -> None:
     part.mkdir()
 
 
-def _write_share(engine: Any, pieces: Any, part: Path, *, world: World) -> commit.FileEntry:
+def _write_share(engine: Any, partitions: Any, part: Path, *, world: World) -> commit.FileEntry:
     path = part / shard_name(world.rank)
-    write_shard(path, read_content(engine, pieces, rank=world.rank, ranks=world.size))
+    write_shard(path, read_content(engine, partitions, rank=world.rank, ranks=world.size))
     return commit.describe_file(path)
 
 

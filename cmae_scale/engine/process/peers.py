@@ -78,7 +78,7 @@ class PeerTable:
 
     GRACE_S = 5.0
 
-    def hear(self, rank: int, message: Message, *, now_s: float) -> None:
+    def receive(self, rank: int, message: Message, *, now_s: float) -> None:
         """Take note of a message of `rank`."""
         member = self.members.setdefault(rank, Member(message.get("host", "?"), now_s))
         member.heard_s = now_s
@@ -96,7 +96,7 @@ class PeerTable:
             member.heard_s = now_s
 
     def lose(self, rank: int) -> str | None:
-        """The verdict when the line of `rank` broke; None when it had said that it would end."""
+        """The finding when the line of `rank` broke; None when it had said that it would end."""
         member = self.members.get(rank)
         if member is None or member.is_done:
             return None
@@ -106,7 +106,7 @@ class PeerTable:
         )
 
     def find_lost(self, *, now_s: float) -> str | None:
-        """The verdict on ranks that failed while others go on, or that have been silent for too long.
+        """The finding on ranks that failed while others go on, or that have been silent for too long.
 
         What befalls rank 0 itself it tells at its end.
         """
@@ -139,7 +139,7 @@ class PeerTable:
         return [rank for rank, member in self.members.items() if not member.is_done]
 
     def describe_stuck(self, *, for_s: float) -> str:
-        """The verdict when nothing moves any more: who does what, those that others wait for first."""
+        """The finding when nothing moves any more: who does what, those that others wait for first."""
         groups: dict[tuple[str, int | None], list[int]] = {}
         for rank, member in sorted(self.members.items()):
             groups.setdefault(member.report[:2], []).append(rank)

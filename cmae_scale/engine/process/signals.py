@@ -40,7 +40,7 @@ class StopRequest:
     """Whether this rank was asked to leave, by a signal or by word from another rank.
 
     Before `hold()` there is nothing to save and nobody to agree with: the process leaves at once. What asking
-    again means is up to the watch, which hears signals also while the main thread cannot.
+    again means is up to the watch, which receives signals also while the main thread cannot.
     """
 
     def __init__(self) -> None:

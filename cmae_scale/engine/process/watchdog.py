@@ -1,6 +1,6 @@
 """The thread beside training on every rank that knows when it cannot go on, and then ends it with a reason.
 
-Main threads wait for one another in C++, where no Python can reach them. This thread hears of signals through
+Main threads wait for one another in C++, where no Python can reach them. This thread learns of signals from
 the wake-up file of the C handler, of lost and frozen ranks from rank 0 (see peers.py), and sees when nothing
 moves; it then writes the stacks of all threads, says which rank it is about, and ends the process.
 """
@@ -42,7 +42,7 @@ FAILED = 1  # exit status of a run that the watch ends
 PATIENCE_S = 5.0
 
 
-class Verdict(NamedTuple):
+class Finding(NamedTuple):
     """Why no rank can go on. `with_stacks`: nobody is dead, so the stacks tell more."""
 
     text: str
@@ -165,7 +165,7 @@ class Watchdog:
             if now_s - beaten_s > self._every_s:
                 beaten_s = now_s
                 self._beat()
-            self._judge(now_s)
+            self._check(now_s)
         self._tell_pending()
 
     def _accept(self) -> None:
@@ -186,7 +186,7 @@ class Watchdog:
             if rank is None:
                 messages = None
                 break
-            self._peers.hear(rank, message, now_s=time.monotonic())
+            self._peers.receive(rank, message, now_s=time.monotonic())
             if "asked" in message:
                 self._send_all(message)
         if messages is None:
@@ -194,20 +194,20 @@ class Watchdog:
             line.close()
             del self._lines[line]
             if rank is not None and (lost := self._peers.lose(rank)):
-                self._end_all(Verdict(lost))
+                self._end_all(Finding(lost))
 
     def _obey(self, messages: list[Message] | None) -> None:
         """What rank 0 says."""
         self._heard_s = time.monotonic()
         if messages is None:
             self._drop_line()
-            self._end(Verdict("rank 0 died (its log says more)", is_about_first=True))
+            self._end(Finding("rank 0 died (its log says more)", is_about_first=True))
         for message in messages or []:
             if "asked" in message:
                 self._request, self._has_passed_on = message["asked"], True
                 self._stop.tell(message["asked"])
-            if "verdict" in message:
-                self._end(Verdict(message["verdict"], message["stacks"]))
+            if "finding" in message:
+                self._end(Finding(message["finding"], message["stacks"]))
             if message.get("bye"):
                 self._drop_line()
 
@@ -247,23 +247,23 @@ class Watchdog:
         if self._desk is not None:
             self._send_all({"beat": True})
 
-    def _judge(self, now_s: float) -> None:
+    def _check(self, now_s: float) -> None:
         if self._world.is_first:
             for warning in self._peers.find_silent(now_s=now_s):
                 tell(warning, to=sys.stderr)
             if lost := self._peers.find_lost(now_s=now_s):
-                self._end_all(Verdict(lost))
+                self._end_all(Finding(lost))
             # ranks go in step, so what holds up any of them holds up this one
             if self._heartbeat.is_stuck(self._faults.step_timeout_s):
-                self._end_all(Verdict(self._describe_stuck(), True))
+                self._end_all(Finding(self._describe_stuck(), True))
         elif self._line is not None and now_s - self._heard_s > self._faults.peer_timeout_s:
             text = f"rank 0 has shown no life for {now_s - self._heard_s:.0f} s"
-            self._end(Verdict(text, is_about_first=True))
+            self._end(Finding(text, is_about_first=True))
 
     def _describe_stuck(self) -> str:
         report = self._heartbeat.read()
         if self._world.size == 1:
-            self._peers.hear(0, {"host": socket.gethostname(), "beat": list(report)}, now_s=0)
+            self._peers.receive(0, {"host": socket.gethostname(), "beat": list(report)}, now_s=0)
         return (
             f"{self._peers.describe_stuck(for_s=report.for_s)}; the stacks of all threads are in "
             f"{self._stacks}. Longer steps need a larger {self._kind}.faults.step_timeout_s"
@@ -274,34 +274,34 @@ class Watchdog:
             if rank is not None:
                 line.send(message)
 
-    def _end_all(self, verdict: Verdict) -> None:
-        self._send_all({"verdict": verdict.text, "stacks": verdict.with_stacks})
-        self._end(verdict)
+    def _end_all(self, finding: Finding) -> None:
+        self._send_all({"finding": finding.text, "stacks": finding.with_stacks})
+        self._end(finding)
 
-    def _end(self, verdict: Verdict) -> None:
+    def _end(self, finding: Finding) -> None:
         """End this process. Its main thread cannot: it may be waiting for a rank that is gone."""
         if self._closing.is_set() or self._is_ending:
             return
         if (
             self._world.local_rank == 0 or self._world.rank == 1
         ):  # one voice per machine, and one beside rank 0
-            tell(f"error: rank {self._world.rank} ends: {verdict.text}", to=sys.stderr)
-        _try(lambda: self._leave_word(verdict))
+            tell(f"error: rank {self._world.rank} ends: {finding.text}", to=sys.stderr)
+        _try(lambda: self._leave_word(finding))
         os._exit(FAILED)
 
-    def _leave_word(self, verdict: Verdict) -> None:
-        if verdict.with_stacks:
-            self._write_stacks(verdict)
-        if self._world.is_first or (verdict.is_about_first and self._world.rank == 1):
-            self._on_end(verdict.text)
+    def _leave_word(self, finding: Finding) -> None:
+        if finding.with_stacks:
+            self._write_stacks(finding)
+        if self._world.is_first or (finding.is_about_first and self._world.rank == 1):
+            self._on_end(finding.text)
         sys.stdout.flush()
 
-    def _write_stacks(self, verdict: Verdict) -> None:
+    def _write_stacks(self, finding: Finding) -> None:
         path = self._stacks / f"rank_{self._world.rank}.txt"
         try:
             self._stacks.mkdir(exist_ok=True)
             with path.open("w", encoding="utf-8") as file:
-                file.write(f"{verdict.text}\nthis rank: {self._heartbeat.read()}\n\n")
+                file.write(f"{finding.text}\nthis rank: {self._heartbeat.read()}\n\n")
                 file.flush()
                 faulthandler.dump_traceback(file, all_threads=True)
         except OSError:
@@ -321,7 +321,7 @@ class Watchdog:
             return
         own = self._peers.members.get(0)
         if own is not None and own.failed is not None and self._peers.unfinished():
-            self._send_all({"verdict": f"rank 0 failed: {own.failed}", "stacks": False})
+            self._send_all({"finding": f"rank 0 failed: {own.failed}", "stacks": False})
         else:
             self._send_all({"bye": True})
 

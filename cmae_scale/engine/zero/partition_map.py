@@ -31,7 +31,7 @@ class ParamPartition:
     kind: Literal["weight", "average"] = "weight"
 
     def of(self, tensor: Tensor) -> Tensor:
-        """The piece's elements in `tensor`, which is the holder or a state of the same shape; a view."""
+        """The partition's elements in `tensor`, which is the holder or a state of the same shape; a view."""
         return tensor.detach().view(-1)[self.offset : self.offset + self.stop - self.start]
 
 
@@ -48,15 +48,15 @@ class _Home(NamedTuple):
 def list_partitions(
     engine: Any, *, masters: Mapping[str, Tensor], averages: Mapping[str, Tensor]
 ) -> list[ParamPartition]:
-    """The pieces of all parameters on this rank; `masters` are fp32 values of frozen ones, by name.
+    """The partitions of all parameters on this rank; `masters` are fp32 values of frozen ones, by name.
 
     `averages` are moving averages beside the model, by the name of what they follow, whole on every rank.
-    A rank that holds nothing of a parameter has no piece of it. Trainable ones come first.
+    A rank that holds nothing of a parameter has no partition of it. Trainable ones come first.
     """
     optimizer = engine.optimizer
     unsplit = dict(_list_unsplit_masters(optimizer))
     parameters = sorted(engine.module.named_parameters(), key=lambda named: not named[1].requires_grad)
-    pieces = []
+    partitions = []
     for name, parameter in parameters:
         home: _Home | None
         if hasattr(parameter, "ds_tensor"):
@@ -70,10 +70,10 @@ def list_partitions(
             home = _Home(masters.get(name, parameter), 0, 0, parameter.numel(), is_replicated=True)
         stop = min(home.start + home.length, count_elements(parameter)) if home else 0
         if home and stop > home.start:
-            pieces.append(
+            partitions.append(
                 ParamPartition(name, home.start, stop, home.holder, home.offset, home.is_replicated)
             )
-    return pieces + [
+    return partitions + [
         ParamPartition(name, 0, average.numel(), average, 0, is_replicated=True, kind="average")
         for name, average in averages.items()
     ]

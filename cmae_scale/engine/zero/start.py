@@ -106,7 +106,7 @@ def build_lars(groups: list[dict[str, Any]], *, settings: dict[str, Any]) -> Any
     """timm's LARS for a run file whose optimizer has that type; DeepSpeed has none of its own.
 
     Its step depends on the norm of each whole parameter, so ConfigError where DeepSpeed cuts them into flat
-    pieces: above ZeRO stage 0, and in a bf16 or fp16 engine.
+    partitions: above ZeRO stage 0, and in a bf16 or fp16 engine.
     """
     from timm.optim import Lars
 
@@ -199,12 +199,12 @@ def compile_blocks_(model: nn.Module, *, remat: Remat, settings: dict[str, Any])
     Block by block, because whole models break at DeepSpeed's hooks; all blocks of a width share what was
     compiled. Losses are those of uncompiled blocks (CPU, ZeRO 0 to 2, every checkpointing but "selective").
     Raises ConfigError where compiling makes no sense: at stage 3 the losses are right too, but every Linear
-    has a hook that breaks its block's graph, one piece per hook, until torch gives up compiling.
+    has a hook that breaks its block's graph, one partition per hook, until torch gives up compiling.
     """
     if settings.get("zero_optimization", {}).get("stage", 0) == 3:
         raise ConfigError(
             'cmae.compile "blocks" gains nothing at ZeRO stage 3: hooks that gather weights cut each block '
-            "into pieces: write zero_optimization.stage=2 or cmae.compile=none"
+            "into partitions: write zero_optimization.stage=2 or cmae.compile=none"
         )
     if remat == "selective":
         raise ConfigError(

@@ -23,17 +23,17 @@ _SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis
 
 
 def read_content(
-    engine: Any, pieces: Sequence[ParamPartition], *, rank: int, ranks: int
+    engine: Any, partitions: Sequence[ParamPartition], *, rank: int, ranks: int
 ) -> dict[str, Tensor]:
     """This rank's share of the state, on the CPU or as views; what all ranks hold alike is dealt out."""
     states = engine.basic_optimizer.state
     content: dict[str, Tensor] = {}
-    for piece in _deal(pieces, rank=rank, ranks=ranks):
-        suffix = f"{piece.name}@{piece.start}"
-        content[f"{piece.kind}/{suffix}"] = piece.of(piece.holder).cpu()
-        for kind, value in states.get(piece.holder, {}).items():
+    for partition in _deal(partitions, rank=rank, ranks=ranks):
+        suffix = f"{partition.name}@{partition.start}"
+        content[f"{partition.kind}/{suffix}"] = partition.of(partition.holder).cpu()
+        for kind, value in states.get(partition.holder, {}).items():
             if value is not None:
-                content[f"{kind}/{suffix}"] = _read_state(value, piece, kind=kind).cpu()
+                content[f"{kind}/{suffix}"] = _read_state(value, partition, kind=kind).cpu()
     if rank == 0:
         for name, buffer in engine.module.named_buffers():
             content[f"{BUFFER}/{name}"] = buffer.detach().cpu().contiguous()
@@ -41,15 +41,17 @@ def read_content(
 
 
 @torch.no_grad()
-def write_content(engine: Any, pieces: Sequence[ParamPartition], *, state: ShardReader) -> None:
+def write_content(engine: Any, partitions: Sequence[ParamPartition], *, state: ShardReader) -> None:
     """Put `state` into the engine, in place. All ranks together."""
-    for piece in pieces:
-        piece.of(piece.holder).copy_(state.read(piece.kind, piece.name, piece.start, piece.stop))
+    for partition in partitions:
+        partition.of(partition.holder).copy_(
+            state.read(partition.kind, partition.name, partition.start, partition.stop)
+        )
     optimized = _optimized(engine)
     by_holder: dict[int, list[ParamPartition]] = {}
-    for piece in pieces:
-        if id(piece.holder) in optimized:
-            by_holder.setdefault(id(piece.holder), []).append(piece)
+    for partition in partitions:
+        if id(partition.holder) in optimized:
+            by_holder.setdefault(id(partition.holder), []).append(partition)
     for shared in by_holder.values():
         _write_states(engine.basic_optimizer, shared, state=state)
     for name, buffer in engine.module.named_buffers():
@@ -91,22 +93,22 @@ def write_counters(engine: Any, counters: Counters) -> None:
         grad_scaler.load_state_dict(counters["grad_scaler"])
 
 
-def _deal(pieces: Sequence[ParamPartition], *, rank: int, ranks: int) -> Iterator[ParamPartition]:
-    """The pieces that `rank` writes: its own, and of the replicated ones an even share by size."""
+def _deal(partitions: Sequence[ParamPartition], *, rank: int, ranks: int) -> Iterator[ParamPartition]:
+    """The partitions that `rank` writes: its own, and of the replicated ones an even share by size."""
     loads = [0] * ranks
-    for piece in pieces:
-        if not piece.is_replicated:
-            yield piece
+    for partition in partitions:
+        if not partition.is_replicated:
+            yield partition
             continue
         writer = loads.index(min(loads))
-        loads[writer] += piece.stop - piece.start
+        loads[writer] += partition.stop - partition.start
         if writer == rank:
-            yield piece
+            yield partition
 
 
-def _read_state(value: Any, piece: ParamPartition, *, kind: str) -> Tensor:
-    if isinstance(value, Tensor) and value.shape == piece.holder.shape:
-        return piece.of(value)
+def _read_state(value: Any, partition: ParamPartition, *, kind: str) -> Tensor:
+    if isinstance(value, Tensor) and value.shape == partition.holder.shape:
+        return partition.of(value)
     if isinstance(value, int | float) or (isinstance(value, Tensor) and value.numel() == 1):
         return torch.as_tensor(value, dtype=torch.float64).detach().reshape(())
     raise ConfigError(
@@ -115,11 +117,11 @@ def _read_state(value: Any, piece: ParamPartition, *, kind: str) -> Tensor:
     )
 
 
-def _write_states(inner: Any, pieces: Sequence[ParamPartition], *, state: ShardReader) -> None:
-    """All optimizer states of the one holder that `pieces` share; none if it had not taken a step yet."""
-    holder = pieces[0].holder
+def _write_states(inner: Any, partitions: Sequence[ParamPartition], *, state: ShardReader) -> None:
+    """All optimizer states of the one holder that `partitions` share; none if it had not taken a step yet."""
+    holder = partitions[0].holder
     for kind in state.optimizer_kinds:
-        known = [piece for piece in pieces if state.has(kind, piece.name)]
+        known = [partition for partition in partitions if state.has(kind, partition.name)]
         if not known:
             continue
         first = state.read(kind, known[0].name, known[0].start, known[0].stop)
@@ -127,8 +129,8 @@ def _write_states(inner: Any, pieces: Sequence[ParamPartition], *, state: ShardR
             inner.state[holder][kind] = _as_counter(inner, holder, float(first))
             continue
         values = torch.zeros_like(holder, dtype=first.dtype, requires_grad=False)
-        for piece in known:
-            piece.of(values).copy_(state.read(kind, piece.name, piece.start, piece.stop))
+        for partition in known:
+            partition.of(values).copy_(state.read(kind, partition.name, partition.start, partition.stop))
         inner.state[holder][kind] = values
 
 

@@ -1,4 +1,4 @@
-"""What rank 0 concludes from what it hears, and the lines it hears it on."""
+"""What rank 0 concludes from what it receives, and the lines it receives it on."""
 
 import socket
 from collections.abc import Iterator
@@ -20,29 +20,29 @@ def peers() -> PeerTable:
     """Ranks 0 to 3 on two machines, all heard at second 0."""
     peers = PeerTable(peer_timeout_s=30)
     for rank in range(4):
-        peers.hear(rank, {"host": f"node{rank // 2}", "beat": ["computing gradients", 7, 1.0]}, now_s=0)
+        peers.receive(rank, {"host": f"node{rank // 2}", "beat": ["computing gradients", 7, 1.0]}, now_s=0)
     return peers
 
 
 def test_a_line_that_breaks_names_rank_machine_and_place(peers: PeerTable) -> None:
-    verdict = peers.lose(3)
-    assert verdict is not None
-    assert verdict.startswith("rank 3 (node1) died while computing gradients, step 7")
-    peers.hear(2, {"bye": True}, now_s=1)
+    finding = peers.lose(3)
+    assert finding is not None
+    assert finding.startswith("rank 3 (node1) died while computing gradients, step 7")
+    peers.receive(2, {"bye": True}, now_s=1)
     assert peers.lose(2) is None
 
 
 def test_silence_is_warned_of_once_and_then_ends_the_run(peers: PeerTable) -> None:
     for rank in (0, 1, 3):
-        peers.hear(rank, {"beat": ["computing gradients", 8, 0.0]}, now_s=11)
+        peers.receive(rank, {"beat": ["computing gradients", 8, 0.0]}, now_s=11)
     assert peers.find_lost(now_s=11) is None
     assert peers.find_silent(now_s=11) == ["warning: rank 2 (node1) has shown no life for 11 s"]
     assert peers.find_silent(now_s=12) == []
     for rank in (0, 1, 3):
-        peers.hear(rank, {"beat": ["waiting for the others", 8, 0.0]}, now_s=31)
-    verdict = peers.find_lost(now_s=31)
-    assert verdict is not None
-    assert verdict.startswith(
+        peers.receive(rank, {"beat": ["waiting for the others", 8, 0.0]}, now_s=31)
+    finding = peers.find_lost(now_s=31)
+    assert finding is not None
+    assert finding.startswith(
         "rank 2 (node1) has shown no life for 31 s, last seen computing gradients, step 7"
     )
 
@@ -50,7 +50,7 @@ def test_silence_is_warned_of_once_and_then_ends_the_run(peers: PeerTable) -> No
 def test_who_was_silent_and_comes_back_is_forgiven(peers: PeerTable) -> None:
     peers.find_silent(now_s=20)
     for rank in range(4):
-        peers.hear(rank, {"beat": ["computing gradients", 8, 0.0]}, now_s=25)
+        peers.receive(rank, {"beat": ["computing gradients", 8, 0.0]}, now_s=25)
     assert peers.find_silent(now_s=26) == []
     assert peers.find_lost(now_s=40) is None
 
@@ -61,23 +61,23 @@ def test_when_rank_0_was_suspended_nobody_else_is_to_blame(peers: PeerTable) -> 
 
 
 def test_an_error_of_one_rank_is_told_at_once_and_a_shared_one_after_a_while(peers: PeerTable) -> None:
-    peers.hear(1, {"failed": "DataError: cut", "shared": True}, now_s=5)
+    peers.receive(1, {"failed": "DataError: cut", "shared": True}, now_s=5)
     assert peers.find_lost(now_s=6) is None
     assert peers.find_lost(now_s=5 + PeerTable.GRACE_S) == "rank 1 (node0) failed: DataError: cut"
     for rank in (0, 2, 3):
-        peers.hear(rank, {"failed": "the same", "shared": True}, now_s=6)
+        peers.receive(rank, {"failed": "the same", "shared": True}, now_s=6)
     assert peers.find_lost(now_s=20) is None  # all ended by themselves
     other = PeerTable(peer_timeout_s=30)
     for rank in range(2):
-        other.hear(rank, {"host": "a"}, now_s=0)
-    other.hear(1, {"failed": "ZeroDivisionError: x", "shared": False}, now_s=5)
+        other.receive(rank, {"host": "a"}, now_s=0)
+    other.receive(1, {"failed": "ZeroDivisionError: x", "shared": False}, now_s=5)
     assert other.find_lost(now_s=5) == "rank 1 (a) failed: ZeroDivisionError: x"
 
 
 def test_of_a_stuck_run_those_that_others_wait_for_come_first(peers: PeerTable) -> None:
     for rank in (0, 1, 3):
-        peers.hear(rank, {"beat": ["waiting for the others", 8, 600.0]}, now_s=600)
-    peers.hear(2, {"beat": ["reading data", 8, 600.0]}, now_s=600)
+        peers.receive(rank, {"beat": ["waiting for the others", 8, 600.0]}, now_s=600)
+    peers.receive(2, {"beat": ["reading data", 8, 600.0]}, now_s=600)
     assert peers.describe_stuck(for_s=600) == (
         "no progress for 600 s: rank 2 (node1) reading data, step 8; "
         "rank 0 (node0), rank 1 (node0), rank 3 (node1) waiting for the others, step 8"
