@@ -17,7 +17,7 @@ PAGES = [
     REPOSITORY / "ds_configs" / "README.md",
     *(REPOSITORY / "docs").glob("*.md"),
 ]
-SCRIPT = re.compile(r"(?:(cmae_scale|data_prep)/(\w+)\.py|-m (cmae_scale)\.(\w+))")
+SCRIPT = re.compile(r"(?:(cmae_scale|data_prep)/(\w+)\.py|-m (cmae_scale)\.(\w+)\b(?!\.))")
 KINDS: dict[str, RunKind] = {"pretrain": "cmae", "plan": "cmae", "transfer": "transfer"}
 
 
