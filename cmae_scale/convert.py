@@ -42,7 +42,7 @@ EXAMPLES = """\
   python -m cmae_scale.convert runs/convvitb encoder.onnx --to onnx
   python -m cmae_scale.convert runs/vitb/encoder hub/vitb --to encoder --push_to_hub me/vitb
 
-IN is a run's folder (its newest whole state), a single state of one, a .pth or .safetensors file, or a folder
+IN is a run's folder (its newest whole checkpoint), one checkpoint, a .pth or .safetensors file, or a folder
 with model.safetensors and config.json: MAE and ConvMAE (pre-trained or fine-tuned), official CMAE (whole,
 fine-tuned, or its backbone), timm's and Hugging Face's ViT, Hugging Face's ViTMAE, or this project's own. No
 code in it is run. Sizes are read from the tensors."""

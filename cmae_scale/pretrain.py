@@ -49,7 +49,7 @@ def pretrain(argv: Sequence[str] | None) -> None:
     parser = build_parser(__doc__.splitlines()[0], examples=EXAMPLES)
     parser.add_argument("--stop_at", type=int, metavar="STEP", help="save and end after this step")
     parser.add_argument(
-        "--export_only", action="store_true", help="write RUN/encoder from the newest state, and end"
+        "--export_only", action="store_true", help="write RUN/encoder from the newest checkpoint, and end"
     )
     args = parser.parse_args(argv)
     wait_without_spinning()
@@ -68,7 +68,7 @@ def pretrain(argv: Sequence[str] | None) -> None:
 
 
 def train(run: Run, context: "RankContext", *, stop_at: int | None = None) -> None:
-    """The run on this rank: to its end, with an exported encoder, or to `stop_at`, with a saved state."""
+    """The run on this rank: to its end, with an exported encoder, or to `stop_at`, with a checkpoint."""
     from cmae_scale.data.decode import BadSamples
     from cmae_scale.data.mix import plan_data
     from cmae_scale.data.shard_set import open_shards

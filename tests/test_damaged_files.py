@@ -304,16 +304,16 @@ def write_card_again(folder: Path) -> None:
 
 
 def read_state(folder: Path) -> None:
-    from cmae_scale.checkpoints.commit import choose_state
-    from cmae_scale.checkpoints.files import ShardReader
+    from cmae_scale.checkpoints.commit import choose_checkpoint
+    from cmae_scale.checkpoints.files import CheckpointReader
     from cmae_scale.engine.checkpoint.metadata import CheckpointMetadata
 
-    chosen = choose_state(folder, remedy="none")
+    chosen = choose_checkpoint(folder, remedy="none")
     if chosen is None:
         return
     metadata = CheckpointMetadata(kind={}, ranks=1, zero_stage=0, precision="", run={})
     metadata.compare(chosen.description["stamp"], path=chosen.path, changes_allowed=True)
-    state = ShardReader([chosen.path / name for name in sorted(chosen.description["files"])])
+    state = CheckpointReader([chosen.path / name for name in sorted(chosen.description["files"])])
     for kind in ("weight", *state.optimizer_kinds):
         for name, count in state.parameters.items():
             state.read(kind, name, 0, min(count, 10**6))
@@ -417,7 +417,7 @@ def test_an_encoder_whose_description_was_edited(encoder: Path, tmp_path: Path, 
 def test_a_tensor_of_an_odd_name(encoder: Path, tmp_path: Path, name: str, is_renamed: bool) -> None:
     from safetensors.torch import load_file, save_file
 
-    from cmae_scale.checkpoints.files import ShardReader
+    from cmae_scale.checkpoints.files import CheckpointReader
     from cmae_scale.models.pretrained import open_encoder
     from cmae_scale.models.read import read_encoder
 
@@ -437,4 +437,4 @@ def test_a_tensor_of_an_odd_name(encoder: Path, tmp_path: Path, name: str, is_re
     share = tmp_path / "rank_00000.safetensors"
     save_file({"weight/a@0": torch.zeros(3), name: torch.zeros(3)}, share)
     with pytest.raises(UserError, match="which no state does"):
-        ShardReader([share])
+        CheckpointReader([share])

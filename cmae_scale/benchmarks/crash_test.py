@@ -96,7 +96,7 @@ class Outcome:
             others = "others were starting, ended as by a launcher"
         else:
             others = f"others ended after {self.others_s:4.1f} s"
-        return f"{self.kill!s:20} newest state {self.newest:15} {others}".rstrip()
+        return f"{self.kill!s:20} newest checkpoint {self.newest:15} {others}".rstrip()
 
 
 def draw_crashes(seed: int, *, ranks: int, start_s: float, save_s: float) -> Iterator[Kill]:

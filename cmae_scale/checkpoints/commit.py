@@ -1,14 +1,14 @@
-"""The protocol by which a state comes to be: committed by one rename, or it does not exist.
+"""A checkpoint on disk: committed by one rename, checked before it is read, the newest whole one chosen.
 
     checkpoints/
-      step_00000500/          a committed state
-        rank_00000.safetensors ...  each rank's share (see shards.py)
+      step_00000500/          a committed checkpoint
+        rank_00000.safetensors ...  each rank's file (see files.py)
         state.json            step, stamp, counters, run file; size and SHA-256 of every share
         state.sha256          SHA-256 of state.json, as sha256sum writes it
       latest                  name of the newest, a hint for people; folders alone decide
       step_00001000.part/     left by an interrupted save: never read, removed by the next save
 
-A crash between any two of the functions here leaves the previous state, or the new one, whole.
+A crash between any two of the functions here leaves the previous checkpoint, or the new one, whole.
 """
 
 import hashlib
@@ -93,7 +93,7 @@ DESCRIPTION, SEAL = "state.json", "state.sha256"
 FileEntry = dict[str, Any]  # bytes, sha256
 
 
-def list_states(folder: Path) -> list[Path]:
+def list_checkpoints(folder: Path) -> list[Path]:
     """Committed states, newest first. Half-written ones have another name."""
     if not folder.is_dir():
         return []
@@ -149,7 +149,7 @@ def point_latest(final: Path) -> None:
 
 def drop_old(folder: Path, *, keep: int, keep_every_steps: int | None) -> None:
     """Remove all but the newest `keep` states and those at multiples of `keep_every_steps`."""
-    for old in list_states(folder)[keep:]:
+    for old in list_checkpoints(folder)[keep:]:
         if keep_every_steps is None or read_step(old) % keep_every_steps:
             remove(old)
 
@@ -187,7 +187,7 @@ Found = tuple[str | None, dict[str, Any] | None]  # what is wrong with a state, 
 
 
 class Chosen(NamedTuple):
-    """A whole state, and what is wrong with those that are newer."""
+    """A whole checkpoint, and what is wrong with those that are newer."""
 
     path: Path
     description: dict[str, Any]
@@ -204,30 +204,32 @@ def check_files(path: Path, *, rank: int = 0, ranks: int = 1) -> Found:
 
 
 def has_begun(run: Run) -> bool:
-    """Whether a state in its folder, whole or not, is what `run` goes on from, instead of a beginning."""
-    return run.settings.checkpoint.resume != "never" and bool(list_states(run.out / "checkpoints"))
+    """Whether `run` goes on from a checkpoint in its folder, whole or not, instead of beginning."""
+    return run.settings.checkpoint.resume != "never" and bool(list_checkpoints(run.out / "checkpoints"))
 
 
-def choose_state(folder: Path, *, remedy: str, check: Callable[[Path], Found] = check_files) -> Chosen | None:
-    """The newest state in `folder` of which `check` finds nothing wrong; None when there is none at all.
+def choose_checkpoint(
+    folder: Path, *, remedy: str, check: Callable[[Path], Found] = check_files
+) -> Chosen | None:
+    """The newest checkpoint in `folder` of which `check` finds nothing wrong; None when there is none at all.
 
     Raises ConfigError, which ends with `remedy`, when there are states but all are damaged: to go on as if
     there were none would lose them.
     """
     passed_over: list[str] = []
-    for path in list_states(folder):
+    for path in list_checkpoints(folder):
         damage, description = check(path)
         if damage is None and description is not None:
             return Chosen(path, description, tuple(passed_over))
         passed_over.append(damage or str(path))
     if passed_over:
-        raise ConfigError(f"no state in {folder} is whole ({'; '.join(passed_over)}): {remedy}")
+        raise ConfigError(f"no checkpoint in {folder} is whole ({'; '.join(passed_over)}): {remedy}")
     return None
 
 
 def read_newest_metadata(folder: Path) -> dict[str, Any] | None:
-    """What wrote the newest state that can be read, of which nothing else is checked; None without one."""
-    for path in list_states(folder):
+    """What wrote the newest checkpoint that can be read. Nothing else of it is checked; None without one."""
+    for path in list_checkpoints(folder):
         with suppress(ValueError):
             stamp: dict[str, Any] = read_description(path)["stamp"]
             return stamp if stamp["format"] == STATE_FORMAT else None

@@ -31,12 +31,12 @@ class _Part(NamedTuple):
     key: str
 
 
-def shard_name(rank: int) -> str:
+def rank_file_name(rank: int) -> str:
     """The file of `rank`."""
     return f"rank_{rank:05d}.safetensors"
 
 
-def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def write_rank_file(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write and force to disk. Raises OSError when the disk does not take it."""
     try:
         save_file(dict(tensors), path)
@@ -45,7 +45,7 @@ def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> None:
     sync(path)
 
 
-class ShardReader:
+class CheckpointReader:
     """All files of a state as one. Ranges are put together from the parts that ranks of any number wrote."""
 
     def __init__(self, paths: Sequence[Path]) -> None:

@@ -1,4 +1,4 @@
-"""DeepSpeed's part of a run file, checked before DeepSpeed is loaded: it takes many a mistake in silence."""
+"""DeepSpeed's part of a run file: checked before DeepSpeed is loaded, and given a number for every "auto"."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any

@@ -1,4 +1,4 @@
-"""Reading a run file strictly: DeepSpeed's own keys plus one object of ours, and overrides on top."""
+"""Reading a run file strictly, by path or shipped name: DeepSpeed's keys, one object of ours, overrides."""
 
 import json
 import re
@@ -264,9 +264,8 @@ def _list_keys(section: type[BaseModel], prefix: str = "") -> list[str]:
     return keys
 
 
-SHIPPED = (
-    Path(__file__).resolve().parents[2] / "ds_configs"
-)  # beside the package, also where a wheel is installed
+# beside the package, also where a wheel is installed
+SHIPPED = Path(__file__).resolve().parents[2] / "ds_configs"
 
 
 def find_run_file(name: str | Path) -> Path:

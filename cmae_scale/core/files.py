@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, through a crash of the machine and with several writers at once."""
+"""Files that appear whole or not at all, through crashes and with several writers, and locks on files."""
 
 import errno
 import fcntl

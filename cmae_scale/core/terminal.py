@@ -1,4 +1,4 @@
-"""The one way to people's terminals, past which no file's control character and no secret comes."""
+"""The one way to people's terminals: safe text (no control character, no secret) and the progress line."""
 
 import os
 import re

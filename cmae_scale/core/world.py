@@ -1,4 +1,4 @@
-"""Who this process is among all processes of the run, as the launcher says through the environment."""
+"""Who this process is among all of the run, as a launcher or Slurm says through the environment."""
 
 import os
 import re

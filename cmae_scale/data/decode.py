@@ -1,4 +1,4 @@
-"""From an image's bytes to pixels: what may be opened, how it becomes RGB, where crops lie. No torch."""
+"""From an image's bytes to pixels: what may be opened, how it becomes RGB, how many may fail. No torch."""
 
 import functools
 import logging

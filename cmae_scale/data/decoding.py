@@ -1,4 +1,4 @@
-"""What a stored image becomes in a batch: master crops, training crops or its centre."""
+"""What a stored image becomes in a batch, and the memory of batches, which is used again."""
 
 import weakref
 from collections.abc import Callable, Sequence

@@ -1,4 +1,4 @@
-"""Every sample once, in the order of the index, however many ranks share them: the stream for evaluation."""
+"""Samples in the order of the index: all of them once over all ranks, or a few held-out ones to look at."""
 
 import threading
 from collections.abc import Iterator, Sequence

@@ -2,7 +2,7 @@
 
 An epoch shuffles the shards, lays their samples in one row and cuts it into `streams` equal runs, each
 shuffled in blocks of `window` samples. Every step takes the same number of samples of each run, so the shards
-are read front to back in `streams` slots at once. A rank serves the rows of the global batch that are its
+are read front to back by `streams` cursors at once. A rank serves the rows of the global batch that are its
 own: how many ranks, threads or restarts there are cannot change what a row holds.
 """
 

@@ -1,4 +1,4 @@
-"""timm's RandAugment with the sample's own random numbers.
+"""Crops for fine-tuning, with timm's RandAugment by the sample's own random numbers.
 
 timm draws from the process's global generators, which decoding threads share: what a sample gets would depend
 on who comes first. Here operations and strengths are timm's own, and every draw is given.

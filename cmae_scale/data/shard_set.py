@@ -1,4 +1,4 @@
-"""The shards that a run reads: those of one folder or of many, wherever they lie."""
+"""The shards that a run reads, of one folder or of many, and pairs of labelled sets with the same classes."""
 
 import posixpath
 from collections.abc import Iterator, Sequence

@@ -1,4 +1,4 @@
-"""From the loader's images to what a forward pass sees: the views and mask noise of its rows."""
+"""From the loader's images to what a forward pass sees, and a preview of what the model makes of it."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

@@ -252,14 +252,14 @@ class Trainer:
         return self._save()
 
     def _save(self) -> str | None:
-        self._heartbeat.enter("saving the state", step=self.done, patience=PATIENT)
+        self._heartbeat.enter("saving a checkpoint", step=self.done, patience=PATIENT)
         started_s = time.monotonic()
         self._guard.remember(self.state.extra)
         with self.state.timer.span("save"):
             failed = self.state.save(self.done, keep_every_steps=self.logger.times.keep_every_steps)
         if failed:
             self.logger.say(
-                f"warning: step {self.done} is not saved ({failed}); older states are as they were"
+                f"warning: step {self.done} is not saved ({failed}); older checkpoints are as they were"
             )
             return failed
         self.saved = self.done

@@ -1,4 +1,4 @@
-"""In which number format a run computes, where its file leaves that to the machine: measured, kept, told."""
+"""In which number format and by which attention kernels a run computes: named, or measured and kept."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -81,7 +81,7 @@ def read_precision(settings: dict[str, Any]) -> Precision:
 def settle_precision(run: Run, *, device: torch.device, product: Product) -> tuple[Run, list[str]]:
     """The run with a number format, and what its user should know of that. All ranks together.
 
-    Where the run file leaves it to the machine, the newest state in the run folder decides, and else the
+    Where the run file leaves it to the machine, the newest checkpoint in the run folder decides, and else the
     first rank for all: by a trial of `product` on a CPU, by what it has in hardware on a GPU. What the file
     names is obeyed.
     """
@@ -220,7 +220,7 @@ def settle_arithmetic(
 def _try_out(
     run: Run, shapes: Mapping[str, AttentionShape], arithmetic: Arithmetic, record: Mapping[str, str]
 ) -> tuple[Choices, list[str]]:
-    """The kernels of the newest state, or those that a trial prefers."""
+    """The kernels of the newest checkpoint, or those that a trial prefers."""
     written = (recall_metadata(run) or {}).get("attention", {})
     if all(written.get(name) == value for name, value in record.items()) and shapes.keys() <= written.keys():
         return {part: AttentionChoice(written[part], is_forced=False) for part in shapes}, []

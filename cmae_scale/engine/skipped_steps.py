@@ -17,7 +17,7 @@ Decision = Literal["skip", "rewind"]
 class SkippedSteps:
     """The steps of a run that are left out. All ranks know them; the first one writes.
 
-    A step is listed once and for all: also where a run goes back to a state before it.
+    A step is listed once and for all: also where a run goes back to a checkpoint before it.
     """
 
     def __init__(self, path: Path, *, faults: FaultsConfig, is_first: bool) -> None:
@@ -54,7 +54,7 @@ class SkippedSteps:
             raise DivergedError(
                 f"{bad}, after {self.in_a_row(bad.step)} steps in a row were left out, as many as "
                 "cmae.faults.max_bad_steps allows; nothing of them reached the weights: lower "
-                "cmae.schedule.base_lr, set gradient_clipping, or go back to an older state"
+                "cmae.schedule.base_lr, set gradient_clipping, or go back to an older checkpoint"
             )
         decision: Decision = "skip"
         if faults.bad_step == "rewind" and newest_state is not None:

@@ -1,4 +1,4 @@
-"""A run that is under way: engine, moving average and training states kept in step with each other."""
+"""A run that is under way: engine, moving average and checkpoints kept in step with each other."""
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -13,7 +13,7 @@ from cmae_scale.core.collectives import gather_objects
 from cmae_scale.core.credentials import write_settings
 from cmae_scale.core.errors import ConfigError
 from cmae_scale.engine.checkpoint.metadata import CheckpointMetadata
-from cmae_scale.engine.checkpoint.save_load import Keeping, load_newest, save_state
+from cmae_scale.engine.checkpoint.save_load import Keeping, load_newest, save_checkpoint
 from cmae_scale.engine.ema import Pair, TargetEma
 from cmae_scale.engine.metrics.step_timer import StepTimer
 from cmae_scale.engine.precision import Choices, Precision, read_precision
@@ -49,8 +49,8 @@ class TrainState:
         return use_attention(next(iter(self.attention.values())))  # a named one is that of every part
 
     def save(self, step: int, *, keep_every_steps: int | None = None) -> str | None:
-        """Commit the state after `step` steps. None, or what went wrong: older states are untouched then."""
-        return save_state(
+        """Commit a checkpoint of `step` steps. None, or what went wrong: older ones are untouched then."""
+        return save_checkpoint(
             self.engine,
             self.run.out / "checkpoints",
             step=step,
@@ -63,7 +63,7 @@ class TrainState:
         )
 
     def restore(self) -> bool:
-        """Take up the newest whole state of the run folder. False when there is none at all."""
+        """Take up the newest whole checkpoint of the run folder. False when there is none at all."""
         loaded = load_newest(
             self.engine,
             self.run.out / "checkpoints",
@@ -92,10 +92,10 @@ def start_train_state(
     groups: list[dict[str, Any]] | None = None,
     notices: Sequence[str] = (),
 ) -> TrainState:
-    """Everything of the run on this rank, at the newest state in the run folder or at step 0.
+    """Everything of the run on this rank, at the newest checkpoint in the run folder or at step 0.
 
     `run` is resolved; `pairs` are the parameters that follow others as a moving average; `metadata` says
-    which states continue this run; `groups` are the optimizer's, where pre-training's are not meant.
+    which checkpoints continue this run; `groups` are the optimizer's, where pre-training's are not meant.
     Raises ConfigError when the run folder cannot be written, or holds states of another kind of run.
     """
     _open_folder(run, context)
@@ -120,8 +120,8 @@ def start_train_state(
     resume = run.settings.checkpoint.resume
     if resume != "never" and not state.restore() and resume == "required":
         raise ConfigError(
-            f"{run.out / 'checkpoints'} holds no state to go on from: name the run's folder with --out, or "
-            f"start anew with --set {run.kind}.checkpoint.resume=auto"
+            f"{run.out / 'checkpoints'} holds no checkpoint to go on from: name the run's folder with --out, "
+            f"or start anew with --set {run.kind}.checkpoint.resume=auto"
         )
     return state
 

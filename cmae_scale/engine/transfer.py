@@ -113,7 +113,7 @@ def start_transfer(
     data_order: DataOrder,
     ema: float = 0.0,
 ) -> Transfer:
-    """The training of `task` at the newest state in the run folder, or at step 0. The run is resolved."""
+    """The training of `task` at the run folder's newest checkpoint, or at step 0. The run is resolved."""
     run = settled.run
     stage = run.deepspeed.get("zero_optimization", {}).get("stage", 0)
     if ema and stage == 3:

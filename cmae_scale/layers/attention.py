@@ -1,4 +1,4 @@
-"""Which attention kernel runs: torch's own pick, one named in the run file, or plain matrix products."""
+"""Which attention kernel runs: torch's own pick, a named one, or plain products, as a short trial says."""
 
 import time
 import warnings

@@ -1,4 +1,4 @@
-"""The encoder of a run file."""
+"""The encoder that a run file asks for, and the starting values of every part."""
 
 from collections.abc import Callable
 from typing import TypeAlias

@@ -1,4 +1,4 @@
-"""The README.md of an encoder folder, as the Hub shows it: what it is, what it saw, how to load it."""
+"""What a run gives to others: RUN/encoder and its README.md, which says what it is and how to load it."""
 
 from collections.abc import Mapping
 from pathlib import Path

@@ -51,7 +51,7 @@ class PretrainedEncoder:
 def open_encoder(place: str, *, with_weights: bool = True, num_heads: int | None = None) -> PretrainedEncoder:
     """The encoder of a run, a folder (RUN/encoder, local-dir:FOLDER), a file, or timm's model "timm:NAME".
 
-    Of a run, or of one of its states, it is that of the newest state, whether the run has ended or not. A
+    Of a run, or of one of its checkpoints, it is that of the newest one, whether it has ended or not. A
     file, or a folder without a config.json of ours or timm's, may have any layout that `formats` reads: MAE,
     ConvMAE, official CMAE (whose weights are made to take RGB), Hugging Face; `num_heads` is for sizes that
     nobody published. Raises ConfigError when there is no encoder, or another kind of network.

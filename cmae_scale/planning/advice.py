@@ -1,4 +1,4 @@
-"""What is inconsistent in a run, before it has cost anything: one sentence each, with the remedy."""
+"""What stops a run before it costs anything, and what looks inconsistent: a sentence and a remedy each."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path

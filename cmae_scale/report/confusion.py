@@ -6,7 +6,7 @@ from pathlib import Path
 from jaxtyping import Int64
 from torch import Tensor
 
-from cmae_scale.report.plots import FAINT, INK, draw_figure, show_name
+from cmae_scale.report.figures import FAINT, INK, draw_figure, show_name
 
 _NAMED_UP_TO = 40  # classes whose names can be read at the edges
 _COUNTED_UP_TO = 20  # classes whose shares can be read in the cells

@@ -7,7 +7,7 @@ from matplotlib.ticker import PercentFormatter
 
 from cmae_scale.core.errors import DataError
 from cmae_scale.core.terminal import make_safe_name
-from cmae_scale.report.plots import (
+from cmae_scale.report.figures import (
     BLUE,
     FAINT,
     GREEN,

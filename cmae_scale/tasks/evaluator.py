@@ -1,4 +1,4 @@
-"""A network's exact scores on labelled shards."""
+"""Exact scores on labelled shards, of a classifier or of nearest neighbours, over all ranks."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

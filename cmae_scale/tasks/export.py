@@ -11,7 +11,7 @@ from cmae_scale.report import read_metrics
 
 
 def export_newest(run: Run) -> None:
-    """Write RUN/encoder from the newest whole state in the run folder; of many processes the first does it.
+    """Write RUN/encoder from the newest whole checkpoint in the run folder; the first of many processes does.
 
     What is written follows from the run file in the state. ConfigError when there is no state.
     """
@@ -19,7 +19,7 @@ def export_newest(run: Run) -> None:
         return
     state = open_run(run.out)
     if not isinstance(state, RunState):
-        raise ConfigError(f"{run.out} holds no state of a pre-training run: name its folder with --out")
+        raise ConfigError(f"{run.out} holds no checkpoint of a pre-training run: name its folder with --out")
     log = run.out / "metrics.jsonl"
     lines = [line for line in read_metrics(log) if "loss" in line] if log.is_file() else []
     known = [line for line in lines if line["step"] <= state.step]

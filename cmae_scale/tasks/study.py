@@ -10,7 +10,7 @@ from cmae_scale.config.study import CellConfig, StudyConfig
 from cmae_scale.core.errors import DataError
 from cmae_scale.core.strict_json import parse_json
 from cmae_scale.report.convergence import Curve, find_overtake
-from cmae_scale.report.plots import read_metrics
+from cmae_scale.report.figures import read_metrics
 from cmae_scale.tasks.results import format_table
 
 PRETRAIN, TRANSFER, RANDOM = "pretrain", "transfer", "random"

@@ -12,7 +12,7 @@ from torch import Tensor
 from cmae_scale.core.collectives import gather_objects
 from cmae_scale.core.files import write_text
 from cmae_scale.report.confusion import write_confusion
-from cmae_scale.report.plots import read_metrics
+from cmae_scale.report.figures import read_metrics
 from cmae_scale.tasks.evaluator import EvalResult, Evaluator
 from cmae_scale.tasks.task import Task
 

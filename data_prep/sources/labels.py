@@ -7,9 +7,8 @@ from typing import NamedTuple
 
 from cmae_scale.core.errors import ConfigError
 
-PLAIN_IDS = (
-    1 << 16
-)  # ids below this are class numbers as they stand, so that train and val agree by themselves
+# ids below this are class numbers as they stand, so that train and val agree by themselves
+PLAIN_IDS = 1 << 16
 MAX_CLASSES = 1_000_000
 NUMBER = re.compile(r"[+-]?(\d{1,18}(\.\d*)?|\.\d+)([eE][+-]?\d{1,2})?")
 BLANKS_OF_PANDAS = frozenset(("nan", "NaN"))

@@ -91,7 +91,7 @@ def run_steps(
 
     from cmae_scale.config.schedules import TargetMomentum
     from cmae_scale.data.stream import CropBatch
-    from cmae_scale.engine.checkpoint.save_load import Keeping, save_state
+    from cmae_scale.engine.checkpoint.save_load import Keeping, save_checkpoint
     from cmae_scale.engine.pretraining import Pretraining
     from cmae_scale.engine.process.group import start_processes
     from cmae_scale.engine.setup import start_pretraining
@@ -111,7 +111,7 @@ def run_steps(
 
     for step in range(state.first_step if first is None else first, steps):
         if step == resave_at:
-            again = save_state(
+            again = save_checkpoint(
                 state.engine,
                 run.out / "again",
                 step=step,

@@ -12,7 +12,7 @@ from PIL import Image
 
 from cmae_scale.report.confusion import write_confusion
 from cmae_scale.report.convergence import write_comparison, write_convergence
-from cmae_scale.report.plots import draw_figure, show_name, write_curves
+from cmae_scale.report.figures import draw_figure, show_name, write_curves
 
 NAMES = [
     "$",

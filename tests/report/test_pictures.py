@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from cmae_scale.report import write_reconstructions
-from cmae_scale.report.plots import hide_patches
+from cmae_scale.report.figures import hide_patches
 
 
 def checkers(side: int) -> torch.Tensor:

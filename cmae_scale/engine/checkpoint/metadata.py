@@ -1,4 +1,4 @@
-"""What a training state was written by, and what of that may change when it is taken up again."""
+"""What a checkpoint was written by, and what of that may change when it is taken up again."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -37,7 +37,7 @@ class CheckpointMetadata:
     def compare(self, written: dict[str, Any], *, path: Path, changes_allowed: bool) -> list[str]:
         """What the user should know who goes on from the state at `path`, whose metadata is `written`.
 
-        Raises ConfigError for a state of another kind, unless `changes_allowed`.
+        Raises ConfigError for a checkpoint of another kind, unless `changes_allowed`.
         """
         if written.get("format") != self.format:
             raise ConfigError(
@@ -54,7 +54,7 @@ class CheckpointMetadata:
         notices = []
         for name, label in (("ranks", "ranks"), ("zero_stage", "ZeRO stage"), ("precision", "precision")):
             if written[name] != mine[name]:
-                notices.append(f"the state was written with {label} {written[name]}, now {mine[name]}")
+                notices.append(f"the checkpoint was written with {label} {written[name]}, now {mine[name]}")
         changed = [
             f"{place} {old} -> {new}"
             for place, old, new in _differences(written["run"], mine["run"])

@@ -15,8 +15,8 @@ from typing import Any
 from torch import Tensor
 
 from cmae_scale.checkpoints import commit
-from cmae_scale.checkpoints.commit import Found, check_files, choose_state
-from cmae_scale.checkpoints.files import ShardReader, shard_name, write_shard
+from cmae_scale.checkpoints.commit import Found, check_files, choose_checkpoint
+from cmae_scale.checkpoints.files import CheckpointReader, rank_file_name, write_rank_file
 from cmae_scale.core.collectives import gather_objects
 from cmae_scale.core.errors import ConfigError
 from cmae_scale.core.world import World
@@ -39,13 +39,13 @@ class Loaded:
 
 @dataclass(frozen=True)
 class Keeping:
-    """Which states stay: the `newest`, and those at multiples of `every_steps`."""
+    """Which checkpoints stay: the `newest`, and those at multiples of `every_steps`."""
 
     newest: int
     every_steps: int | None = None
 
 
-def save_state(
+def save_checkpoint(
     engine: Any,
     folder: Path,
     *,
@@ -60,14 +60,14 @@ def save_state(
     """Write the state after `step` optimizer steps and drop older ones. None, or what failed.
 
     `masters` and `averages` are those of `list_partitions`, `extra` is JSON that `load_newest` gives back.
-    A full or lost disk on any rank leaves the previous states as they are.
+    A full or lost disk on any rank leaves the previous checkpoints as they are.
     """
     part = commit.name_part(folder, step=step)
     failed = _on_first(world, lambda: _open_part(part))
     if failed:
         return failed
     partitions = list_partitions(engine, masters=masters, averages=averages)
-    failure, entry = _try(lambda: _write_share(engine, partitions, part, world=world))
+    failure, entry = _try(lambda: _write_rank_file(engine, partitions, part, world=world))
     shares = gather_objects((failure, entry))
     failed = _join(failure for failure, _ in shares)
     if failed:
@@ -78,7 +78,7 @@ def save_state(
         "stamp": asdict(metadata),
         "counters": read_counters(engine),
         "extra": dict(extra),
-        "files": {shard_name(rank): entry for rank, (_, entry) in enumerate(shares)},
+        "files": {rank_file_name(rank): entry for rank, (_, entry) in enumerate(shares)},
     }
     return _on_first(world, lambda: _commit(part, description, keeping=keeping))
 
@@ -93,27 +93,27 @@ def load_newest(
     changes_allowed: bool,
     world: World,
 ) -> Loaded | None:
-    """Take up the newest state in `folder` that is whole; None when there is none at all.
+    """Take up the newest checkpoint in `folder` that is whole; None when there is none at all.
 
     Every file's size and SHA-256 is checked before anything is read from it. Raises ConfigError when a state
     belongs to another kind of run, or when there are states but all are damaged: starting over silently would
     lose them.
     """
-    chosen = choose_state(
+    chosen = choose_checkpoint(
         folder,
         remedy="restore one, or start over with --set cmae.checkpoint.resume=never",
-        check=lambda path: check_state(path, world=world),
+        check=lambda path: check_checkpoint(path, world=world),
     )
     if chosen is None:
         return None
     path, description = chosen.path, chosen.description
-    notices = [f"warning: {damage}, so an older state was taken" for damage in chosen.passed_over]
+    notices = [f"warning: {damage}, so an older checkpoint was taken" for damage in chosen.passed_over]
     notices += metadata.compare(description["stamp"], path=path, changes_allowed=changes_allowed)
     _take_up(engine, path, description, masters=masters, averages=averages)
     return Loaded(description["step"], description["extra"], tuple(notices))
 
 
-def check_state(path: Path, *, world: World) -> Found:
+def check_checkpoint(path: Path, *, world: World) -> Found:
     """What is wrong with the state at `path`, or None, and its description. Ranks share the hashing."""
     damage, description = check_files(path, rank=world.rank, ranks=world.size)
     return next((found for found in gather_objects(damage) if found), None), description
@@ -127,7 +127,7 @@ def _take_up(
     masters: Mapping[str, Tensor],
     averages: Mapping[str, Tensor],
 ) -> None:
-    state = ShardReader([path / name for name in sorted(description["files"])])
+    state = CheckpointReader([path / name for name in sorted(description["files"])])
     parameters = {name: count_elements(parameter) for name, parameter in engine.module.named_parameters()}
     if state.parameters != parameters:
         different = sorted(name for name, _ in set(state.parameters.items()) ^ set(parameters.items()))
@@ -141,7 +141,7 @@ def _take_up(
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise ConfigError(
             f"{path / commit.DESCRIPTION} has counters that cannot be taken up ({error!r}): move its folder "
-            "away to go on from an older state, or start over with --set cmae.checkpoint.resume=never"
+            "away to go on from an older checkpoint, or start over with --set cmae.checkpoint.resume=never"
         ) from None
 
 
@@ -151,9 +151,9 @@ def _open_part(part: Path) -> None:
     part.mkdir()
 
 
-def _write_share(engine: Any, partitions: Any, part: Path, *, world: World) -> commit.FileEntry:
-    path = part / shard_name(world.rank)
-    write_shard(path, read_content(engine, partitions, rank=world.rank, ranks=world.size))
+def _write_rank_file(engine: Any, partitions: Any, part: Path, *, world: World) -> commit.FileEntry:
+    path = part / rank_file_name(world.rank)
+    write_rank_file(path, read_content(engine, partitions, rank=world.rank, ranks=world.size))
     return commit.describe_file(path)
 
 

@@ -45,7 +45,7 @@ def _read_keys(path: Path) -> list[str]:
 
 
 def set_aside(path: Path) -> Path | None:
-    """The new name of the metrics of a run that begins anew: they stay, also where its states are lost."""
+    """The new name of the metrics of a run that begins anew: they stay, also without its checkpoints."""
     if not path.is_file() or not path.stat().st_size:
         return None
     names = (path.with_name(f"{path.stem}_{number}{path.suffix}") for number in count(1))

@@ -1,4 +1,4 @@
-"""Whether the network learns: gradient norms of its parts, and signs of a collapse long before the end."""
+"""Whether the network learns: gradient norms of its parts, and warnings of a collapse before the end."""
 
 import math
 from collections import deque

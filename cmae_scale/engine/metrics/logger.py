@@ -99,7 +99,7 @@ class MetricsLogger:
         """Begin, or begin again, after `step` steps: what was told of later ones is taken back."""
         if self.world.is_first:
             if step == 0 and (kept := set_aside(self.path)):
-                self.say(f"no state to go on from: the metrics of an earlier start are kept in {kept}")
+                self.say(f"no checkpoint to go on from: the metrics of an earlier start are kept in {kept}")
             if damaged := drop_later_lines(self.path, step=step):
                 self.say(f"warning: {damaged} lines of {self.path} were no lines of metrics and are left out")
         self._average = MetricAverage(self._average.names)

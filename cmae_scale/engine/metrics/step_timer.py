@@ -1,4 +1,4 @@
-"""Where the time of a step goes: marks on the device's own clock, read at a log line."""
+"""Where the time of a step goes: a timer by the device's own clock, and torch's profiler."""
 
 import time
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""The device that a rank computes on, tried before anything is built on it."""
+"""The processors of a rank: its share of the CPU cores, and its device, tried before anything is built."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""The frame around a run of many processes, from the process group to the exit status."""
+"""The frame around a run of many processes: its folder, held by one run, its group and its exit status."""
 
 import json
 import os

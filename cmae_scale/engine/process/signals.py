@@ -28,7 +28,7 @@ class InterruptedRunError(UserError):
         if name == "SIGINT":
             self.exit_status = 130  # as shells have it: a script around the run should end too
         when = "before the first step" if step is None else f"after step {step}"
-        there = "there" if failed is None else f"an older state, for this one is not saved ({failed})"
+        there = "there" if failed is None else f"an older checkpoint, for this one is not saved ({failed})"
         super().__init__(f"asked to leave ({name}) {when}: the same command goes on from {there}")
 
 

@@ -31,7 +31,7 @@ class ParamPartition:
     kind: Literal["weight", "average"] = "weight"
 
     def of(self, tensor: Tensor) -> Tensor:
-        """The partition's elements in `tensor`, which is the holder or a state of the same shape; a view."""
+        """A view of its elements in `tensor`, which is the holder or an optimizer state of that shape."""
         return tensor.detach().view(-1)[self.offset : self.offset + self.stop - self.start]
 
 

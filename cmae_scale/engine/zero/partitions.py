@@ -1,4 +1,4 @@
-"""What of a parameter lives on this rank, whatever ZeRO made of it."""
+"""What of a parameter and its gradient lives on this rank, whatever ZeRO made of it, and the whole of it."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any

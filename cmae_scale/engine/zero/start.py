@@ -1,4 +1,4 @@
-"""The DeepSpeed engine of a run, as its file says."""
+"""The model of a run and its DeepSpeed engine: split over ranks, compiled, with its parameter groups."""
 
 from pathlib import Path
 from typing import Any

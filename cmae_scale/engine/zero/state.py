@@ -1,4 +1,4 @@
-"""What a training state holds, taken from a running engine and put back into one of another topology.
+"""What a checkpoint holds, taken from a running engine and put back into one of another topology.
 
 Tensors are named "KIND/PARAMETER@START": the elements of a parameter from START on, of its weight, of one of
 the optimizer's states ("exp_avg", "step", ...), or of its moving "average"; buffers are "buffer/NAME". All
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cmae_scale.checkpoints.files import ShardReader
+from cmae_scale.checkpoints.files import CheckpointReader
 from cmae_scale.core.errors import ConfigError
 from cmae_scale.engine.zero.partition_map import ParamPartition, spread_weights
 
@@ -41,7 +41,7 @@ def read_content(
 
 
 @torch.no_grad()
-def write_content(engine: Any, partitions: Sequence[ParamPartition], *, state: ShardReader) -> None:
+def write_content(engine: Any, partitions: Sequence[ParamPartition], *, state: CheckpointReader) -> None:
     """Put `state` into the engine, in place. All ranks together."""
     for partition in partitions:
         partition.of(partition.holder).copy_(
@@ -113,11 +113,11 @@ def _read_state(value: Any, partition: ParamPartition, *, kind: str) -> Tensor:
         return torch.as_tensor(value, dtype=torch.float64).detach().reshape(())
     raise ConfigError(
         f'optimizer.type: this optimizer keeps a "{kind}" that has not one number per weight, which a '
-        "training state cannot hold: use Adam or AdamW, or another optimizer of that kind"
+        "checkpoint cannot hold: use Adam or AdamW, or another optimizer of that kind"
     )
 
 
-def _write_states(inner: Any, partitions: Sequence[ParamPartition], *, state: ShardReader) -> None:
+def _write_states(inner: Any, partitions: Sequence[ParamPartition], *, state: CheckpointReader) -> None:
     """All optimizer states of the one holder that `partitions` share; none if it had not taken a step yet."""
     holder = partitions[0].holder
     for kind in state.optimizer_kinds:

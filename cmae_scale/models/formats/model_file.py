@@ -76,7 +76,7 @@ class ModelFile:
 def read_model_file(path: Path, *, heads: HeadCounts | None = None) -> ModelFile:
     """The model in a file, in a folder with a config.json of ours, timm's or Hugging Face's, or in a run.
 
-    Of a run's folder the newest whole state is read; see `run_states.open_run`. Raises ConfigError for names
+    Of a run's folder the newest whole checkpoint is read: `run_states.open_run`. Raises ConfigError for names
     that its layout does not have, for missing tensors and for wrong shapes, with a list of them.
     """
     source = open_run(path)

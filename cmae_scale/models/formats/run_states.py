@@ -1,4 +1,4 @@
-"""The weights in a run's training states, read without an engine and on any number of processes."""
+"""The weights in a run's checkpoints, read without an engine and on any number of processes."""
 
 import json
 from collections.abc import Mapping
@@ -15,10 +15,10 @@ from cmae_scale.checkpoints.commit import (
     STATE_FORMAT,
     Chosen,
     check_files,
-    choose_state,
-    list_states,
+    choose_checkpoint,
+    list_checkpoints,
 )
-from cmae_scale.checkpoints.files import ShardReader
+from cmae_scale.checkpoints.files import CheckpointReader
 from cmae_scale.config.cmae import CmaeConfig, NetworkConfig
 from cmae_scale.config.run_file import Run
 from cmae_scale.core.errors import ConfigError
@@ -31,7 +31,7 @@ _EXPORTS = ("encoder", "model")  # what a finished run leaves: of pre-training, 
 
 @dataclass(frozen=True)
 class RunState:
-    """A whole state of a pre-training run."""
+    """A whole checkpoint of a pre-training run."""
 
     path: Path
     step: int
@@ -43,7 +43,7 @@ class RunState:
     @property
     def notices(self) -> tuple[str, ...]:
         """What the user should know of the choice."""
-        older = (f"warning: {damage}, so an older state was taken" for damage in self.passed_over)
+        older = (f"warning: {damage}, so an older checkpoint was taken" for damage in self.passed_over)
         name = Path(str(self.run_file["cmae"].get("out"))).name
         return (*older, f"weights of step {self.step:,} of {name}")
 
@@ -58,7 +58,7 @@ class RunState:
 
     def read(self, part: str = "") -> dict[str, Tensor]:
         """The model's tensors, or those of a `part` such as "online_encoder" under its own names, in fp32."""
-        state, prefix = ShardReader(self.files), f"{part}." if part else ""
+        state, prefix = CheckpointReader(self.files), f"{part}." if part else ""
         with torch.device("meta"):
             model = CMAE(self.network, mask=None)
         parameters = {
@@ -75,7 +75,7 @@ class RunState:
 
 
 def open_run(path: Path) -> RunState | Path:
-    """What holds the weights of `path`: of a run's folder its newest whole state, checked as resuming does.
+    """What holds the weights of `path`: of a run its newest whole checkpoint, checked as resuming does.
 
     A single state, or a folder of states, will do. Of a run without a state, and of a transfer run, it is the
     folder that was exported. Anything that is of no run is given back as it is.
@@ -96,8 +96,8 @@ def open_run(path: Path) -> RunState | Path:
         return _open_state(chosen, stamp["run"])
     if export is None:
         raise ConfigError(
-            f"{chosen.path} is a state of a transfer run: give the folder model/ that it exports when it has "
-            "been validated"
+            f"{chosen.path} is a checkpoint of a transfer run: give its folder model/, written once the "
+            "run has been validated"
         )
     return export
 
@@ -106,14 +106,16 @@ def _choose(path: Path) -> Chosen | None:
     if (path / DESCRIPTION).is_file():
         damage, description = check_files(path)
         if damage is not None or description is None:
-            raise ConfigError(f"{damage}: give the run's folder, of which the newest whole state is taken")
+            raise ConfigError(
+                f"{damage}: give the run's folder, of which the newest whole checkpoint is taken"
+            )
         return Chosen(path, description, ())
-    folder = path if list_states(path) else path / CHECKPOINTS
-    return choose_state(folder, remedy="restore one, or give the folder that the run has exported")
+    folder = path if list_checkpoints(path) else path / CHECKPOINTS
+    return choose_checkpoint(folder, remedy="restore one, or give the folder that the run has exported")
 
 
 def _open_state(chosen: Chosen, run_file: Mapping[str, Any]) -> RunState:
-    """Of the run file no more is asked than the network, so that states outlive settings of the method."""
+    """Of the run file only the network is asked, so that checkpoints outlive settings of the method."""
     try:
         network = read_network(run_file["cmae"])
     except ValidationError as error:

@@ -1,4 +1,4 @@
-"""A model's sizes, read from the shapes of its tensors under our names."""
+"""Making foreign tensors fit: sizes from shapes, positions for another grid, BGR weights for RGB images."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field

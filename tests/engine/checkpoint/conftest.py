@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from cmae_scale.checkpoints.commit import list_states
+from cmae_scale.checkpoints.commit import list_checkpoints
 from cmae_scale.core.world import World
-from cmae_scale.engine.checkpoint.save_load import check_state
+from cmae_scale.engine.checkpoint.save_load import check_checkpoint
 
 
 @pytest.fixture
@@ -32,6 +32,8 @@ def whole_states() -> Callable[[Path], list[str]]:
     """Names of the states in a folder that can be taken up, newest first."""
 
     def list_whole(folder: Path) -> list[str]:
-        return [path.name for path in list_states(folder) if check_state(path, world=World())[0] is None]
+        return [
+            path.name for path in list_checkpoints(folder) if check_checkpoint(path, world=World())[0] is None
+        ]
 
     return list_whole

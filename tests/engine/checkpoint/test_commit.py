@@ -12,18 +12,18 @@ import pytest
 import torch
 
 from cmae_scale.checkpoints import commit
-from cmae_scale.checkpoints.commit import list_states, read_description
+from cmae_scale.checkpoints.commit import list_checkpoints, read_description
 from cmae_scale.core.world import World
 from cmae_scale.engine.checkpoint import save_load
-from cmae_scale.engine.checkpoint.save_load import check_state
+from cmae_scale.engine.checkpoint.save_load import check_checkpoint
 
 pytestmark = pytest.mark.dist
 
 # every step of the protocol, the rank that it is killed on, and the states of which one must be whole then
 PROTOCOL = [
     (commit, "clear_leftovers", 0, 1),
-    (save_load, "write_shard", 0, 1),
-    (save_load, "write_shard", 1, 1),
+    (save_load, "write_rank_file", 0, 1),
+    (save_load, "write_rank_file", 1, 1),
     (commit, "describe_file", 0, 1),
     (commit, "describe_file", 1, 1),
     (save_load, "read_counters", 1, 2),  # all shares are written: the first rank needs no other
@@ -91,7 +91,7 @@ def test_a_kill_at_any_point_of_a_save_leaves_a_whole_state(
 
 
 def test_every_flipped_bit_of_the_description_is_found(saved: Path) -> None:
-    newest = list_states(saved)[0]
+    newest = list_checkpoints(saved)[0]
     for name in (commit.DESCRIPTION, commit.SEAL):
         content = (newest / name).read_bytes()
         for place in range(len(content)):
@@ -104,7 +104,7 @@ def test_every_flipped_bit_of_the_description_is_found(saved: Path) -> None:
             with pytest.raises(ValueError, match="damaged"):
                 read_description(newest)
         (newest / name).write_bytes(content)
-    assert check_state(newest, world=World())[0] is None
+    assert check_checkpoint(newest, world=World())[0] is None
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "longer", "remove", "pickle"])
@@ -115,7 +115,7 @@ def test_damage_to_any_share_is_found_and_the_state_before_is_taken(
     saved: Path,
     damage: str,
 ) -> None:
-    newest = list_states(saved)[0]
+    newest = list_checkpoints(saved)[0]
     [share] = newest.glob("rank_*")
     content = share.read_bytes()
     positions = [0, 7, 8, 100, *range(1000, len(content), 4999), len(content) - 1]
@@ -134,12 +134,12 @@ def test_damage_to_any_share_is_found_and_the_state_before_is_taken(
         share.unlink(missing_ok=True)
         if bytes_now is not None:
             share.write_bytes(bytes_now)
-        found = check_state(newest, world=World())[0]
+        found = check_checkpoint(newest, world=World())[0]
         assert found is not None
         assert share.name in found
     [answer] = on_ranks(lambda: train_tiny(tiny_run(), steps=3), ranks=1)
     assert answer["first_step"] == 1
-    assert "so an older state was taken" in answer["notices"][0]
+    assert "so an older checkpoint was taken" in answer["notices"][0]
     assert not Path("planted").exists()
 
 
@@ -149,7 +149,7 @@ def test_a_share_that_is_no_safetensors_file_is_refused_even_if_its_hash_was_for
     train_tiny: Callable[..., Any],
     saved: Path,
 ) -> None:
-    newest = list_states(saved)[0]
+    newest = list_checkpoints(saved)[0]
     description = read_description(newest)
     [share] = newest.glob("rank_*")
     share.write_bytes(b"cos\nsystem\n(S'touch planted'\ntR.")
@@ -161,23 +161,23 @@ def test_a_share_that_is_no_safetensors_file_is_refused_even_if_its_hash_was_for
 
 
 def test_a_description_cannot_name_files_outside_of_its_state(saved: Path) -> None:
-    newest = list_states(saved)[0]
+    newest = list_checkpoints(saved)[0]
     description = read_description(newest)
     description["files"]["../../other.safetensors"] = {"bytes": 1, "sha256": "0"}
     commit.write_description(newest, description)
-    assert "files.../../other.safetensors" in (check_state(newest, world=World())[0] or "")
+    assert "files.../../other.safetensors" in (check_checkpoint(newest, world=World())[0] or "")
 
 
 def test_committed_states_count_and_nothing_else(saved: Path) -> None:
-    assert [path.name for path in list_states(saved)] == ["step_00000002", "step_00000001"]
+    assert [path.name for path in list_checkpoints(saved)] == ["step_00000002", "step_00000001"]
     assert (saved / "latest").read_text() == "step_00000002"
     shutil.copytree(saved / "step_00000002", saved / "step_00000009.part")
     for latest in ("", "step_00000007", "../elsewhere"):
         (saved / "latest").write_text(latest)
-        assert list_states(saved)[0].name == "step_00000002"
+        assert list_checkpoints(saved)[0].name == "step_00000002"
     (saved / "latest").unlink()
-    assert list_states(saved)[0].name == "step_00000002"
-    assert list_states(saved / "none") == []
+    assert list_checkpoints(saved)[0].name == "step_00000002"
+    assert list_checkpoints(saved / "none") == []
 
 
 @pytest.mark.slow_unless(stage=3, full=1)
@@ -194,7 +194,7 @@ def test_a_full_disk_on_one_rank_ends_neither_training_nor_older_states(
 
     def train() -> Any:
         train_tiny(run, steps=1, save_at=1)
-        original = save_load.write_shard
+        original = save_load.write_rank_file
 
         def write(path: Path, tensors: Any) -> None:
             original(path, tensors)
@@ -202,13 +202,13 @@ def test_a_full_disk_on_one_rank_ends_neither_training_nor_older_states(
                 path.write_bytes(path.read_bytes()[:100])
                 raise OSError(28, "No space left on device")
 
-        save_load.write_shard = write
+        save_load.write_rank_file = write
         return train_tiny(run, steps=3, save_at=2)
 
     for answer in on_ranks(train, ranks=2):
         assert list(answer["losses"]) == [1, 2]
         assert "No space left" in answer["failed"]
-    assert [path.name for path in list_states(run.out / "checkpoints")] == ["step_00000001"]
+    assert [path.name for path in list_checkpoints(run.out / "checkpoints")] == ["step_00000001"]
     assert not list((run.out / "checkpoints").glob("*.part"))
 
 
@@ -228,7 +228,7 @@ def test_a_real_full_disk_is_told_and_survived(
     [answer] = on_ranks(train, ranks=1)
     assert list(answer["losses"]) == [0, 1]
     assert "File too large" in answer["failed"]
-    assert list_states(run.out / "checkpoints") == []
+    assert list_checkpoints(run.out / "checkpoints") == []
 
 
 def test_when_every_state_is_damaged_training_does_not_start_over(
@@ -237,7 +237,7 @@ def test_when_every_state_is_damaged_training_does_not_start_over(
     train_tiny: Callable[..., Any],
     saved: Path,
 ) -> None:
-    for state in list_states(saved):
+    for state in list_checkpoints(saved):
         (state / commit.DESCRIPTION).write_text("{")
     with pytest.raises(AssertionError, match="is whole"):
         on_ranks(lambda: train_tiny(tiny_run(), steps=3), ranks=1)
@@ -247,9 +247,9 @@ def test_the_newest_states_and_every_third_are_kept(tmp_path: Path) -> None:
     for step in range(1, 9):
         (tmp_path / f"step_{step:08d}").mkdir()
     commit.drop_old(tmp_path, keep=2, keep_every_steps=3)
-    assert [int(path.name[-1]) for path in list_states(tmp_path)] == [8, 7, 6, 3]
+    assert [int(path.name[-1]) for path in list_checkpoints(tmp_path)] == [8, 7, 6, 3]
     commit.drop_old(tmp_path, keep=2, keep_every_steps=None)
-    assert [int(path.name[-1]) for path in list_states(tmp_path)] == [8, 7]
+    assert [int(path.name[-1]) for path in list_checkpoints(tmp_path)] == [8, 7]
 
 
 @pytest.mark.parametrize(
@@ -305,7 +305,7 @@ def test_a_state_that_must_be_there_is_missed(
     on_ranks: Callable[..., list[Any]], tiny_run: Callable[..., Any], train_tiny: Callable[..., Any]
 ) -> None:
     run = tiny_run(cmae={"checkpoint": {"resume": "required"}})
-    with pytest.raises(AssertionError, match="holds no state to go on from"):
+    with pytest.raises(AssertionError, match="holds no checkpoint to go on from"):
         on_ranks(lambda: train_tiny(run, steps=1), ranks=1)
 
 
@@ -315,7 +315,7 @@ def test_a_state_of_an_older_format_is_told(
     train_tiny: Callable[..., Any],
     saved: Path,
 ) -> None:
-    for state in list_states(saved):
+    for state in list_checkpoints(saved):
         description = read_description(state)
         description["stamp"]["format"] = 1
         commit.write_description(state, description)
@@ -324,7 +324,7 @@ def test_a_state_of_an_older_format_is_told(
 
 
 def test_the_description_is_readable_json(saved: Path) -> None:
-    description = json.loads((list_states(saved)[0] / "state.json").read_text())
+    description = json.loads((list_checkpoints(saved)[0] / "state.json").read_text())
     assert description["step"] == 2
     assert description["stamp"]["run"]["cmae"]["seed"] == 60
     assert description["counters"]["global_steps"] == 2

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cmae_scale.checkpoints.commit import list_states, read_description, write_description
+from cmae_scale.checkpoints.commit import list_checkpoints, read_description, write_description
 from cmae_scale.config.run_file import dump_run
 from cmae_scale.core.errors import ConfigError
 from cmae_scale.models import build_cmae, read_encoder
@@ -100,7 +100,7 @@ def unfinished(
 
 def test_the_folder_the_states_and_a_state_are_all_understood(unfinished: Callable[..., Any]) -> None:
     run = unfinished()
-    newest, older = list_states(run.out / "checkpoints")
+    newest, older = list_checkpoints(run.out / "checkpoints")
     expected = read_model_file(newest)
     assert expected.notices == ("weights of step 2 of run",)
     for place in (run.out, run.out / "checkpoints"):
@@ -119,19 +119,19 @@ def test_a_damaged_state_is_passed_over_as_in_resuming_and_refused_by_itself(
     unfinished: Callable[..., Any],
 ) -> None:
     run = unfinished()
-    newest, older = list_states(run.out / "checkpoints")
+    newest, older = list_checkpoints(run.out / "checkpoints")
     share = newest / "rank_00000.safetensors"
     share.write_bytes(share.read_bytes()[:-1])
     found = read_model_file(run.out)
     assert found.path == older
     assert found.notices == (
-        f"warning: {share} is damaged, so an older state was taken",
+        f"warning: {share} is damaged, so an older checkpoint was taken",
         "weights of step 1 of run",
     )
     with pytest.raises(ConfigError, match=r"is damaged: give the run's folder"):
         read_model_file(newest)
     shutil.rmtree(older)
-    with pytest.raises(ConfigError, match=r"no state in .* is whole .*or give the folder"):
+    with pytest.raises(ConfigError, match=r"no checkpoint in .* is whole .*or give the folder"):
         open_encoder(str(run.out))
 
 
@@ -166,7 +166,7 @@ def test_of_many_processes_the_first_exports(
 def test_a_run_without_a_state_is_told(tiny_run: Callable[..., Any]) -> None:
     run = tiny_run()
     run.out.mkdir()
-    with pytest.raises(ConfigError, match=r"holds no state of a pre-training run"):
+    with pytest.raises(ConfigError, match=r"holds no checkpoint of a pre-training run"):
         export_newest(run)
     with pytest.raises(ConfigError, match="or a run that has saved a state"):
         read_model_file(run.out)
@@ -199,7 +199,7 @@ def test_a_conversion_may_lie_in_its_run_and_be_replaced_there(unfinished: Calla
     from cmae_scale.convert import main as convert
 
     run = unfinished()
-    newest = list_states(run.out / "checkpoints")[0]
+    newest = list_checkpoints(run.out / "checkpoints")[0]
     arguments = [str(run.out), str(run.out / "timm"), "--to", "timm"]
     assert [convert(arguments), convert(arguments), convert([*arguments, "--overwrite"])] == [0, 2, 0]
     for out in (run.out, run.out / "checkpoints", newest):
@@ -217,20 +217,20 @@ def change_run_file(state: Path, **settings: Any) -> None:
 def test_weights_outlive_settings_of_the_method_that_are_no_more(unfinished: Callable[..., Any]) -> None:
     run = unfinished()
     weights = read_model_file(run.out).tensors
-    for state in list_states(run.out / "checkpoints"):
+    for state in list_checkpoints(run.out / "checkpoints"):
         change_run_file(state, mask={"ratio": 7, "shape": "round"}, curriculum=True)
     found = read_model_file(run.out).tensors
     assert all(torch.equal(found[name], tensor) for name, tensor in weights.items())
     with pytest.raises(ConfigError, match=r"settings that this version does not have \(cmae\.mask\.ratio\)"):
         export_newest(run)
-    change_run_file(list_states(run.out / "checkpoints")[0], model={"encoder": "vit_vast"})
+    change_run_file(list_checkpoints(run.out / "checkpoints")[0], model={"encoder": "vit_vast"})
     with pytest.raises(ConfigError, match=r"does not have \(cmae\.model\.encoder\)"):
         read_model_file(run.out)
 
 
 def test_a_state_of_another_format_is_told(unfinished: Callable[..., Any]) -> None:
     run = unfinished()
-    newest = list_states(run.out / "checkpoints")[0]
+    newest = list_checkpoints(run.out / "checkpoints")[0]
     write_description(newest, {"step": 2, "stamp": {"format": 1}, "files": read_description(newest)["files"]})
     with pytest.raises(ConfigError, match=r"has format 1, this version reads 2"):
         read_model_file(run.out)

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from cmae_scale.checkpoints.commit import list_states, read_description
-from cmae_scale.checkpoints.files import ShardReader
+from cmae_scale.checkpoints.commit import list_checkpoints, read_description
+from cmae_scale.checkpoints.files import CheckpointReader
 
 pytestmark = pytest.mark.dist
 
@@ -60,7 +60,7 @@ def test_stop_and_resume_equals_straight_through_bit_for_bit(
 
 def read_tensors(state: Path) -> Iterator[tuple[str, torch.Tensor]]:
     """Every parameter's weight and optimizer states as a whole, however the state is cut."""
-    reader = ShardReader([state / name for name in read_description(state)["files"]])
+    reader = CheckpointReader([state / name for name in read_description(state)["files"]])
     for name, count in sorted(reader.parameters.items()):
         for kind in ("weight", *reader.optimizer_kinds):
             if reader.has(kind, name):
@@ -159,8 +159,8 @@ def test_one_run_moves_from_two_ranks_to_one_and_back(
     assert list(losses) == list(range(6))
     for step, loss in losses.items():
         torch.testing.assert_close(loss, straight[step], **LOSS)
-    assert "the state was written with ZeRO stage 2, now 0" in notices
-    assert "the state was written with ranks 1, now 2" in notices
+    assert "the checkpoint was written with ZeRO stage 2, now 0" in notices
+    assert "the checkpoint was written with ranks 1, now 2" in notices
 
 
 @pytest.mark.slow_unless(target="fp32")
@@ -175,7 +175,7 @@ def test_a_bf16_engines_masters_are_kept_whole_in_any_precision(
     """Stage 1 has an optimizer of its own for bf16; from there to stages 0 and 3 nothing is rounded."""
     source = tiny_run(ranks=2, stage=1, **PRECISIONS["bf16"])
     on_ranks(lambda: train_tiny(source, steps=2, save_at=2), ranks=2)
-    state = list_states(source.out / "checkpoints")[0]
+    state = list_checkpoints(source.out / "checkpoints")[0]
     before = dict(read_tensors(state))
     # no value of a trained weight has come from bf16: its lower 16 bits are in use
     weights = before["weight/online_encoder.blocks.0.attn.qkv.weight"]

@@ -87,9 +87,9 @@ def test_of_a_stuck_run_those_that_others_wait_for_come_first(peers: PeerTable) 
 def test_a_pulse_is_stuck_after_its_time() -> None:
     heartbeat = Heartbeat()
     assert not heartbeat.is_stuck(10)
-    heartbeat.enter("saving the state", step=3, patience=3)
+    heartbeat.enter("saving a checkpoint", step=3, patience=3)
     assert heartbeat.is_stuck(0)
-    assert str(heartbeat.read()) == "saving the state, step 3"
+    assert str(heartbeat.read()) == "saving a checkpoint, step 3"
     assert str(Report("starting", None, 0)) == "starting"
 
 

@@ -277,7 +277,7 @@ def test_slow_is_not_stuck(watched: Callable[..., Any]) -> None:
         for step in range(12):
             heartbeat.enter("computing gradients", step=step)
             time.sleep(0.5)
-        heartbeat.enter("saving the state", step=12, patience=10)
+        heartbeat.enter("saving a checkpoint", step=12, patience=10)
         time.sleep(6)
 
     ended = watched(work, ranks=2, faults=FaultsConfig(step_timeout_s=5))

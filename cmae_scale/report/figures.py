@@ -1,4 +1,4 @@
-"""The curves of a run, from its metrics.jsonl."""
+"""What a run shows: curves from its metrics.jsonl, and its reconstructions of held-out images."""
 
 import math
 import warnings

@@ -10,7 +10,7 @@ from PIL import Image
 
 from cmae_scale.core.errors import DataError
 from cmae_scale.report import read_metrics, write_curves
-from cmae_scale.report.plots import _PANELS, _is_shown, running_mean
+from cmae_scale.report.figures import _PANELS, _is_shown, running_mean
 
 
 def line(step: int, **other: Any) -> dict[str, Any]:
