@@ -4,7 +4,6 @@ import multiprocessing
 import os
 import pickle
 import signal
-import socket
 import sys
 import time
 import traceback
@@ -28,6 +27,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from cmae_scale.core.world import find_free_port
 
 hypothesis.settings.register_profile("any machine", deadline=None)
 hypothesis.settings.load_profile("any machine")
@@ -116,7 +117,7 @@ class KilledRankError(AssertionError):
 
 def run_on_ranks(function: Callable[[], Any], *, ranks: int) -> list[Any]:
     context = multiprocessing.get_context("fork")
-    port = find_port()
+    port = find_free_port()
     pipes = [context.Pipe(duplex=False) for _ in range(ranks)]
     processes = [
         context.Process(target=_be_rank, args=(function, rank, port, [writer for _, writer in pipes]))
@@ -239,7 +240,7 @@ def let_ranks_end(
         meanwhile: Callable[[list[int]], None] = lambda pids: None,
     ) -> list[Ended]:
         context = multiprocessing.get_context("fork")
-        port = find_port()
+        port = find_free_port()
         folder = tmp_path_factory.mktemp("ranks")
         logs = [folder / f"stderr_{rank}" for rank in range(ranks)]
         processes = [
@@ -278,13 +279,6 @@ def _end_as_rank(function: Callable[[], int | None], rank: int, ranks: int, port
     finally:
         sys.stderr.flush()
         os._exit(status or 0)
-
-
-def find_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    return port
 
 
 def rank_environment(rank: int, ranks: int, port: int) -> dict[str, str]:

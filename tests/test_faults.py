@@ -14,20 +14,10 @@ from typing import Any
 import pytest
 import torch
 
+from cmae_scale.core.world import find_free_port
+from tests.small import SMALL
+
 LAUNCHER = str(Path(sys.executable).with_name("deepspeed"))  # of this environment, also without activation
-SMALL = [
-    "cmae.model.embed_dim=24",
-    "cmae.model.depth=2",
-    "cmae.model.num_heads=2",
-    "cmae.model.pixel_decoder.depth=1",
-    "cmae.model.pixel_decoder.embed_dim=24",
-    "cmae.model.feature_decoder.embed_dim=24",
-    "cmae.monitor.log_every=2",
-    "cmae.monitor.pictures=2",
-    # named, because runs are compared to the bit
-    "torch_autocast.enabled=false",
-    "cmae.model.attention=flash",
-]
 STEPS = 8
 
 
@@ -523,7 +513,7 @@ LONG = ("cmae.schedule.duration=3000st", "cmae.checkpoint.every=2000st")
 def test_the_deepspeed_launcher_asked_to_leave(
     arguments: Callable[..., list[str]], repository_path: Path, tmp_path: Path, way: str
 ) -> None:
-    command = [LAUNCHER, "--num_gpus", "2", "--master_port", free_port(), "cmae_scale/pretrain.py"]
+    command = [LAUNCHER, "--num_gpus", "2", "--master_port", str(find_free_port()), "cmae_scale/pretrain.py"]
     launched = Launched([*command, *arguments(*LONG)], folder=repository_path, log=tmp_path / "log")
     run = tmp_path / "run"
     await_line(run / "metrics.jsonl")
@@ -544,20 +534,12 @@ def test_the_deepspeed_launcher_asked_to_leave(
         assert status == 75  # nobody signalled the launcher: it passes on what its ranks say
 
 
-def free_port() -> str:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
-
-
 @pytest.mark.slow
 def test_of_two_nodes_one_is_lost_and_the_same_command_goes_on(
     arguments: Callable[..., list[str]], repository_path: Path, tmp_path: Path
 ) -> None:
     """Two agents of torchrun with a rank each, as on two machines; then two of the deepspeed launcher."""
-    run, port = tmp_path / "run", free_port()
+    run, port = tmp_path / "run", str(find_free_port())
 
     def start(node: int, *overrides: str) -> Launched:
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1"]
@@ -581,7 +563,7 @@ def test_of_two_nodes_one_is_lost_and_the_same_command_goes_on(
     del nodes
     hosts = tmp_path / "hosts"
     hosts.write_text("one slots=1\ntwo slots=1\n")
-    port = free_port()
+    port = str(find_free_port())
 
     def start_deepspeed(node: int) -> Launched:
         launcher = [LAUNCHER, "--hostfile", str(hosts), "--no_ssh", "--node_rank", str(node)]

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from cmae_scale.core.world import find_free_port
 from cmae_scale.data.index import read_index
 
 HUES = {"café": (200, 40, 40), "meadow": (40, 180, 60), "sea": (40, 60, 200)}
@@ -44,10 +44,7 @@ def test_from_an_unsplit_folder_to_neighbours_as_the_readme_says(repository: Pat
     fill(tmp_path / "images")
     for name in ("data_prep", "cmae_scale", "ds_configs"):
         (tmp_path / name).symlink_to(repository / name)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    prelude = f'set -e; deepspeed() {{ command deepspeed --master_port {port} "$@"; }}\n'
+    prelude = f'set -e; deepspeed() {{ command deepspeed --master_port {find_free_port()} "$@"; }}\n'
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     done = subprocess.run(
         ["bash", "-c", prelude + read_commands(repository)],

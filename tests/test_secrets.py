@@ -16,23 +16,13 @@ import pytest
 
 from cmae_scale.config.run_file import read_run
 from cmae_scale.core.errors import ConfigError
+from tests.small import SMALL
 
 pytest.importorskip("aiohttp", reason="the extra `remote` is not installed")
 
 TOKEN = "planted0secret"
 NAMES = ("shards", "val_shards")
-SMALL = [
-    "cmae.model.embed_dim=24",
-    "cmae.model.depth=2",
-    "cmae.model.num_heads=2",
-    "cmae.model.pixel_decoder.depth=1",
-    "cmae.model.pixel_decoder.embed_dim=24",
-    "cmae.model.feature_decoder.embed_dim=24",
-    "cmae.monitor.log_every=2",
-    "cmae.monitor.pictures=2",
-    "cmae.schedule.duration=4st",
-    "cmae.checkpoint.every=2st",
-]
+SHORT = [*SMALL, "cmae.schedule.duration=4st", "cmae.checkpoint.every=2st"]
 
 
 class Doorkeeper(http.server.SimpleHTTPRequestHandler):
@@ -108,15 +98,15 @@ def test_no_file_and_no_line_of_a_run_holds_a_secret(
         return lines
 
     wandb = ["wandb.enabled=true", "wandb.project=x", "comet.enabled=false", f"comet.api_key={TOKEN}"]
-    first = start(*SMALL, *wandb, "cmae.schedule.base_lr=1e-4")
+    first = start(*SHORT, *wandb, "cmae.schedule.base_lr=1e-4")
     for state in (run / "checkpoints").glob("step_*4"):
         state.rename(tmp_path / "last")
-    second = start(*SMALL, *wandb, "cmae.schedule.base_lr=2e-4")
+    second = start(*SHORT, *wandb, "cmae.schedule.base_lr=2e-4")
     assert "settings changed" in second
     assert "cmae.data" not in second.split("settings changed", 1)[1].split("\n")[0]
     place = f"transfer.encoder.place={run}/encoder"
     knn = start(place, "transfer.crop.img_px=32", file="transfer/knn.json", kind="transfer")
-    refused = start(f"cmae.data.shards=http://reader:{TOKEN}@{host}/train?sig=other", *SMALL, status=2)
+    refused = start(f"cmae.data.shards=http://reader:{TOKEN}@{host}/train?sig=other", *SHORT, status=2)
     assert "403" in refused
     assert TOKEN not in first + second + knn + refused
     files = [path for path in tmp_path.rglob("*") if path.is_file() and "web" not in path.parts]

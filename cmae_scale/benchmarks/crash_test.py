@@ -9,7 +9,6 @@ import os
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -21,6 +20,7 @@ from typing import Any, Literal
 
 from cmae_scale.core.errors import DataError
 from cmae_scale.core.files import PART
+from cmae_scale.core.world import find_free_port
 
 Moment = Literal["starting", "training", "saving"]
 
@@ -40,7 +40,7 @@ class Job:
 
     def start(self) -> "list[subprocess.Popen[bytes]]":
         """Its processes; what they print goes to OUT/../log."""
-        port = _free_port()
+        port = find_free_port()
         self.out.parent.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "-m", self.module, *self.arguments, "--out", str(self.out)]
         with (self.out.parent / "log").open("ab") as log:
@@ -288,10 +288,3 @@ def _tail(job: Job) -> str:
 def _end_all(processes: "Sequence[subprocess.Popen[bytes]]") -> None:
     for process in processes:
         process.send_signal(signal.SIGKILL)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    return port

@@ -2,6 +2,7 @@
 
 import os
 import re
+import socket
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 
@@ -85,3 +86,11 @@ def choose_port(job: str, step: str) -> int:
     """A port that all tasks of a step agree on, and that no other job on the node is likely to have."""
     digits = [int(re.sub(r"\D", "", text) or 0) for text in (job, step)]
     return FIRST_PORT + (digits[0] * 16 + digits[1]) % PORTS
+
+
+def find_free_port() -> int:
+    """A port of this machine that nobody listens on at the moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port

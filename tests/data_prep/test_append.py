@@ -1,13 +1,10 @@
 """Adding to finished shards: by --append, or by a tar that is copied beside them."""
 
-import io
 import json
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
 
 from cmae_scale.core.cli import run_command
 from cmae_scale.data.index import read_index
@@ -15,13 +12,7 @@ from cmae_scale.data.tar import read_samples
 from data_prep.check_shards import main as check_shards
 from data_prep.make_shards import main
 from data_prep.manifest import STAGING_NAME
-
-
-def picture(number: int) -> bytes:
-    pixels = np.random.default_rng(number).integers(0, 256, (9, 12, 3), dtype=np.uint8)
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "PNG")
-    return file.getvalue()
+from tests.data_prep.images import picture
 
 
 def add(root: Path, label: str, *numbers: int) -> None:

@@ -1,13 +1,10 @@
 """Hugging Face data sets: Arrow folders and Parquet files, read with pyarrow alone."""
 
-import io
 import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from PIL import Image
 
 from cmae_scale.core.cli import run_command
 from cmae_scale.core.errors import ConfigError, DataError
@@ -15,19 +12,13 @@ from cmae_scale.data.index import read_index
 from cmae_scale.data.tar import read_samples
 from data_prep.make_shards import main
 from data_prep.sources import SOURCES, Source, SourceRequest
+from tests.data_prep.images import picture
 
 pyarrow = pytest.importorskip("pyarrow", reason="needs the extra 'datasets'")
 parquet = pytest.importorskip("pyarrow.parquet")
 
 COUNT = 23
 FEATURES = {"image": {"_type": "Image"}, "label": {"_type": "ClassLabel", "names": ["cat", "dog", "emu"]}}
-
-
-def picture(number: int) -> bytes:
-    pixels = np.random.default_rng(number).integers(0, 256, (9, 12, 3), dtype=np.uint8)
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "PNG")
-    return file.getvalue()
 
 
 def build_table(first: int = 0, count: int = COUNT) -> Any:

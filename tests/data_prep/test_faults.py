@@ -2,7 +2,6 @@
 
 import errno
 import hashlib
-import io
 import os
 import resource
 import subprocess
@@ -10,25 +9,17 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
 
 from cmae_scale.core.cli import run_command
 from cmae_scale.core.files import PART
 from data_prep.make_shards import main
+from tests.data_prep.images import picture
 
 STEPS = {"open", "os.rename", "os.link", "os.remove", "os.mkdir", "os.rmdir"}  # as sys.audit calls them
 WRITING = {"open", "os.rename", "os.link", "os.mkdir"}  # what a full disk refuses
 KILLED = 9
 TOLD = 2
-
-
-def picture(number: int) -> bytes:
-    pixels = np.random.default_rng(number).integers(0, 256, (9, 12, 3), dtype=np.uint8)
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "PNG")
-    return file.getvalue()
 
 
 def write_images(root: Path) -> list[str]:

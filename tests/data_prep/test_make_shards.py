@@ -20,9 +20,10 @@ from PIL import Image
 from cmae_scale.core.cli import run_command
 from cmae_scale.data.index import read_index
 from cmae_scale.data.offsets import offsets_name
-from cmae_scale.data.tar import RawSample, read_samples
+from cmae_scale.data.tar import RawSample
 from data_prep.check_shards import main as check_shards
 from data_prep.make_shards import main
+from tests.data_prep.images import read_all
 
 Make = Callable[..., int]
 
@@ -65,15 +66,6 @@ def make(out: Path, *options: str, source: str = "imagefolder", root: Path | Non
 def contents(folder: Path) -> dict[str, str]:
     """SHA-256 of everything in a folder, hidden files too."""
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
-
-
-def read_all(folder: Path) -> list[RawSample]:
-    index = read_index(folder)
-    return [
-        sample
-        for number, shard in enumerate(index.shards)
-        for sample in read_samples(index.path(number), first=0, count=shard.samples, expected=shard)
-    ]
 
 
 def test_the_original_bytes_are_copied_with_their_labels(images: Path, tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 import fcntl
 import hashlib
-import io
 import random
 import subprocess
 import sys
@@ -10,7 +9,6 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import pytest
 from PIL import Image
 
@@ -22,15 +20,9 @@ from data_prep.layout import Part
 from data_prep.locks import hold_merge, hold_part
 from data_prep.make_shards import main
 from data_prep.manifest import OPTIONS_NAME
+from tests.data_prep.images import picture
 
 COUNT = 60
-
-
-def picture(number: int) -> bytes:
-    pixels = np.random.default_rng(number).integers(0, 256, (9, 12, 3), dtype=np.uint8)
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "PNG")
-    return file.getvalue()
 
 
 @pytest.fixture

@@ -1,38 +1,14 @@
 """Class names of other shards, no labels at all, and names that are not UTF-8."""
 
-import io
 import os
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
 
-from cmae_scale.core.cli import run_command
 from cmae_scale.core.errors import DataError
 from cmae_scale.data.index import read_index
 from cmae_scale.data.tar import read_samples
-from data_prep.make_shards import main
-
-
-def picture(number: int) -> bytes:
-    pixels = np.random.default_rng(number).integers(0, 256, (9, 12, 3), dtype=np.uint8)
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "PNG")
-    return file.getvalue()
-
-
-def fill(root: Path, *names: str) -> Path:
-    for number, name in enumerate(names):
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(picture(number))
-    return root
-
-
-def make(source: str, root: Path, out: Path, *options: str) -> int:
-    argv = ["--source", source, "--root", str(root), "--out", str(out), "--processes", "1"]
-    return run_command(main, [*argv, *options])
+from tests.data_prep.images import fill, make, picture
 
 
 def read_labels(folder: Path) -> list[int | None]:

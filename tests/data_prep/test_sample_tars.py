@@ -6,29 +6,20 @@ import tarfile
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import pytest
 import webdataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
 
 from cmae_scale.core.cli import run_command
 from cmae_scale.core.errors import DataError
 from cmae_scale.data.index import read_index
-from cmae_scale.data.tar import RawSample, read_samples
 from data_prep.make_shards import main
 from data_prep.sources import SOURCES, Source, SourceRequest
 from data_prep.sources.sample_tars import NO_IMAGE, _Tars
+from tests.data_prep.images import picture, read_all
 
 Member = tuple[str, bytes]
-
-
-def picture(number: int) -> bytes:
-    pixels = np.random.default_rng(number).integers(0, 256, (9, 12, 3), dtype=np.uint8)
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "PNG")
-    return file.getvalue()
 
 
 def write_tar(path: Path, members: Sequence[Member]) -> None:
@@ -46,15 +37,6 @@ def list_webdataset(root: Path) -> Source:
 def make(root: Path, out: Path, *options: str) -> int:
     argv = ["--source", "webdataset", "--root", str(root), "--out", str(out), "--processes", "1"]
     return run_command(main, [*argv, "--samples_per_shard", "4", *options])
-
-
-def read_all(folder: Path) -> list[RawSample]:
-    index = read_index(folder)
-    return [
-        sample
-        for number, shard in enumerate(index.shards)
-        for sample in read_samples(index.path(number), first=0, count=shard.samples, expected=shard)
-    ]
 
 
 def test_what_the_stock_package_wrote_is_read_back(tmp_path: Path) -> None:

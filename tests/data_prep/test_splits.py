@@ -1,38 +1,14 @@
 """Splits are never merged: each becomes a set of its own, or the two ways out are told."""
 
-import io
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
 
-from cmae_scale.core.cli import run_command
 from cmae_scale.core.errors import ConfigError
 from cmae_scale.data.index import read_index
-from data_prep.make_shards import main
 from data_prep.sources import SOURCES, SourceRequest
 from data_prep.sources.splits import find_role, find_splits, group_files
-
-
-def picture(number: int) -> bytes:
-    pixels = np.random.default_rng(number).integers(0, 256, (9, 12, 3), dtype=np.uint8)
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "PNG")
-    return file.getvalue()
-
-
-def fill(root: Path, *names: str) -> Path:
-    for number, name in enumerate(names):
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(picture(number))
-    return root
-
-
-def make(source: str, root: Path, out: Path, *options: str) -> int:
-    argv = ["--source", source, "--root", str(root), "--out", str(out), "--processes", "1"]
-    return run_command(main, [*argv, *options])
+from tests.data_prep.images import fill, make, picture
 
 
 def count(out: Path) -> dict[str, int]:

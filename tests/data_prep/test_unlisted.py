@@ -1,35 +1,18 @@
 """Every file that was found is in the shards, or told: in the closing lines, by name in skipped.jsonl."""
 
-import io
 import json
 import os
 from collections import Counter
 from pathlib import Path
 
-import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from PIL import Image
 
 from cmae_scale.core.cli import run_command
 from cmae_scale.data.index import read_index
 from data_prep.make_shards import main
-
-
-def picture(number: int) -> bytes:
-    pixels = np.random.default_rng(number).integers(0, 256, (9, 12, 3), dtype=np.uint8)
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "PNG")
-    return file.getvalue()
-
-
-def fill(root: Path, *names: str) -> Path:
-    for number, name in enumerate(names):
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(picture(number))
-    return root
+from tests.data_prep.images import fill, picture
 
 
 def make(root: Path, out: Path, *options: str, source: str = "imagefolder") -> int:

@@ -12,7 +12,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 
 from cmae_scale.core.errors import ConfigError, UserError
-from cmae_scale.core.world import World, describe_task, read_world
+from cmae_scale.core.world import World, describe_task, find_free_port, read_world
 from cmae_scale.engine.process.devices import settle_threads, take_device
 from cmae_scale.engine.process.heartbeat import Heartbeat
 from cmae_scale.engine.process.signals import StopRequest
@@ -108,7 +108,4 @@ def explain_failure(text: str, world: World, *, waited_s: float) -> str:
 
 
 def _describe_lone_process() -> dict[str, str]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    return dict(zip(_NEEDED, ("0", "1", "0", "127.0.0.1", str(port)), strict=True))
+    return dict(zip(_NEEDED, ("0", "1", "0", "127.0.0.1", str(find_free_port())), strict=True))
