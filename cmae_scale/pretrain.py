@@ -69,7 +69,7 @@ def pretrain(argv: Sequence[str] | None) -> None:
 
 def train(run: Run, context: "RankContext", *, stop_at: int | None = None) -> None:
     """The run on this rank: to its end, with an exported encoder, or to `stop_at`, with a checkpoint."""
-    from cmae_scale.data.decode import BadSamples
+    from cmae_scale.data.decoding import BadSamples
     from cmae_scale.data.mix import plan_data
     from cmae_scale.data.shard_set import open_shards
     from cmae_scale.data.stream import open_batches

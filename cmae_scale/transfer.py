@@ -107,7 +107,7 @@ def train(
     stop_at: int | None = None,
 ) -> None:
     """The run on this rank: to its end, with an exported model, or to `stop_at`, with a checkpoint."""
-    from cmae_scale.data.decode import BadSamples
+    from cmae_scale.data.decoding import BadSamples
     from cmae_scale.engine.loop import open_logger, take_steps
     from cmae_scale.engine.transfer import describe_transfer, start_transfer
     from cmae_scale.models.classifier import say_how_to_open

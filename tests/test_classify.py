@@ -68,7 +68,7 @@ def test_a_bad_image_keeps_no_other_from_being_judged(
     assert ["guesses" in line for line in lines] == [True, False, True]
     assert lines[1]["image"] == str(bad)
     assert errors[0] == f"error: {bad}: {lines[1]['error']}"
-    assert errors[1:] == ["error: 1 of 3 images could not be judged"]
+    assert errors[1:] == ["error: 1 of 3 images could not be classified"]
 
 
 def test_a_list_on_standard_input_may_name_files_and_folders(

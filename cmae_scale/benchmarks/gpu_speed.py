@@ -12,7 +12,7 @@ from cmae_scale.benchmarks.noise import NoiseTraining, Size, Stage, make_noise, 
 from cmae_scale.config.batches import plan_batch
 from cmae_scale.config.cmae import DataConfig
 from cmae_scale.config.run_file import Run
-from cmae_scale.data.decode import BadSamples
+from cmae_scale.data.decoding import BadSamples
 from cmae_scale.data.mix import plan_data
 from cmae_scale.data.shard_set import open_shards
 from cmae_scale.data.stream import BatchStream, CropBatch, open_batches

@@ -22,7 +22,8 @@ from torch.utils.data import DataLoader
 
 from cmae_scale.config.cmae import DataConfig, ViewsConfig
 from cmae_scale.data.crops import decode_crops
-from cmae_scale.data.decode import CROP_DRAWS, BadSamples
+from cmae_scale.data.decode import CROP_DRAWS
+from cmae_scale.data.decoding import BadSamples
 from cmae_scale.data.mix import plan_data
 from cmae_scale.data.plan import Purpose, draw_uniforms
 from cmae_scale.data.shard_set import ShardSet

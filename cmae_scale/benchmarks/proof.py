@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Iterator
 
 from cmae_scale.config.cmae import DataConfig, ViewsConfig
-from cmae_scale.data.decode import BadSamples
+from cmae_scale.data.decoding import BadSamples
 from cmae_scale.data.mix import MixPlan
 from cmae_scale.data.shard_set import ShardSet
 from cmae_scale.data.stream import CropBatch, open_batches

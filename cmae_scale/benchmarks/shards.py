@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from cmae_scale.data.crops import decode_pixels
+from cmae_scale.data.decode import decode_pixels
 from cmae_scale.report.records import Timing
 
 COPY = "copy and hash"

@@ -7,12 +7,11 @@ Pillow alone takes 2.9. Torch's antialiased bicubic differs from Pillow's by 1 o
 by more in 0.02 %.
 """
 
-import contextlib
 import importlib
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,9 +24,7 @@ from cmae_scale.data.decode import (
     Box,
     GreyRange,
     Size,
-    finish_image,
-    is_plain_jpeg,
-    open_image,
+    decode_pixels,
     random_crop_box,
     read_plain_size,
 )
@@ -101,32 +98,6 @@ def _silence() -> Iterator[None]:
         os.close(nowhere)
 
 
-Pixels = UInt8[np.ndarray, "height width 3"]
-
-
-class _Scratch(threading.local):
-    """Memory that a thread decodes into again and again: new pages for every image cost 5 % of its time."""
-
-    def __init__(self) -> None:
-        self._memory = bytearray()
-
-    def take(self, size: int) -> bytearray:
-        """At least `size` bytes, with what was there before."""
-        if len(self._memory) < size:
-            self._memory = bytearray(size)
-        return self._memory
-
-
-def find_jpeg_decoder() -> Callable[..., Any] | None:
-    """From a JPEG's bytes to RGB pixels, ValueError at any doubt; None if only Pillow is installed."""
-    try:
-        return importlib.import_module("simplejpeg").decode_jpeg  # type: ignore[no-any-return]
-    except ImportError:
-        return None
-
-
-DECODE_JPEG = find_jpeg_decoder()
-_SCRATCH = _Scratch()
 REGIONS = RegionDecoders()
 
 
@@ -178,28 +149,3 @@ def resize(pixels: UInt8[Tensor, "height width 3"], *, out: UInt8[Tensor, "1 3 s
     # made contiguous and turned in this order, torch sees that channels lie last: a third faster
     planes = pixels.contiguous()[None].permute(0, 3, 1, 2)
     torch.ops.aten._upsample_bicubic2d_aa.out(planes, out.shape[2:], False, None, None, out=out)
-
-
-def decode_pixels(data: bytes, *, max_mpx: float, grey_range: GreyRange | None = None) -> Pixels:
-    """The whole image, upright and in RGB, until the same thread decodes another one.
-
-    The header is checked before anything is decoded.
-
-    What the fast decoder does not take, or has doubts about, is for Pillow to decide, so that it does not
-    depend on installed packages which images are bad.
-    """
-    if DECODE_JPEG is not None and (size := _measure_plain(data, max_mpx=max_mpx)) is not None:
-        with contextlib.suppress(Exception):  # damage is for Pillow to decide
-            return np.asarray(DECODE_JPEG(data, buffer=_SCRATCH.take(3 * size.width * size.height)))
-    image = open_image(data, max_mpx=max_mpx)
-    upright = finish_image(image, grey_range=grey_range)
-    return np.array(upright)  # its own memory: torch takes none that is read-only
-
-
-def _measure_plain(data: bytes, *, max_mpx: float) -> Size | None:
-    """The size of a JPEG that is stored upright, grey or in colour; None for what only Pillow should open."""
-    size = read_plain_size(data)
-    if size is not None and size.fits(max_mpx):
-        return size
-    image = open_image(data, max_mpx=max_mpx)
-    return Size(*image.size) if is_plain_jpeg(image) else None

@@ -13,8 +13,8 @@ from torch import Tensor
 from cmae_scale.config.cmae import DataConfig, ViewsConfig
 from cmae_scale.core.errors import DataError
 from cmae_scale.data.blocks import Block, RawBatch, RawRow, StoredSample
-from cmae_scale.data.decode import BadSamples, decode_centre
-from cmae_scale.data.decoding import Decoding, SampleSlot, allocate_for
+from cmae_scale.data.decode import decode_centre
+from cmae_scale.data.decoding import BadSamples, Decoding, SampleSlot, allocate_for
 from cmae_scale.data.plan import Piece
 from cmae_scale.data.shard_set import ShardSet
 from cmae_scale.data.stream import NO_LABEL, BatchStream, DecodedRow

@@ -17,8 +17,7 @@ from PIL import Image
 
 from cmae_scale.config.transfer import CropConfig
 from cmae_scale.core.errors import ConfigError
-from cmae_scale.data.crops import decode_pixels
-from cmae_scale.data.decode import CROP_DRAWS, GreyRange, random_crop_box
+from cmae_scale.data.decode import CROP_DRAWS, GreyRange, decode_pixels, random_crop_box
 from cmae_scale.data.decoding import Pixels, SampleSlot
 from cmae_scale.data.plan import Purpose
 

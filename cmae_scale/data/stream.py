@@ -21,8 +21,7 @@ from torch import Tensor
 from cmae_scale.config.cmae import DataConfig, ViewsConfig
 from cmae_scale.core.errors import DataError
 from cmae_scale.data.blocks import RawBatch, RawRow, read_raw_batches
-from cmae_scale.data.decode import BadSamples
-from cmae_scale.data.decoding import Decoding, PretrainCrops, SampleSlot, allocate_for
+from cmae_scale.data.decoding import BadSamples, Decoding, PretrainCrops, SampleSlot, allocate_for
 from cmae_scale.data.mix import MixPlan
 from cmae_scale.data.shard_set import ShardSet
 

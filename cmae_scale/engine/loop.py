@@ -19,7 +19,7 @@ from cmae_scale.config.batches import BatchSizes
 from cmae_scale.config.durations import Timetable
 from cmae_scale.config.schedules import WarmupCosine
 from cmae_scale.core.errors import DivergedError
-from cmae_scale.data.decode import BadSamples
+from cmae_scale.data.decoding import BadSamples
 from cmae_scale.data.stream import CropBatch
 from cmae_scale.engine.metrics.health import Health
 from cmae_scale.engine.metrics.logger import MetricsLogger

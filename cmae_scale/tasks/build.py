@@ -12,7 +12,7 @@ from cmae_scale.config.cmae import Pool
 from cmae_scale.config.transfer import TransferConfig
 from cmae_scale.core.errors import ConfigError
 from cmae_scale.core.world import World
-from cmae_scale.data.decode import BadSamples
+from cmae_scale.data.decoding import BadSamples
 from cmae_scale.data.mix import MixPlan, plan_data
 from cmae_scale.data.ordered import count_samples
 from cmae_scale.data.rand_augment import TrainingCrops, build_rand_augment

@@ -14,8 +14,7 @@ from cmae_scale.config.transfer import CropConfig
 from cmae_scale.core.collectives import gather_objects, gather_rows, sum_of_ranks, world_size
 from cmae_scale.core.errors import DataError
 from cmae_scale.core.world import World
-from cmae_scale.data.decode import BadSamples
-from cmae_scale.data.decoding import CentreCrops
+from cmae_scale.data.decoding import BadSamples, CentreCrops
 from cmae_scale.data.ordered import count_samples, open_ordered
 from cmae_scale.data.shard_set import Labelled, ShardSet
 from cmae_scale.data.stream import copy_ahead

@@ -5,7 +5,7 @@ import logging
 import pytest
 
 from cmae_scale.core.errors import DataError
-from cmae_scale.data.decode import BadSamples
+from cmae_scale.data.decoding import BadSamples
 
 
 def test_a_share_is_judged_after_ten_thousand_samples() -> None:

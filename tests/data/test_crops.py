@@ -15,9 +15,16 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as tv
 
 from cmae_scale.core.errors import DataError
-from cmae_scale.data import crops
-from cmae_scale.data.crops import RegionDecoders, decode_crops, decode_pixels, find_jpeg_decoder
-from cmae_scale.data.decode import CROP_DRAWS, Box, decode_image, random_crop_box
+from cmae_scale.data import crops, decode
+from cmae_scale.data.crops import RegionDecoders, decode_crops
+from cmae_scale.data.decode import (
+    CROP_DRAWS,
+    Box,
+    decode_image,
+    decode_pixels,
+    find_jpeg_decoder,
+    random_crop_box,
+)
 from cmae_scale.data.plan import Purpose, draw_uniforms
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -90,7 +97,7 @@ def test_the_pixels_do_not_depend_on_the_decoder_that_is_installed(
         pytest.skip("simplejpeg is not installed")
     data = encode(picture(201, 155).convert(mode), "JPEG", **options)
     fast = decode_pixels(data, max_mpx=1.0).copy()
-    monkeypatch.setattr(crops, "DECODE_JPEG", None)
+    monkeypatch.setattr(decode, "DECODE_JPEG", None)
     np.testing.assert_array_equal(fast, decode_pixels(data, max_mpx=1.0))
 
 
@@ -99,7 +106,7 @@ def test_real_photographs_too(shared_data: Path, monkeypatch: pytest.MonkeyPatch
         pytest.skip("simplejpeg is not installed")
     photographs = read_photographs(shared_data)
     fast = [decode_pixels(data, max_mpx=50.0).copy() for data in photographs]
-    monkeypatch.setattr(crops, "DECODE_JPEG", None)
+    monkeypatch.setattr(decode, "DECODE_JPEG", None)
     for data, pixels in zip(photographs, fast, strict=True):
         np.testing.assert_array_equal(pixels, decode_pixels(data, max_mpx=50.0))
 
@@ -122,7 +129,7 @@ def test_a_part_decoded_alone_is_that_part_of_the_whole(mode: str, options: dict
 def test_masters_do_not_depend_on_which_decoders_are_installed(
     monkeypatch: pytest.MonkeyPatch, scale: tuple[float, float]
 ) -> None:
-    def decode(number: int) -> torch.Tensor:
+    def crop_once(number: int) -> torch.Tensor:
         data = encode(picture(203, 155), "JPEG")
         return decode_crops(data, side=48, scale=scale, ratio=RATIO, max_mpx=1.0, draws=[draws(number)])
 
@@ -130,13 +137,13 @@ def test_masters_do_not_depend_on_which_decoders_are_installed(
     parts = []
     decode_part = crops.REGIONS.decode
     monkeypatch.setattr(crops.REGIONS, "decode", lambda *a: parts.append(decode_part(*a)) or parts[-1])
-    fast = [decode(number) for number in range(20)]
+    fast = [crop_once(number) for number in range(20)]
     assert len(parts) > 5
     assert all(part is not None for part in parts)
     monkeypatch.setattr(crops.REGIONS, "decode", lambda *_: None)
-    assert all(torch.equal(crop, decode(number)) for number, crop in enumerate(fast))
-    monkeypatch.setattr(crops, "DECODE_JPEG", None)
-    assert all(torch.equal(crop, decode(number)) for number, crop in enumerate(fast))
+    assert all(torch.equal(crop, crop_once(number)) for number, crop in enumerate(fast))
+    monkeypatch.setattr(decode, "DECODE_JPEG", None)
+    assert all(torch.equal(crop, crop_once(number)) for number, crop in enumerate(fast))
 
 
 def test_a_file_that_was_cut_below_the_part_is_bad_too() -> None:
@@ -181,7 +188,7 @@ def test_which_images_are_bad_does_not_depend_on_the_decoder(
 ) -> None:
     """Bytes behind the image and between its markers worry one decoder and not the other: Pillow decides."""
     if not has_fast:
-        monkeypatch.setattr(crops, "DECODE_JPEG", None)
+        monkeypatch.setattr(decode, "DECODE_JPEG", None)
     data = encode(picture(200, 150), "JPEG")
     for odd in (data + b"trailing", data[:2] + b"\xff\xfe\x00\x04hi" + data[2:]):
         assert decode_pixels(odd, max_mpx=1.0).shape == (150, 200, 3)
@@ -194,6 +201,6 @@ def test_a_decoder_that_announces_more_than_allowed_is_not_asked(monkeypatch: py
     def refuse(_: bytes, **__: object) -> None:
         raise AssertionError("decoded before the header was checked")
 
-    monkeypatch.setattr(crops, "DECODE_JPEG", refuse)
+    monkeypatch.setattr(decode, "DECODE_JPEG", refuse)
     with pytest.raises(DataError, match="above the limit of"):
         decode_pixels(encode(picture(200, 150), "JPEG"), max_mpx=0.01)

@@ -17,13 +17,13 @@ from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms import functional as tv
 
 from cmae_scale.core.errors import DataError
-from cmae_scale.data.crops import decode_pixels
 from cmae_scale.data.decode import (
     CROP_DRAWS,
     Box,
     Size,
     decode_centre,
     decode_image,
+    decode_pixels,
     is_plain_jpeg,
     open_image,
     random_crop_box,

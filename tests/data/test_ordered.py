@@ -10,8 +10,7 @@ import torch
 from cmae_scale.config.cmae import DataConfig
 from cmae_scale.config.transfer import CropConfig
 from cmae_scale.data.crops import empty_crops
-from cmae_scale.data.decode import BadSamples
-from cmae_scale.data.decoding import CentreCrops
+from cmae_scale.data.decoding import BadSamples, CentreCrops
 from cmae_scale.data.ordered import open_ordered, share_pieces
 from cmae_scale.data.shard_set import open_shards
 

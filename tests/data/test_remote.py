@@ -20,7 +20,7 @@ from cmae_scale.config.cmae import DataConfig, ViewsConfig
 from cmae_scale.core.errors import ConfigError, DataError
 from cmae_scale.data import remote
 from cmae_scale.data.cache import ChunkCache
-from cmae_scale.data.decode import BadSamples
+from cmae_scale.data.decoding import BadSamples
 from cmae_scale.data.mix import plan_data
 from cmae_scale.data.shard_set import ShardSet, open_shards
 from cmae_scale.data.storage import open_storage

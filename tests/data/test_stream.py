@@ -19,8 +19,8 @@ from cmae_scale.config.cmae import DataConfig, ViewsConfig
 from cmae_scale.core.errors import DataError
 from cmae_scale.data.blocks import BlockReader, Part
 from cmae_scale.data.crops import decode_crops
-from cmae_scale.data.decode import CROP_DRAWS, BadSamples
-from cmae_scale.data.decoding import BatchMemory
+from cmae_scale.data.decode import CROP_DRAWS
+from cmae_scale.data.decoding import BadSamples, BatchMemory
 from cmae_scale.data.index import ShardInfo
 from cmae_scale.data.mix import MixPlan, plan_data
 from cmae_scale.data.plan import Purpose, block_order, draw_uniforms, run_pieces

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from cmae_scale.config.cmae import DataConfig, ViewsConfig
 from cmae_scale.core.errors import ConfigError, DataError
-from cmae_scale.data.decode import BadSamples
+from cmae_scale.data.decoding import BadSamples
 from cmae_scale.data.mix import plan_data
 from cmae_scale.data.shard_set import open_shards
 from cmae_scale.data.stream import open_batches

@@ -15,8 +15,8 @@ from cmae_scale.config.cmae import DataConfig
 from cmae_scale.config.transfer import CropConfig
 from cmae_scale.core.cli import run_command
 from cmae_scale.core.errors import DataError
-from cmae_scale.data.decode import BadSamples, decode_image
-from cmae_scale.data.decoding import CentreCrops
+from cmae_scale.data.decode import decode_image
+from cmae_scale.data.decoding import BadSamples, CentreCrops
 from cmae_scale.data.index import read_index
 from cmae_scale.data.ordered import open_ordered
 from cmae_scale.data.shard_set import open_shards

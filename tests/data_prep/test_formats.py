@@ -11,8 +11,7 @@ from PIL import Image
 from cmae_scale.config.cmae import DataConfig
 from cmae_scale.config.transfer import CropConfig
 from cmae_scale.core.cli import run_command
-from cmae_scale.data.decode import BadSamples
-from cmae_scale.data.decoding import CentreCrops
+from cmae_scale.data.decoding import BadSamples, CentreCrops
 from cmae_scale.data.image_formats import FORMATS
 from cmae_scale.data.index import read_index
 from cmae_scale.data.ordered import open_ordered

@@ -174,7 +174,7 @@ def train_loop(
     from cmae_scale.config.durations import Timetable
     from cmae_scale.config.schedules import TargetMomentum, WarmupCosine
     from cmae_scale.core.errors import UserError
-    from cmae_scale.data.decode import BadSamples
+    from cmae_scale.data.decoding import BadSamples
     from cmae_scale.engine.loop import open_logger, take_steps
     from cmae_scale.engine.pretraining import Pretraining
     from cmae_scale.engine.process.group import start_processes

@@ -17,7 +17,7 @@ from cmae_scale.core.collectives import gather_rows, sum_of_ranks, world_size
 from cmae_scale.core.files import LineFile
 from cmae_scale.core.terminal import Progress, format_seconds
 from cmae_scale.core.world import World
-from cmae_scale.data.decode import BadSamples
+from cmae_scale.data.decoding import BadSamples
 from cmae_scale.engine.metrics.files import BadList, drop_later_lines, set_aside
 from cmae_scale.engine.metrics.health import CollapseWarnings, Health
 from cmae_scale.engine.metrics.step_timer import Profiler, StepTimer, read_steps

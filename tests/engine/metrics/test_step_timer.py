@@ -147,7 +147,7 @@ def run_loop(run: Any, *, steps: int) -> Path:
     """The training loop itself, on images in memory."""
     from cmae_scale.config.batches import plan_batch
     from cmae_scale.config.schedules import TargetMomentum, WarmupCosine
-    from cmae_scale.data.decode import BadSamples
+    from cmae_scale.data.decoding import BadSamples
     from cmae_scale.data.stream import CropBatch
     from cmae_scale.engine.loop import open_logger, take_steps
     from cmae_scale.engine.pretraining import Pretraining
