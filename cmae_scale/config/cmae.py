@@ -495,6 +495,11 @@ class CmaeConfig(NetworkConfig):
     """
     compile: Literal["none", "blocks"] = "none"
     """torch.compile for every transformer block; ZeRO 0 to 2."""
+    cuda_graphs: Literal["auto", "on", "off"] = "auto"
+    """CUDA graphs of encoders and decoders, for hosts that launch kernels more slowly than the GPU runs them;
+    ZeRO 0 to 2. Rounds as otherwise in a step's losses, and in gradients as another kernel would. Auto: on a
+    GPU, where ZeRO allows it.
+    """
     out: str | None = None
     """The run folder; null = runs/<name of the run file>."""
     seed: int = Field(60, ge=0)

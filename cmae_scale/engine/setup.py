@@ -12,7 +12,9 @@ from cmae_scale.config.cmae import DecoderConfig
 from cmae_scale.config.durations import Timetable
 from cmae_scale.config.run_file import Run
 from cmae_scale.config.sizes import count_prefix, read_size
+from cmae_scale.core.errors import ConfigError
 from cmae_scale.engine.checkpoint.metadata import DataOrder, build_metadata
+from cmae_scale.engine.cuda_graphs import record_networks_
 from cmae_scale.engine.metrics.health import Health
 from cmae_scale.engine.precision import Product, read_precision, settle_arithmetic
 from cmae_scale.engine.process.group import RankContext
@@ -49,9 +51,39 @@ def start_pretraining(run: Run, *, context: RankContext, data_order: DataOrder) 
         ),
         notices=[*notices, *origin],
     )
+    if uses_graphs(run, device=context.device):
+        with state.use_attention(), _autocast_without_cache(run, device=context.device):
+            record_networks_(
+                model,
+                images=run.deepspeed[MICRO],
+                img_px=run.cmae.views.img_px,
+                device=context.device,
+                accumulates=int(run.deepspeed["gradient_accumulation_steps"]) > 1,
+            )
     if model.target_encoder is not None and model.target_projector is not None:
         state.timer.watch_(model.target_encoder, model.target_projector, name="target")
     return state
+
+
+def uses_graphs(run: Run, *, device: torch.device) -> bool:
+    """Whether networks are recorded as CUDA graphs. ConfigError where they are asked for and cannot be."""
+    setting, stage = run.cmae.cuda_graphs, run.deepspeed.get("zero_optimization", {}).get("stage", 0)
+    if setting == "on" and device.type != "cuda":
+        raise ConfigError(f'cmae.cuda_graphs "on" needs a GPU, and this is a {device.type}: write "auto"')
+    if setting == "on" and stage == 3:
+        raise ConfigError(
+            'cmae.cuda_graphs "on" cannot be at ZeRO stage 3, which gathers weights anew in every step: '
+            'write zero_optimization.stage=2 or "auto"'
+        )
+    return setting == "on" or (setting == "auto" and device.type == "cuda" and stage < 3)
+
+
+def _autocast_without_cache(run: Run, *, device: torch.device) -> Any:
+    precision = read_precision(run.deepspeed)
+    is_on = precision.compute is not precision.parameters
+    return torch.autocast(
+        device.type, dtype=precision.compute if is_on else None, enabled=is_on, cache_enabled=False
+    )
 
 
 def watch_health(state: TrainState) -> Health | None:

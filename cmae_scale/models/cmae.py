@@ -105,7 +105,7 @@ class CMAE(nn.Module):
         if online is None:
             return CMAEOutput(pixels=None, query=None, key=key, mask=None)
         assert self.mask_config is not None
-        mask = self._draw_mask(online, noise, ratio=self.mask_config.ratio)
+        mask = self.draw_mask(online, noise, ratio=self.mask_config.ratio)
         latents = self.online_encoder(online, mask)
         pixels, early = self.pixel_decoder(latents, mask)
         query = None
@@ -137,16 +137,28 @@ class CMAE(nn.Module):
         assert self.target_encoder is not None
         assert self.target_projector is not None
         ratio = self.target_config.mask_ratio
-        mask = self._draw_mask(images, noise, ratio=ratio) if ratio else None
+        mask = self.draw_mask(images, noise, ratio=ratio) if ratio else None
         latents = self.target_encoder(images, mask)
         feature = latents[:, 0] if self.target_config.pool == "cls" else self.target_encoder.pool(latents)
         key: Tensor = self.target_projector(feature)
         return key
 
-    def _draw_mask(self, images: Tensor, noise: Tensor | None, *, ratio: float) -> TokenMask:
+    def count_cells(self) -> int:
+        """Cells of an image that are kept or hidden as a whole."""
+        assert self.mask_config is not None
+        return int((self.grid // self.mask_config.cell) ** 2)
+
+    def draw_mask(
+        self,
+        images: Float[Tensor, "batch 3 side side"],
+        noise: Float[Tensor, "batch cells"] | None,
+        *,
+        ratio: float,
+    ) -> TokenMask:
+        """The patches of each image that are kept, `ratio` of the cells being hidden; see `forward`."""
         assert self.mask_config is not None
         if noise is None:
-            noise = torch.rand(len(images), (self.grid // self.mask_config.cell) ** 2, device=images.device)
+            noise = torch.rand(len(images), self.count_cells(), device=images.device)
         return mask_from_noise(noise, grid=self.grid, cell=self.mask_config.cell, ratio=ratio)
 
     def target_pairs(self) -> list[ParameterPair]:

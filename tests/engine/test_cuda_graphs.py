@@ -1,0 +1,142 @@
+"""Networks recorded once and replayed: on the CPU with a recorder that keeps to the rules of CUDA graphs."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from cmae_scale.core.errors import ConfigError
+from cmae_scale.engine import cuda_graphs
+from cmae_scale.engine.setup import uses_graphs
+
+pytestmark = pytest.mark.dist
+
+
+Run = Callable[..., tuple[Tensor, ...]]
+
+
+def record_on_cpu(
+    functions: Sequence[Run], samples: Sequence[tuple[Tensor, ...]], *, allow_unused_input: bool
+) -> list[Run]:
+    """Instead of torch.cuda.make_graphed_callables: arguments, results and gradients have fixed places."""
+    assert allow_unused_input
+    return [_replay(run, inputs) for run, inputs in zip(functions, samples, strict=True)]
+
+
+def _replay(run: Run, inputs: tuple[Tensor, ...]) -> Run:
+    learning = [value for value in inputs if value.requires_grad]
+    results = [result.detach().clone() for result in run(*inputs)]
+    gradients = [torch.zeros_like(value) for value in learning]
+
+    class Replay(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *given: Tensor) -> tuple[Tensor, ...]:
+            for place, value in zip(inputs, given, strict=True):
+                assert (place.shape, place.dtype) == (value.shape, value.dtype)
+                if place.data_ptr() != value.data_ptr():
+                    assert not isinstance(place, nn.Parameter), "parameters have moved"
+                    place.data.copy_(value)
+            with torch.set_grad_enabled(bool(learning)):
+                ctx.results = run(*inputs)
+            for place, result in zip(results, ctx.results, strict=True):
+                place.copy_(result.detach())
+            return tuple(result.detach() for result in results)
+
+        @staticmethod
+        def backward(ctx: Any, *given: Tensor) -> tuple[Tensor | None, ...]:
+            pairs = [pair for pair in zip(ctx.results, given, strict=True) if pair[0].requires_grad]
+            outputs, arrived = zip(*pairs, strict=True)
+            fresh = torch.autograd.grad(outputs, learning, arrived)
+            for place, gradient in zip(gradients, fresh, strict=True):
+                place.copy_(gradient)
+            rest = iter(gradients)
+            return tuple(next(rest).detach() if value.requires_grad else None for value in inputs)
+
+    return Replay.apply
+
+
+SHARED = {"model": {"feature_decoder": {"shared": True, "depth": 1, "embed_dim": 16, "num_heads": 2}}}
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize(
+    "method",
+    [
+        {},
+        {"target": {"mask_ratio": 0.5}},
+        {"loss": {"weight": 0.0}},
+        SHARED,
+        {"model": {"feature_decoder": {"depth": 0}}},
+        {"model": {"remat": "full"}},
+    ],
+    ids=["cmae", "masked target", "mae", "shared decoder", "no decoder", "remat"],
+)
+def test_replayed_networks_train_to_the_same_bits(
+    on_ranks: Callable[..., list[Any]],
+    tiny_run: Callable[..., Any],
+    train_tiny: Callable[..., Any],
+    stage: int,
+    accumulation: int,
+    method: dict[str, Any],
+) -> None:
+    def train(*, replays: bool) -> Any:
+        run = tiny_run(stage=stage, accumulation=accumulation, cmae=method)
+        if replays:
+            from cmae_scale.engine import setup
+
+            cuda_graphs.make_graphed_callables = record_on_cpu
+            setup.uses_graphs = lambda run, device: True
+        return train_tiny(run, steps=3)
+
+    plain, replayed = (
+        on_ranks(lambda replays=replays: train(replays=replays), ranks=1)[0] for replays in (False, True)
+    )
+    for step, losses in plain["losses"].items():
+        assert torch.equal(replayed["losses"][step], losses)
+    for name, value in plain["weights"].items():
+        assert torch.equal(replayed["weights"][name], value), name
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize(("stage", "accumulation"), [(0, 1), (0, 2), (1, 1), (1, 2), (2, 2)])
+def test_a_gpu_replays_what_it_would_launch(
+    tiny_run: Callable[..., Any], train_tiny: Callable[..., Any], stage: int, accumulation: int
+) -> None:
+    def train(graphs: str) -> Any:
+        cmae = {"cuda_graphs": graphs, "model": {"attention": "math"}, "checkpoint": {"resume": "never"}}
+        return train_tiny(tiny_run(stage=stage, accumulation=accumulation, cmae=cmae), steps=4)
+
+    launched, replayed = train("off"), train("on")
+    for step, losses in launched["losses"].items():
+        torch.testing.assert_close(replayed["losses"][step], losses, rtol=2e-6, atol=0)
+    for name, value in launched["weights"].items():
+        torch.testing.assert_close(replayed["weights"][name], value, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("setting", "device", "stage", "expected"),
+    [
+        ("auto", "cuda", 0, True),
+        ("auto", "cuda", 1, True),
+        ("auto", "cuda", 2, True),
+        ("auto", "cuda", 3, False),
+        ("auto", "cpu", 0, False),
+        ("on", "cuda", 2, True),
+        ("on", "cuda", 3, "zero_optimization.stage=2"),
+        ("on", "cpu", 0, "needs a GPU"),
+        ("off", "cuda", 0, False),
+    ],
+)
+def test_who_records(
+    tiny_run: Callable[..., Any], setting: str, device: str, stage: int, expected: bool | str
+) -> None:
+    run = tiny_run(stage=stage, cmae={"cuda_graphs": setting})
+    if isinstance(expected, bool):
+        assert uses_graphs(run, device=torch.device(device)) == expected
+    else:
+        with pytest.raises(ConfigError, match=expected):
+            uses_graphs(run, device=torch.device(device))
