@@ -14,6 +14,7 @@ from cmae_scale.config.cmae import CmaeConfig
 from cmae_scale.config.deepspeed_sections import (
     check_autos,
     check_deepspeed,
+    drop_lone_zero_,
     drop_unserved,
     fill_autos,
     plan_optimizer,
@@ -109,6 +110,7 @@ def resolve_run(run: Run, *, batch: BatchSizes, total_steps: int, warmup_steps: 
     """The same run with every "auto" replaced by its number; running the result's JSON gives the same run.
 
     A precision that is left to the machine stays so: only the machine can say, see engine/precision.py.
+    On one rank, ZeRO 1 and 2 become 0.
     """
     if "optimizer" not in run.deepspeed:
         raise ConfigError(f'{run.path}: "optimizer" is missing: write {{"type": "AdamW", "params": {{...}}}}')
@@ -119,6 +121,8 @@ def resolve_run(run: Run, *, batch: BatchSizes, total_steps: int, warmup_steps: 
     )
     tree = fill_autos(tree, known)
     prefer_torch_adam_(tree)
+    if batch.total == batch.local:
+        drop_lone_zero_(tree)
     tree[TOTAL], tree[MICRO], tree[STEPS] = batch.total, batch.micro, batch.accumulation
     # DeepSpeed clips at a norm of 1 unless told otherwise (its runtime/constants.py). The official code and
     # MAE clip nowhere

@@ -220,3 +220,25 @@ def test_a_file_of_another_front_end_needs_its_batch_size_alone(front_end_file: 
     assert read_run(again).deepspeed == settled.deepspeed
     lacking = {name: value for name, value in settled.deepspeed.items() if name != "torch_autocast"}
     assert '"auto"' not in json.dumps(lacking)
+
+
+OFFLOADED = {"offload_optimizer": {"device": "cpu"}}
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("micro", [64, 128, 256])
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize(
+    ("more", "zero"),
+    [({}, {}), ({"bf16": {"enabled": True}}, {}), ({"bf16": {"enabled": False}}, {}), ({}, OFFLOADED)],
+)
+def test_one_rank_runs_without_zero_what_is_not_shared(
+    tmp_path: Path, stage: int, micro: int, ranks: int, more: dict[str, Any], zero: dict[str, Any]
+) -> None:
+    zero = {"stage": stage, "overlap_comm": True, **zero}
+    sizes = {"train_batch_size": micro * ranks * 2, "train_micro_batch_size_per_gpu": micro}
+    run = read(tmp_path, {"zero_optimization": zero, **sizes, **more})
+    batch = plan_batch(run.deepspeed, ranks=ranks)
+    resolved = resolve_run(run, batch=batch, total_steps=1000, warmup_steps=100).deepspeed
+    is_dropped = ranks == 1 and stage in (1, 2) and not more.get("bf16", {}).get("enabled") and len(zero) == 2
+    assert resolved["zero_optimization"] == {**zero, "stage": 0 if is_dropped else stage}

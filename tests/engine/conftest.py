@@ -67,7 +67,9 @@ def tiny_run(tmp_path: Path) -> Callable[..., Run]:
             **more,
         }
         run = Run(Path("tiny.json"), CmaeConfig.model_validate_json(json.dumps(ours)), deepspeed)
-        return resolve_run(run, batch=plan_batch(deepspeed, ranks=ranks), total_steps=10, warmup_steps=1)
+        run = resolve_run(run, batch=plan_batch(deepspeed, ranks=ranks), total_steps=10, warmup_steps=1)
+        run.deepspeed["zero_optimization"] = deepspeed["zero_optimization"]  # also where one rank needs none
+        return run
 
     return build
 

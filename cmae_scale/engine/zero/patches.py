@@ -10,6 +10,8 @@ from deepspeed.monitor.monitor import MonitorMaster
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 from torch import nn
 
+from cmae_scale.core.collectives import world_size
+
 Engine = Any  # deepspeed.DeepSpeedEngine, which ships no types
 
 
@@ -19,6 +21,7 @@ def mend_engine_(engine: Engine) -> None:
     _scale_loss_by_step(engine)
     _split_frozen(engine)
     _tell_skipped_steps(engine)
+    _keep_to_itself(engine)
 
 
 def _forget_rehearsal(engine: Engine) -> None:
@@ -82,6 +85,15 @@ def _tell_skipped_steps(engine: Engine) -> None:
 
     scaler.step = step
     optimizer.register_step_post_hook(note_update)
+
+
+def _keep_to_itself(engine: Engine) -> None:
+    """Have a lone rank without ZeRO not copy its gradients into buckets and back for nobody.
+
+    Of ViT-L that is two passes over 1.4 GB in every step.
+    """
+    if world_size() == 1 and engine.zero_optimization_stage() == 0:
+        engine._reduce_non_expert_gradients = lambda gradients, elements_per_buffer: None
 
 
 def skip_unused_op() -> None:

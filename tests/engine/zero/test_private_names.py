@@ -23,6 +23,7 @@ ENGINE = {
     "_global_grad_norm": "the norm of a step that is checked here, or left out",
     "basic_optimizer": "torch's optimizer, whose state is saved",
     "torch_autocast_z0_gradscaler": "fp16 autocast at stage 0",
+    "_reduce_non_expert_gradients": "not for a lone rank",
     "micro_steps": "where accumulation stands, when a run goes on",
 }
 OPTIMIZER = {  # by ZeRO stage and section, as "3 fp32"
