@@ -1,7 +1,9 @@
 """From the loader's images to what a forward pass sees, and a preview of what the model makes of it."""
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -78,6 +80,23 @@ def draw_step(cfg: CmaeConfig, *, total: int, step: int) -> StepDraws:
             total, cells, generator=step_generator(cfg.seed, step=step, purpose="target mask")
         ),
     )
+
+
+class DrawsAhead:
+    """`draw_step`, one step ahead in a thread: for 4096 images it takes 40 ms, which no GPU should wait for.
+
+    Steps may come in any order; the one after the last is at hand. What is drawn is the same in any case.
+    """
+
+    def __init__(self, cfg: CmaeConfig, *, total: int) -> None:
+        self._draw = partial(draw_step, cfg, total=total)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="draws")
+        self._ahead: tuple[int, Future[StepDraws]] | None = None
+
+    def take(self, step: int) -> StepDraws:
+        """The random numbers of `step`; those of the next are begun."""
+        ahead, self._ahead = self._ahead, (step + 1, self._thread.submit(self._draw, step=step + 1))
+        return ahead[1].result() if ahead is not None and ahead[0] == step else self._draw(step=step)
 
 
 @dataclass(frozen=True)

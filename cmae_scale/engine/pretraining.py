@@ -20,7 +20,7 @@ from cmae_scale.config.cmae import CmaeConfig, LossConfig
 from cmae_scale.config.schedules import TargetMomentum
 from cmae_scale.core.collectives import gather_rows
 from cmae_scale.data.stream import CropBatch
-from cmae_scale.engine.inputs import MicroBatch, StepImages, draw_step
+from cmae_scale.engine.inputs import DrawsAhead, MicroBatch, StepImages
 from cmae_scale.engine.metrics.health import Health
 from cmae_scale.engine.metrics.step_timer import StepTimer
 from cmae_scale.engine.train_state import TrainState
@@ -45,6 +45,7 @@ class Pretraining:
         self._cfg = state.run.cmae
         self._has_target = self._cfg.has_contrast
         self._first_row = state.context.world.rank * batch.local
+        self._draws = DrawsAhead(self._cfg, total=batch.total)
 
     def take_step(
         self, crops: Sequence[CropBatch], *, step: int, update: Callable[[Tensor], bool]
@@ -65,7 +66,7 @@ class Pretraining:
         """This rank's images, with the random numbers of the whole global batch for their views and masks."""
         state = self.state
         with state.timer.span("augment"):
-            draws = draw_step(self._cfg, total=self.batch.total, step=step)
+            draws = self._draws.take(step)
         return StepImages(
             crops,
             draws,
