@@ -144,7 +144,7 @@ class Trainer:
         self._first = state.first_step
         self._heartbeat = state.context.heartbeat
         faults, world = state.run.settings.faults, state.context.world
-        self._agreement = RankAgreement(state.context.stop)
+        self._agreement = RankAgreement(state.context.stop, step_timeout_s=faults.step_timeout_s)
         self._skipped = SkippedSteps(
             state.run.out / "skipped_steps.jsonl", faults=faults, is_first=world.is_first
         )

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -9,6 +10,7 @@ import torch.distributed as dist
 
 from cmae_scale.core.collectives import world_size
 from cmae_scale.core.errors import UserError
+from cmae_scale.engine.process.group import LAST_RESORT
 from cmae_scale.engine.process.signals import STOP_FILE, DataWaitError, StopRequest
 
 T = TypeVar("T")
@@ -36,10 +38,11 @@ class Answer(Generic[T]):
 class RankAgreement:
     """Work that every rank does at the same step, such as taking its batches, and that may fail on some."""
 
-    def __init__(self, stop: StopRequest) -> None:
+    def __init__(self, stop: StopRequest, *, step_timeout_s: float = 600.0) -> None:
         self._stop = stop
+        limit = timedelta(seconds=LAST_RESORT * step_timeout_s)
         # on the CPU, so that asking costs no wait for the GPU
-        self._group: Any = dist.new_group(backend="gloo") if world_size() > 1 else None
+        self._group: Any = dist.new_group(backend="gloo", timeout=limit) if world_size() > 1 else None
 
     def answer(self, work: Callable[[], T], *, then: Callable[[], None] = lambda: None) -> Answer[T | None]:
         """What `work` returns, and whether all should leave now. If it fails on any rank, every rank raises.

@@ -29,7 +29,7 @@ def run_context(run: Run, stop: StopRequest) -> Iterator[RankContext]:
     the others with its name, and so does a step that never ends. RUN/exit.json says how it all ended, for
     launchers pass on some rank's status or none. Raises ConfigError when the run folder cannot be used.
     """
-    context = start_processes(stop=stop)
+    context = start_processes(step_timeout_s=run.settings.faults.step_timeout_s, stop=stop)
     stop.hold()
     note = ExitNote(run.out, context)
     with Watchdog(

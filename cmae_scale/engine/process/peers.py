@@ -171,11 +171,18 @@ def open_server() -> socket.socket:
 
 def find_addresses(master: str) -> list[str]:
     """Names under which other machines may find this one: rank 0 is not always at MASTER_ADDR."""
-    addresses = [master]
+    source = find_source(master)
+    addresses = [master, *([] if source is None else [source]), socket.gethostname()]
+    return list(dict.fromkeys(addresses))
+
+
+def find_source(goal: str) -> str | None:
+    """This machine's own address on the way to `goal`; None where there is no way."""
     with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((master, 9))  # sends nothing: the kernel says which way it would go
-        addresses.append(probe.getsockname()[0])
-    return list(dict.fromkeys([*addresses, socket.gethostname()]))
+        probe.connect((goal, 9))  # sends nothing: the kernel says which way it would go
+        address: str = probe.getsockname()[0]
+        return address
+    return None
 
 
 def connect_to_server(addresses: Iterable[str], *, port: int, timeout_s: float = 10.0) -> Connection | None:

@@ -1,8 +1,10 @@
 """Starting on machines that are not here: Slurm, GPUs, drivers and control groups are played."""
 
 import os
+import resource
 import socket
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,15 @@ from cmae_scale.core.errors import ConfigError
 from cmae_scale.core.world import World
 from cmae_scale.engine.process import devices, group
 from cmae_scale.engine.process.devices import Cores, has_own_threads, read_quota, share_threads
+from cmae_scale.engine.process.group import (
+    LAST_RESORT,
+    OUTSIDE,
+    choose_interface,
+    find_interface,
+    start_processes,
+)
+from cmae_scale.engine.process.heartbeat import PATIENT
+from cmae_scale.engine.process.peers import find_source
 
 UNLIMITED = float("inf")
 
@@ -309,3 +320,97 @@ def test_two_ranks_on_one_gpu_are_told_so(environ: dict[str, str]) -> None:
         waited_s=1.0,
     )
     assert "rank 1 computes on the same GPU as another rank" in told
+
+
+def test_a_process_may_open_as_many_files_as_it_may_allow_itself() -> None:
+    code = (
+        "import resource, torch, deepspeed;"  # before the limit falls: an import opens files itself
+        "from cmae_scale.engine.process.group import raise_file_limit;"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, ({soft}, {hard})); raise_file_limit();"
+        "print(*resource.getrlimit(resource.RLIMIT_NOFILE))"
+    )
+    for soft, hard, expected in [(64, 900, 900), (900, 900, 900), (512, 100_000, 65_536), (64, 64, 64)]:
+        if hard > resource.getrlimit(resource.RLIMIT_NOFILE)[1]:
+            continue
+        text = code.format(soft=soft, hard=hard)
+        done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, check=True)
+        assert done.stdout.split()[-2:] == [str(expected), str(hard)]
+
+
+INTERFACES = {"127.0.0.1": "lo", "10.1.2.3": "eth0", "192.168.9.9": "ib0"}
+
+
+@pytest.mark.parametrize(
+    ("environ", "routes", "expected"),
+    [
+        # the way to the first machine, whatever launched the ranks
+        ({"LOCAL_WORLD_SIZE": "8"}, {"node1": "192.168.9.9"}, "ib0"),
+        ({"LOCAL_SIZE": "8"}, {"node1": "10.1.2.3"}, "eth0"),
+        ({"SLURM_STEP_NUM_NODES": "2"}, {"node1": "10.1.2.3"}, "eth0"),
+        # on the first machine its own name leads nowhere: the way out
+        ({"LOCAL_WORLD_SIZE": "8"}, {"node1": "127.0.0.1", OUTSIDE: "10.1.2.3"}, "eth0"),
+        ({"LOCAL_WORLD_SIZE": "8"}, {"node1": "127.0.1.1"}, None),
+        ({"LOCAL_WORLD_SIZE": "8"}, {}, None),
+        ({"LOCAL_WORLD_SIZE": "8"}, {"node1": "10.9.9.9"}, None),
+        # one machine, or the user's own choice
+        ({"LOCAL_WORLD_SIZE": "16"}, {"node1": "10.1.2.3"}, None),
+        ({"SLURM_STEP_NUM_NODES": "1"}, {"node1": "10.1.2.3"}, None),
+        ({}, {"node1": "10.1.2.3"}, None),
+        ({"LOCAL_WORLD_SIZE": "8", "GLOO_SOCKET_IFNAME": "ib0"}, {"node1": "10.1.2.3"}, None),
+    ],
+)
+def test_gloo_talks_over_the_way_to_the_first_machine(
+    monkeypatch: pytest.MonkeyPatch, environ: dict[str, str], routes: dict[str, str], expected: str | None
+) -> None:
+    monkeypatch.setattr(group, "find_interface", INTERFACES.get)
+    monkeypatch.setattr(group, "find_source", routes.get)
+    assert choose_interface({"WORLD_SIZE": "16", "MASTER_ADDR": "node1", **environ}) == expected
+
+
+def test_the_interfaces_of_this_machine_are_found_by_their_addresses() -> None:
+    source = find_source("127.0.0.1")
+    assert source == "127.0.0.1"
+    assert find_interface(source) == "lo"
+    assert find_source("no such host") is None
+    assert find_interface("192.0.2.1") is None
+    outside = find_source(OUTSIDE)
+    assert outside is None or find_interface(outside) not in (None, "lo")
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("step_timeout_s", [0.75, 600.0])
+def test_collectives_fail_long_after_the_watchdog_has_spoken(
+    on_ranks: Callable[..., list[Any]], step_timeout_s: float
+) -> None:
+    def measure() -> tuple[float, str]:
+        """Seconds until rank 0 gives up on rank 1, and how."""
+        import time
+
+        import torch.distributed as dist
+
+        from cmae_scale.engine.process.agreement import RankAgreement
+        from cmae_scale.engine.process.signals import StopRequest
+
+        context = start_processes(step_timeout_s=step_timeout_s)
+        agreement = RankAgreement(StopRequest(), step_timeout_s=step_timeout_s)
+        if step_timeout_s > 60:  # as long as it takes
+            time.sleep(5 * context.world.rank)
+        elif context.world.rank:
+            time.sleep(12)
+            return 0.0, ""
+        began_s = time.monotonic()
+        failed = ""
+        for wait in (lambda: dist.all_reduce(torch.ones(1)), lambda: agreement.answer(lambda: 1)):
+            try:
+                wait()
+            except RuntimeError as error:
+                failed += type(error).__name__
+        return time.monotonic() - began_s, failed
+
+    (waited_s, failed), _ = on_ranks(measure, ranks=2)
+    if step_timeout_s > 60:
+        assert not failed
+    else:
+        assert failed
+        assert waited_s >= LAST_RESORT * step_timeout_s
+        assert LAST_RESORT > PATIENT
