@@ -139,6 +139,7 @@ def check_repetition(stage: Stage) -> Measured:
                 noise = make_noise(run, training.batch, step=step, pin=False)
                 losses = training.take(step, noise).tolist()
             ends.append((losses, training.task.gather_encoder()))
+            training.close()
         (first, weights), (second, others) = ends
         yield (
             key,

@@ -73,6 +73,7 @@ def measure_steps(size: Size, stage: Stage, context: RankContext) -> Figures:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
+    training = None
     try:
         training = NoiseTraining(run, context=context)
         noise = cycle(make_noise(run, training.batch, step=0, pin=is_cuda))
@@ -83,6 +84,9 @@ def measure_steps(size: Size, stage: Stage, context: RankContext) -> Figures:
         timer = training.state.timer.read(steps)
     except (RuntimeError, torch.OutOfMemoryError) as error:
         return {"failed": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
+    finally:
+        if training is not None:
+            training.close()
     device: Device = "cuda" if is_cuda else "cpu"
     predicted = predict_peak(describe_job(training.state.run, batch=training.batch, ranks=1, device=device))
     peak = torch.cuda.max_memory_allocated() - before if is_cuda else 0

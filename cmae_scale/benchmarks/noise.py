@@ -98,6 +98,10 @@ class NoiseTraining:
             self.guard.open(step, keys=())
             return self.task.take_step(crops, step=step, update=self._update)
 
+    def close(self) -> None:
+        """Give its memory back: DeepSpeed's hooks would keep an engine of ZeRO 1 or 2 alive."""
+        self.state.engine.destroy()
+
     def _update(self, losses: torch.Tensor) -> bool:
         with self.state.timer.span("step"):
             return self.guard.apply(losses)
