@@ -493,12 +493,18 @@ class CmaeConfig(NetworkConfig):
     """Weight decay for class and mask tokens too, as MAE (timm's add_weight_decay spares parameters of one
     dimension only). Source: false as in the official config.
     """
-    compile: Literal["none", "blocks"] = "none"
-    """torch.compile for every transformer block; ZeRO 0 to 2."""
+    compile: Literal["auto", "none", "blocks"] = "auto"
+    """torch.compile for every transformer block in training; ZeRO 0 to 2, not with remat "selective". It
+    rounds otherwise, as another kernel does. Auto: on a GPU, where torch can compile (it needs a C compiler).
+    """
     cuda_graphs: Literal["auto", "on", "off"] = "auto"
     """CUDA graphs of encoders and decoders, for hosts that launch kernels more slowly than the GPU runs them;
     ZeRO 0 to 2. Rounds as otherwise in a step's losses, and in gradients as another kernel would. Auto: on a
     GPU, where ZeRO allows it.
+    """
+    deterministic: bool = False
+    """Only algorithms that give the same bits every time, on GPUs too (torch.use_deterministic_algorithms),
+    and nothing compiled.
     """
     out: str | None = None
     """The run folder; null = runs/<name of the run file>."""

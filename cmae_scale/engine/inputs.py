@@ -164,7 +164,8 @@ def preview(engine: Any, masters: UInt8[Tensor, "batch 3 master master"], *, cfg
     micro = draws.prepare(images, first_row=0, cfg=cfg, target=cfg.has_contrast)
     assert micro.online is not None
     engine.eval()
-    output = engine(micro.online, None, noise=micro.noise)
+    with torch.compiler.set_stance("force_eager"):  # no other shape is worth compiling for
+        output = engine(micro.online, None, noise=micro.noise)
     engine.train()
     patch = cfg.model.patch_size
     patches = patchify(micro.online, patch)

@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -12,6 +14,7 @@ from cmae_scale.config.cmae import DecoderConfig
 from cmae_scale.config.durations import Timetable
 from cmae_scale.config.run_file import Run
 from cmae_scale.config.sizes import count_prefix, read_size
+from cmae_scale.core.collectives import gather_objects
 from cmae_scale.core.errors import ConfigError
 from cmae_scale.engine.checkpoint.metadata import DataOrder, build_metadata
 from cmae_scale.engine.cuda_graphs import record_networks_
@@ -26,6 +29,8 @@ from cmae_scale.sizing.flops import count_kept
 
 def start_pretraining(run: Run, *, context: RankContext, data_order: DataOrder) -> TrainState:
     """The state of a pre-training run; `data_order` tells the samples that a state belongs to."""
+    if run.cmae.deterministic:
+        be_deterministic()
     run, attention, record, notices = settle_arithmetic(
         run,
         device=context.device,
@@ -33,6 +38,8 @@ def start_pretraining(run: Run, *, context: RankContext, data_order: DataOrder) 
         attention=run.cmae.model.attention,
         shapes=list_attention(run),
     )
+    run, told = settle_speed(run, device=context.device)
+    notices = [*notices, *told]
     model, origin = build_model(run, device=context.device)
     for part, choice in attention.items():
         set_attention_(model.get_submodule(part), choice)
@@ -51,7 +58,7 @@ def start_pretraining(run: Run, *, context: RankContext, data_order: DataOrder) 
         ),
         notices=[*notices, *origin],
     )
-    if uses_graphs(run, device=context.device):
+    if run.cmae.cuda_graphs == "on":
         with state.use_attention(), _autocast_without_cache(run, device=context.device):
             record_networks_(
                 model,
@@ -65,17 +72,51 @@ def start_pretraining(run: Run, *, context: RankContext, data_order: DataOrder) 
     return state
 
 
-def uses_graphs(run: Run, *, device: torch.device) -> bool:
-    """Whether networks are recorded as CUDA graphs. ConfigError where they are asked for and cannot be."""
-    setting, stage = run.cmae.cuda_graphs, run.deepspeed.get("zero_optimization", {}).get("stage", 0)
-    if setting == "on" and device.type != "cuda":
+def be_deterministic() -> None:
+    """Hold this process to algorithms that repeat their bits; before its first matrix product on a GPU.
+
+    An operation that has none raises RuntimeError with its name.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # Source: cuBLAS, results reproducibility
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined] # nothing here reads what it has not written
+
+
+def settle_speed(run: Run, *, device: torch.device) -> tuple[Run, list[str]]:
+    """The run with its "auto" of compile and cuda_graphs decided, and what its user should know of that.
+
+    All ranks together. Raises ConfigError for graphs that are asked for and cannot be.
+    """
+    cfg, stage = run.cmae, run.deepspeed.get("zero_optimization", {}).get("stage", 0)
+    if cfg.cuda_graphs == "on" and device.type != "cuda":
         raise ConfigError(f'cmae.cuda_graphs "on" needs a GPU, and this is a {device.type}: write "auto"')
-    if setting == "on" and stage == 3:
+    if cfg.cuda_graphs == "on" and stage == 3:
         raise ConfigError(
             'cmae.cuda_graphs "on" cannot be at ZeRO stage 3, which gathers weights anew in every step: '
             'write zero_optimization.stage=2 or "auto"'
         )
-    return setting == "on" or (setting == "auto" and device.type == "cuda" and stage < 3)
+    can_gain = device.type == "cuda" and stage < 3
+    settled: dict[str, Any] = {}
+    told = []
+    if cfg.cuda_graphs == "auto":
+        settled["cuda_graphs"] = "on" if can_gain else "off"
+    if cfg.compile == "auto":
+        is_wanted = can_gain and cfg.model.remat != "selective" and not cfg.deterministic
+        failures = [text for text in gather_objects(try_to_compile(device) if is_wanted else None) if text]
+        settled["compile"] = "blocks" if is_wanted and not failures else "none"
+        if failures:
+            told.append(f"blocks are not compiled, for torch cannot compile here ({failures[0]})")
+    return replace(run, settings=cfg.model_copy(update=settled)), told
+
+
+def try_to_compile(device: torch.device) -> str | None:
+    """Why torch cannot compile for `device`: no C compiler, no headers of Python's; None where it can."""
+    try:
+        torch.compile(torch.neg)(torch.ones(8, device=device))
+    except Exception as error:  # whatever a toolchain may do
+        return next(iter(str(error).strip().splitlines()), type(error).__name__)
+    return None
 
 
 def _autocast_without_cache(run: Run, *, device: torch.device) -> Any:

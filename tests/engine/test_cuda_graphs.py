@@ -1,6 +1,7 @@
 """Networks recorded once and replayed: on the CPU with a recorder that keeps to the rules of CUDA graphs."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -8,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from cmae_scale.core.errors import ConfigError
-from cmae_scale.engine import cuda_graphs
-from cmae_scale.engine.setup import uses_graphs
+from cmae_scale.engine import cuda_graphs, setup
+from cmae_scale.engine.setup import settle_speed
 
 pytestmark = pytest.mark.dist
 
@@ -85,10 +86,9 @@ def test_replayed_networks_train_to_the_same_bits(
     def train(*, replays: bool) -> Any:
         run = tiny_run(stage=stage, accumulation=accumulation, cmae=method)
         if replays:
-            from cmae_scale.engine import setup
-
             cuda_graphs.make_graphed_callables = record_on_cpu
-            setup.uses_graphs = lambda run, device: True
+            named = run.settings.model_copy(update={"cuda_graphs": "on"})
+            setup.settle_speed = lambda run, device: (replace(run, settings=named), [])
         return train_tiny(run, steps=3)
 
     plain, replayed = (
@@ -107,7 +107,12 @@ def test_a_gpu_replays_what_it_would_launch(
     tiny_run: Callable[..., Any], train_tiny: Callable[..., Any], stage: int, accumulation: int
 ) -> None:
     def train(graphs: str) -> Any:
-        cmae = {"cuda_graphs": graphs, "model": {"attention": "math"}, "checkpoint": {"resume": "never"}}
+        cmae = {
+            "cuda_graphs": graphs,
+            "compile": "none",
+            "model": {"attention": "math"},
+            "checkpoint": {"resume": "never"},
+        }
         return train_tiny(tiny_run(stage=stage, accumulation=accumulation, cmae=cmae), steps=4)
 
     launched, replayed = train("off"), train("on")
@@ -117,26 +122,42 @@ def test_a_gpu_replays_what_it_would_launch(
         torch.testing.assert_close(replayed["weights"][name], value, rtol=0, atol=2e-6)
 
 
-@pytest.mark.parametrize(
-    ("setting", "device", "stage", "expected"),
-    [
-        ("auto", "cuda", 0, True),
-        ("auto", "cuda", 1, True),
-        ("auto", "cuda", 2, True),
-        ("auto", "cuda", 3, False),
-        ("auto", "cpu", 0, False),
-        ("on", "cuda", 2, True),
-        ("on", "cuda", 3, "zero_optimization.stage=2"),
-        ("on", "cpu", 0, "needs a GPU"),
-        ("off", "cuda", 0, False),
-    ],
-)
-def test_who_records(
-    tiny_run: Callable[..., Any], setting: str, device: str, stage: int, expected: bool | str
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("remat", ["none", "full", "selective"])
+@pytest.mark.parametrize("failure", [None, "no C compiler"])
+def test_what_auto_comes_to(
+    tiny_run: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    device: str,
+    stage: int,
+    remat: str,
+    failure: str | None,
 ) -> None:
-    run = tiny_run(stage=stage, cmae={"cuda_graphs": setting})
-    if isinstance(expected, bool):
-        assert uses_graphs(run, device=torch.device(device)) == expected
-    else:
-        with pytest.raises(ConfigError, match=expected):
-            uses_graphs(run, device=torch.device(device))
+    monkeypatch.setattr(setup, "try_to_compile", lambda device: failure)
+    run, told = settle_speed(
+        tiny_run(stage=stage, cmae={"model": {"remat": remat}}), device=torch.device(device)
+    )
+    can_gain = device == "cuda" and stage < 3
+    assert run.cmae.cuda_graphs == ("on" if can_gain else "off")
+    is_tried = can_gain and remat != "selective"
+    assert run.cmae.compile == ("blocks" if is_tried and failure is None else "none")
+    assert bool(told) == (is_tried and failure is not None)
+    assert all("no C compiler" in text for text in told)
+
+
+@pytest.mark.parametrize(
+    ("device", "stage", "told"), [("cuda", 3, "zero_optimization.stage=2"), ("cpu", 0, "needs a GPU")]
+)
+def test_graphs_that_are_asked_for_and_cannot_be_are_told(
+    tiny_run: Callable[..., Any], device: str, stage: int, told: str
+) -> None:
+    with pytest.raises(ConfigError, match=told):
+        settle_speed(tiny_run(stage=stage, cmae={"cuda_graphs": "on"}), device=torch.device(device))
+
+
+@pytest.mark.parametrize("compiles", ["none", "blocks"])
+def test_what_is_named_stays(tiny_run: Callable[..., Any], compiles: str) -> None:
+    named = {"cuda_graphs": "off", "compile": compiles}
+    run, _ = settle_speed(tiny_run(cmae=named), device=torch.device("cuda"))
+    assert (run.cmae.cuda_graphs, run.cmae.compile) == ("off", compiles)
