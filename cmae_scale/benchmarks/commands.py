@@ -166,12 +166,15 @@ def run_crash_test(args: argparse.Namespace) -> None:
 def measure_gpu(args: argparse.Namespace) -> None:
     """Print and record part after part of what a GPU does; what the record has already stays."""
     os.environ["DS_ACCELERATOR"] = args.device  # before DeepSpeed is imported
+    from cmae_scale.benchmarks.goals import judge
     from cmae_scale.benchmarks.gpu import measure_parts
     from cmae_scale.benchmarks.noise import Stage
 
     with TemporaryDirectory() as scratch:
         stage = Stage(args.device, is_quick=args.quick, scratch=scratch, shards=tuple(args.shards))
-        measure_parts(stage, record=args.record, tell=tell)
+        results = measure_parts(stage, record=args.record, tell=tell)
+    if not stage.is_rehearsal:
+        tell("\n".join(map(str, judge(results))))
     tell(f"record {args.record}")
 
 

@@ -45,11 +45,11 @@ PARTS = {
     "device": Part(describe_device, 60),
     "agreement": Part(check_agreement, 90),
     "trace": Part(check_trace, 90),
-    "repetition": Part(check_repetition, 90),
+    "repetition": Part(check_repetition, 240),
     "waits": Part(check_waits, 60),
     "kernels": Part(benchmark_kernels, 60),
     "loader": Part(benchmark_loader, 120),
-    "steps": Part(benchmark_steps, 600),
+    "steps": Part(benchmark_steps, 900),
 }
 END = "end"  # of a part: whether it was quick, or why it failed
 

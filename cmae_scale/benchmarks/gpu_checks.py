@@ -124,14 +124,21 @@ def check_trace(stage: Stage) -> Measured:
         )
 
 
+REPEATED = {
+    "ZeRO 1": ("zero_optimization.stage=1", "cmae.compile=none"),
+    "ZeRO 3": ("zero_optimization.stage=3",),
+    "compiled": ("zero_optimization.stage=1", "cmae.compile=auto"),
+    "deterministic": ("zero_optimization.stage=1", "cmae.deterministic=true"),
+}
+
+
 def check_repetition(stage: Stage) -> Measured:
-    """Whether two runs of the same steps end with the same bits, by stage."""
+    """Whether two runs of the same steps end with the same bits."""
     context = start_processes()
-    for zero in (1, 3):
-        key = f"ZeRO {zero}"
+    for key, changes in REPEATED.items():
         if key in stage.known:
             continue
-        run = read_noise_run(Size("vits", micro=32, changes=(f"zero_optimization.stage={zero}",)), stage)
+        run = read_noise_run(Size("vits", micro=32, changes=changes), stage)
         ends = []
         for _ in range(2):
             training = NoiseTraining(run, context=context)
@@ -157,7 +164,8 @@ def check_waits(stage: Stage) -> Measured:
     if stage.known:
         return
     context = start_processes()
-    training = NoiseTraining(read_noise_run(Size("vits", micro=32, accumulation=2), stage), context=context)
+    size = Size("vits", 32, ("cmae.compile=none",), accumulation=2)
+    training = NoiseTraining(read_noise_run(size, stage), context=context)
     for step in range(3):
         noise = make_noise(training.state.run, training.batch, step=step, pin=not stage.is_rehearsal)
         with _catch_waits(stage) as waits:

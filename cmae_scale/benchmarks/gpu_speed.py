@@ -24,28 +24,31 @@ from cmae_scale.sizing.memory import predict_peak
 from cmae_scale.sizing.zero import Device
 
 Figures = dict[str, Any]
-COMPILED = ("cmae.compile=blocks",)
+UNCOMPILED = ("cmae.compile=none",)
+LAUNCHED = ("cmae.compile=none", "cmae.cuda_graphs=off")  # kernel by kernel, as the host comes to it
 
 # from the most to the least wanted
 SIZES = (
+    Size("vitl", 64, LAUNCHED),
+    Size("vitl", 64, UNCOMPILED),
     Size("vitl", 64),
-    Size("vitl", 128),
+    Size("vits", 128, LAUNCHED),
+    Size("vits", 128, UNCOMPILED),
     Size("vits", 128),
-    Size("vits", 128, ("zero_optimization.stage=0",)),
     Size("vitb", 128),
-    Size("vitl", 256),
+    Size("vitl", 128),
     Size("vits", 512),
-    Size("vitl", 256, COMPILED),
+    Size("vitl", 256),
     Size("vitb", 256),
-    Size("vitl", 64, accumulation=4),
-    Size("vits", 128, ("cmae.model.attention=flash",)),
+    Size("vitl", 64, UNCOMPILED, accumulation=4),
+    Size("convvitb", 64, UNCOMPILED),
     Size("vitl_zero3", 64),
-    Size("vitl", 128, ("cmae.model.remat=full",)),
+    Size("vitl", 128, (*UNCOMPILED, "cmae.model.remat=full")),
     Size("vitl", 128, ("cmae.model.remat=selective",)),
-    Size("vitl", 64, ("zero_optimization.stage=0",)),
-    Size("vits", 512, COMPILED),
+    Size("vits", 128, (*UNCOMPILED, "cmae.model.attention=flash")),
+    Size("vitl", 64, ("cmae.deterministic=true",)),
 )
-QUICK = 5  # of them with --quick
+QUICK = 8  # of them with --quick
 
 
 def benchmark_steps(stage: Stage) -> Iterator[tuple[str, Figures]]:
