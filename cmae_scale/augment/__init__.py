@@ -7,5 +7,4 @@ together. Imports core only (and torch); the data, models and engine folders are
 from cmae_scale.augment.draws import ViewNumbers as ViewNumbers
 from cmae_scale.augment.draws import draw_views as draw_views
 from cmae_scale.augment.views import denormalise as denormalise
-from cmae_scale.augment.views import online_view as online_view
-from cmae_scale.augment.views import target_view as target_view
+from cmae_scale.augment.views import make_views as make_views

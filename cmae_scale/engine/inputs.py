@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from cmae_scale.augment import ViewNumbers, denormalise, draw_views, online_view, target_view
+from cmae_scale.augment import ViewNumbers, denormalise, draw_views, make_views
 from cmae_scale.augment.draws import step_generator
 from cmae_scale.config.cmae import CmaeConfig
 from cmae_scale.data.stream import CropBatch, copy_ahead
@@ -58,16 +58,17 @@ class StepDraws:
 
         `online` and `target` say which views to make.
         """
-        count, device = len(images), images.device
-        numbers = self.numbers.rows(first_row, count)
-        rows = slice(first_row, first_row + count)
-        return MicroBatch(
-            online=online_view(images, numbers, views=cfg.views) if online else None,
-            target=target_view(images, numbers, views=cfg.views) if target else None,
-            noise=self.noise[rows].to(device, non_blocking=True),
-            target_noise=self.target_noise[rows].to(device, non_blocking=True),
-            first_row=first_row,
+        rows = slice(first_row, first_row + len(images))
+        views = make_views(
+            images,
+            self.numbers.rows(first_row, len(images)),
+            views=cfg.views,
+            online=online,
+            target=target,
+            beside=(self.noise[rows], self.target_noise[rows]),
         )
+        noise, target_noise = views.beside
+        return MicroBatch(views.online, views.target, noise, target_noise, first_row)
 
 
 def draw_step(cfg: CmaeConfig, *, total: int, step: int) -> StepDraws:

@@ -1,15 +1,18 @@
 """Whole views against a slow reference that treats one image at a time with torchvision."""
 
-from typing import NamedTuple
+from typing import Any
 
 import pytest
 import torch
 import torchvision.transforms.functional as tv
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import cmae_scale.augment.views as views_module
-from cmae_scale.augment import ViewNumbers, denormalise, draw_views, online_view, target_view
-from cmae_scale.augment.views import cut_windows
+from cmae_scale.augment import ViewNumbers, denormalise, draw_views, make_views
+from cmae_scale.augment.views import cut_windows, place_windows, send
 from cmae_scale.config.cmae import ColorConfig, ViewsConfig
 
 TOLERANCE = 2e-5  # roundings of at most 5e-6 in [0, 1] (see test_color), divided by a std of at least 0.22
@@ -24,15 +27,6 @@ def masters(total: int, *, views: ViewsConfig, seed: int = 1) -> Tensor:
     crops = 2 if views.target_crop == "random" else 1
     shape = (total, crops, 3, views.master_px, views.master_px)
     return torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
-
-
-class Views(NamedTuple):
-    online: Tensor
-    target: Tensor
-
-
-def make_views(images: Tensor, numbers: ViewNumbers, *, views: ViewsConfig) -> Views:
-    return Views(online_view(images, numbers, views=views), target_view(images, numbers, views=views))
 
 
 def view_slowly(image: Tensor, numbers: ViewNumbers, *, views: ViewsConfig) -> tuple[Tensor, Tensor]:
@@ -148,6 +142,98 @@ def test_the_device_is_never_asked_for_a_value(target_crop: str) -> None:
         got.online.sum().item()  # the guard itself works
 
 
+class Journeys(TorchDispatchMode):
+    """Counts operations that bring tensors from the CPU elsewhere, and page-locked allocations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = self.pinned = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        given, made = (
+            [one for one in tree_leaves(tree) if isinstance(one, Tensor)] for tree in (args, result)
+        )
+        self.count += any(one.is_cpu for one in given) and any(not one.is_cpu for one in (*given, *made))
+        self.pinned += bool((kwargs or {}).get("pin_memory"))
+        return result
+
+
+@pytest.mark.parametrize("target_crop", ["shift", "random"])
+@pytest.mark.parametrize(("online", "target"), [(True, True), (True, False), (False, True)])
+@pytest.mark.parametrize("group_bytes", [30_000, 2**28], ids=["many_groups", "one_group"])
+def test_all_numbers_travel_to_a_device_in_one_copy(
+    monkeypatch: pytest.MonkeyPatch, target_crop: str, online: bool, target: bool, group_bytes: int
+) -> None:
+    """On the meta device, to which the way is the same."""
+    monkeypatch.setattr(views_module, "_GROUP_BYTES", group_bytes)
+    views = SMALL.model_copy(update={"target_crop": target_crop})
+    images, numbers = masters(64, views=views).to("meta"), draw(64, views=views)
+    noise = (torch.rand(64, 9), torch.rand(64, 9))
+    with Journeys() as journeys:
+        got = make_views(images, numbers, views=views, online=online, target=target, beside=noise)
+    assert journeys.count == 1
+    assert [view is not None for view in got[:2]] == [online, target]
+    assert [one.device.type for one in got.beside] == ["meta", "meta"]
+
+
+def test_nothing_is_copied_where_the_images_lie_on_the_cpu() -> None:
+    noise = torch.rand(6, 9)
+    got = make_views(masters(6, views=SMALL), draw(6, views=SMALL), views=SMALL, beside=(noise,))
+    assert got.beside[0] is noise
+
+
+PARCEL = [
+    torch.tensor([True, False, True]),
+    (torch.rand(3, 1, 2), None, torch.arange(5)),
+    [torch.rand(2, 2).T, torch.empty(0, 4), 7, torch.rand(1, dtype=torch.float64), torch.tensor(3)],
+]
+
+
+def test_to_a_gpu_a_parcel_goes_from_page_locked_memory() -> None:
+    """To one that is played: no GPU is needed."""
+    with FakeTensorMode(allow_non_fake_inputs=True), Journeys() as journeys:
+        sent = send(PARCEL, torch.device("cuda"))
+    assert (journeys.count, journeys.pinned) == (1, 1)
+    for before, after in zip(tree_leaves(PARCEL), tree_leaves(sent), strict=True):
+        if isinstance(before, Tensor):
+            assert (after.device.type, after.dtype, after.shape) == ("cuda", before.dtype, before.shape)
+        else:
+            assert after == before
+
+
+def test_what_is_sent_arrives_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To a device without memory, whose part a copy on the CPU plays."""
+    to = Tensor.to
+    monkeypatch.setattr(Tensor, "to", lambda self, device, **how: to(self, "cpu", copy=True))
+    sent = send(PARCEL, torch.device("meta"))
+    for before, after in zip(tree_leaves(PARCEL), tree_leaves(sent), strict=True):
+        assert before is None or isinstance(before, int) or torch.equal(before, after)
+        assert before is None or isinstance(before, int) or before.dtype == after.dtype
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_that_is_behind_every_parcel_arrives_whole() -> None:
+    device = torch.device("cuda")
+    work, arrived = torch.randn(4096, 4096, device=device), []
+    for number in range(200):
+        work = work @ work / 64  # keeps the device behind the copies
+        arrived.append(send((torch.full((1000,), number), torch.full((7,), number / 2)), device))
+    for number, (whole, half) in enumerate(arrived):
+        assert bool((whole == number).all())
+        assert bool((half == number / 2).all())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_views_of_a_gpu_are_those_of_the_cpu() -> None:
+    images, numbers = masters(48, views=SMALL), draw(48, views=SMALL)
+    here, there = (make_views(one, numbers, views=SMALL) for one in (images, images.cuda()))
+    torch.testing.assert_close(there.online.cpu(), here.online, atol=TOLERANCE, rtol=0)
+    torch.testing.assert_close(there.target.cpu(), here.target, atol=TOLERANCE, rtol=0)
+
+
 def test_views_do_not_change_under_autocast() -> None:
     images, numbers = masters(8, views=SMALL), draw(8, views=SMALL)
     usual = make_views(images, numbers, views=SMALL)
@@ -165,7 +251,7 @@ def test_masters_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
 
 def test_denormalise_brings_the_pixels_back() -> None:
     images, numbers = masters(6, views=SMALL), draw(6, views=SMALL)
-    pixels = denormalise(online_view(images, numbers, views=SMALL), views=SMALL)
+    pixels = denormalise(make_views(images, numbers, views=SMALL).online, views=SMALL)
     wanted = (
         torch.where(numbers.flip[:, None, None, None], images[:, 0].flip(-1), images[:, 0])[..., :28, :28]
         / 255
@@ -192,7 +278,8 @@ def test_windows_equal_slices_of_flipped_images(
     rows = torch.tensor([4, 0, 1, 1, 3, 2])
     top, left = torch.randint(0, master - side + 1, (2, len(rows)), generator=rng)
     flip = torch.tensor([True, False, True, False, True, True])
-    got = cut_windows(images, rows, crop=crop, top=top, left=left, flip=flip, side=side)
+    windows = place_windows(rows, shape=images.shape, crop=crop, top=top, left=left, flip=flip, side=side)
+    got = cut_windows(images, windows, side=side)
     wanted = [
         cut_slowly(images[row, crop], top=int(y), left=int(x), flip=bool(mirror), side=side)
         for row, y, x, mirror in zip(rows, top, left, flip, strict=True)
@@ -203,5 +290,6 @@ def test_windows_equal_slices_of_flipped_images(
 def test_images_that_are_a_part_of_a_larger_tensor_work(rng: torch.Generator) -> None:
     images = torch.randint(0, 256, (6, 2, 3, 8, 8), generator=rng, dtype=torch.uint8)[1::2, :1]
     zero = torch.zeros(3, dtype=torch.long)
-    got = cut_windows(images, torch.arange(3), crop=0, top=zero, left=zero + 2, flip=zero > 0, side=5)
+    where = {"crop": 0, "top": zero, "left": zero + 2, "flip": zero > 0, "side": 5}
+    got = cut_windows(images, place_windows(torch.arange(3), shape=images.shape, **where), side=5)
     assert torch.equal(got, images[:, 0, :, :5, 2:7])
