@@ -38,8 +38,8 @@ def plan(argv: Sequence[str] | None) -> None:
     args = read_arguments(argv)
 
     from cmae_scale.config.batches import plan_batch
-    from cmae_scale.config.durations import plan_timetable
     from cmae_scale.config.run_file import read_run, resolve_run
+    from cmae_scale.config.schedules import plan_timetable
     from cmae_scale.planning.estimate import DEFAULT_MFU
     from cmae_scale.planning.forecast import forecast, to_json
     from cmae_scale.planning.page import write_page

@@ -16,9 +16,8 @@ if __package__ in (None, ""):  # started by path: this folder is first on sys.pa
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from cmae_scale.config.batches import plan_batch
-from cmae_scale.config.durations import Clock, plan_timetable
 from cmae_scale.config.run_file import Run, read_run, resolve_run
-from cmae_scale.config.schedules import plan_schedules
+from cmae_scale.config.schedules import Clock, plan_schedules, plan_timetable
 from cmae_scale.core.cli import build_parser, read_overrides, run_command
 from cmae_scale.core.world import read_world, wait_without_spinning
 from cmae_scale.engine.process.signals import StopRequest

@@ -14,9 +14,8 @@ if __package__ in (None, ""):  # started by path: this folder is first on sys.pa
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from cmae_scale.config.batches import plan_batch
-from cmae_scale.config.durations import Clock, plan_timetable, read_steps
 from cmae_scale.config.run_file import Run, dump_run, read_run, resolve_run
-from cmae_scale.config.schedules import plan_transfer_lr
+from cmae_scale.config.schedules import Clock, plan_timetable, plan_transfer_lr, read_steps
 from cmae_scale.core.cli import build_parser, read_overrides, run_command
 from cmae_scale.core.credentials import write_settings
 from cmae_scale.core.terminal import tell

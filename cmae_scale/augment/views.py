@@ -98,8 +98,11 @@ def make_views(
     online: bool = True,
     target: bool = True,
     beside: tuple[Tensor, ...] = (),
+    is_fused: bool = False,
 ) -> Views:
     """The views asked for, normalised, on the images' device. `numbers` has the same rows as `images`.
+
+    `is_fused` takes the Triton kernels of `fused.py`, for a GPU.
 
     The online view is the top-left img_px square of each (flipped) master, without colour change: a plain MAE
     needs no more. The target view is the shifted square, or the top-left one of the second master; then
@@ -108,6 +111,8 @@ def make_views(
     Source: paper 3.2; official pipelines: the flip is of the master.
     """
     groups = list(_group_rows(images, numbers, views=views))
+    if is_fused:
+        return _make_by_kernels(images, numbers, views=views, online=online, target=target, beside=beside)
     parts = [numbers.pick(group) for group in groups]
     parcel = send(
         _Parcel(
@@ -129,6 +134,29 @@ def make_views(
             _write_target_(made[-1][group], images[group], own, side=views.img_px)
             _normalise_(made[-1][group], parcel.channels, white=1.0)
     return Views(made[0] if online else None, made[-1] if target else None, parcel.beside)
+
+
+def _make_by_kernels(
+    images: UInt8[Tensor, "batch crops 3 master master"],
+    numbers: ViewNumbers,
+    *,
+    views: ViewsConfig,
+    online: bool,
+    target: bool,
+    beside: tuple[Tensor, ...],
+) -> Views:
+    from cmae_scale.augment import fused  # Triton is no part of PyTorch for the CPU
+
+    numbers_only = (fused.tabulate(numbers), *fused.list_blurred(numbers, views=views), beside)
+    table, blurred, taps, beside = send(numbers_only, images.device)
+    images = images.contiguous()
+    shape = (len(images), 3, views.img_px, views.img_px)
+    made = [torch.empty(shape, device=images.device) if wanted else None for wanted in (online, target)]
+    if made[0] is not None:
+        fused.write_online_(made[0], images, table, views=views)
+    if made[1] is not None:
+        fused.write_target_(made[1], images, table, blurred, taps, views=views)
+    return Views(made[0], made[1], beside)
 
 
 def denormalise(

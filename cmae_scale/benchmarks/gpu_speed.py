@@ -25,7 +25,8 @@ from cmae_scale.sizing.zero import Device
 
 Figures = dict[str, Any]
 UNCOMPILED = ("cmae.compile=none",)
-LAUNCHED = ("cmae.compile=none", "cmae.cuda_graphs=off")  # kernel by kernel, as the host comes to it
+# kernel by kernel, as the host comes to it
+LAUNCHED = ("cmae.compile=none", "cmae.cuda_graphs=off", "cmae.fused_views=off")
 
 # from the most to the least wanted
 SIZES = (

@@ -502,6 +502,10 @@ class CmaeConfig(NetworkConfig):
     ZeRO 0 to 2. Rounds as otherwise in a step's losses, and in gradients as another kernel would. Auto: on a
     GPU, where ZeRO allows it.
     """
+    fused_views: Literal["auto", "on", "off"] = "auto"
+    """Views by Triton kernels, which read and write each pixel once or twice; they round otherwise. Auto: on
+    a GPU, where Triton can compile.
+    """
     deterministic: bool = False
     """Only algorithms that give the same bits every time, on GPUs too (torch.use_deterministic_algorithms),
     and nothing compiled.

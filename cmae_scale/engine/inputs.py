@@ -66,6 +66,7 @@ class StepDraws:
             online=online,
             target=target,
             beside=(self.noise[rows], self.target_noise[rows]),
+            is_fused=cfg.fused_views == "on",
         )
         noise, target_noise = views.beside
         return MicroBatch(views.online, views.target, noise, target_noise, first_row)

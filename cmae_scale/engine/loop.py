@@ -16,8 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from cmae_scale.config.batches import BatchSizes
-from cmae_scale.config.durations import Timetable
-from cmae_scale.config.schedules import WarmupCosine
+from cmae_scale.config.schedules import Timetable, WarmupCosine
 from cmae_scale.core.errors import DivergedError
 from cmae_scale.data.decoding import BadSamples
 from cmae_scale.data.stream import CropBatch

@@ -11,8 +11,8 @@ import torch
 
 from cmae_scale.config.batches import MICRO
 from cmae_scale.config.cmae import DecoderConfig
-from cmae_scale.config.durations import Timetable
 from cmae_scale.config.run_file import Run
+from cmae_scale.config.schedules import Timetable
 from cmae_scale.config.sizes import count_prefix, read_size
 from cmae_scale.core.collectives import gather_objects
 from cmae_scale.core.errors import ConfigError
@@ -84,9 +84,9 @@ def be_deterministic() -> None:
 
 
 def settle_speed(run: Run, *, device: torch.device) -> tuple[Run, list[str]]:
-    """The run with its "auto" of compile and cuda_graphs decided, and what its user should know of that.
+    """The run with "auto" of compile, cuda_graphs and fused_views decided, and what its user should know.
 
-    All ranks together. Raises ConfigError for graphs that are asked for and cannot be.
+    All ranks together. Raises ConfigError for graphs or kernels that are asked for and cannot be.
     """
     cfg, stage = run.cmae, run.deepspeed.get("zero_optimization", {}).get("stage", 0)
     if cfg.cuda_graphs == "on" and device.type != "cuda":
@@ -96,17 +96,20 @@ def settle_speed(run: Run, *, device: torch.device) -> tuple[Run, list[str]]:
             'cmae.cuda_graphs "on" cannot be at ZeRO stage 3, which gathers weights anew in every step: '
             'write zero_optimization.stage=2 or "auto"'
         )
-    can_gain = device.type == "cuda" and stage < 3
+    if cfg.fused_views == "on" and device.type != "cuda":
+        raise ConfigError(f'cmae.fused_views "on" needs a GPU, and this is a {device.type}: write "auto"')
+    is_gpu = device.type == "cuda"
+    compiles = is_gpu and stage < 3 and cfg.model.remat != "selective" and not cfg.deterministic
+    wanted = [compiles and cfg.compile == "auto", is_gpu and cfg.fused_views == "auto"]
+    failures = [text for text in gather_objects(try_to_compile(device) if any(wanted) else None) if text]
     settled: dict[str, Any] = {}
-    told = []
     if cfg.cuda_graphs == "auto":
-        settled["cuda_graphs"] = "on" if can_gain else "off"
+        settled["cuda_graphs"] = "on" if is_gpu and stage < 3 else "off"
     if cfg.compile == "auto":
-        is_wanted = can_gain and cfg.model.remat != "selective" and not cfg.deterministic
-        failures = [text for text in gather_objects(try_to_compile(device) if is_wanted else None) if text]
-        settled["compile"] = "blocks" if is_wanted and not failures else "none"
-        if failures:
-            told.append(f"blocks are not compiled, for torch cannot compile here ({failures[0]})")
+        settled["compile"] = "blocks" if wanted[0] and not failures else "none"
+    if cfg.fused_views == "auto":
+        settled["fused_views"] = "on" if wanted[1] and not failures else "off"
+    told = [f"nothing is compiled, for torch cannot compile here ({failures[0]})"] if failures else []
     return replace(run, settings=cfg.model_copy(update=settled)), told
 
 

@@ -6,9 +6,9 @@ from pathlib import Path
 from cmae_scale.checkpoints.commit import has_begun
 from cmae_scale.config.batches import BatchSizes, plan_batch
 from cmae_scale.config.cmae import CmaeConfig
-from cmae_scale.config.durations import Timetable, plan_timetable
 from cmae_scale.config.precision import FormatName
 from cmae_scale.config.run_file import Run, resolve_run
+from cmae_scale.config.schedules import Timetable, plan_timetable
 from cmae_scale.config.transfer import TransferConfig
 from cmae_scale.core.errors import ConfigError
 from cmae_scale.data.locations import read_scheme

@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 from cmae_scale.config.cmae import CmaeConfig, Remat
-from cmae_scale.config.durations import Timetable
+from cmae_scale.config.schedules import Timetable
 from cmae_scale.planning.layouts import REPEATED
 from cmae_scale.sizing.flops import count_flops
 

@@ -4,9 +4,9 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from cmae_scale.config.batches import BatchSizes
-from cmae_scale.config.durations import Timetable
 from cmae_scale.config.precision import FormatName, is_left_to_machine, read_formats, write_autocast
 from cmae_scale.config.run_file import Run
+from cmae_scale.config.schedules import Timetable
 from cmae_scale.planning.advice import find_faults
 from cmae_scale.planning.estimate import Estimate, estimate_run
 from cmae_scale.planning.layouts import Layout, on_device, plan_layouts, recommend

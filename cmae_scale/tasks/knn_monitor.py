@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from cmae_scale.config.cmae import CmaeConfig, KnnMonitorConfig, Pool
-from cmae_scale.config.durations import Clock, read_steps
+from cmae_scale.config.schedules import Clock, read_steps
 from cmae_scale.config.transfer import CropConfig
 from cmae_scale.core.world import World
 from cmae_scale.data.shard_set import find_monitored, open_labelled

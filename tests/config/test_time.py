@@ -4,8 +4,7 @@ import math
 import pytest
 
 from cmae_scale.config.cmae import CmaeConfig
-from cmae_scale.config.durations import Clock, plan_timetable, read_steps
-from cmae_scale.config.schedules import TargetMomentum, WarmupCosine
+from cmae_scale.config.schedules import Clock, TargetMomentum, WarmupCosine, plan_timetable, read_steps
 from cmae_scale.core.errors import ConfigError
 from cmae_scale.core.terminal import Progress, format_seconds
 

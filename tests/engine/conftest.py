@@ -173,8 +173,7 @@ def train_loop(
     save_every: int = 100,
     end: int = TOTAL_STEPS,
 ) -> dict[str, Any]:
-    from cmae_scale.config.durations import Timetable
-    from cmae_scale.config.schedules import TargetMomentum, WarmupCosine
+    from cmae_scale.config.schedules import TargetMomentum, Timetable, WarmupCosine
     from cmae_scale.core.errors import UserError
     from cmae_scale.data.decoding import BadSamples
     from cmae_scale.engine.loop import open_logger, take_steps

@@ -142,22 +142,28 @@ def test_what_auto_comes_to(
     assert run.cmae.cuda_graphs == ("on" if can_gain else "off")
     is_tried = can_gain and remat != "selective"
     assert run.cmae.compile == ("blocks" if is_tried and failure is None else "none")
-    assert bool(told) == (is_tried and failure is not None)
+    assert run.cmae.fused_views == ("on" if device == "cuda" and failure is None else "off")
+    assert bool(told) == (device == "cuda" and failure is not None)
     assert all("no C compiler" in text for text in told)
 
 
 @pytest.mark.parametrize(
-    ("device", "stage", "told"), [("cuda", 3, "zero_optimization.stage=2"), ("cpu", 0, "needs a GPU")]
+    ("name", "device", "stage", "told"),
+    [
+        ("cuda_graphs", "cuda", 3, "zero_optimization.stage=2"),
+        ("cuda_graphs", "cpu", 0, "needs a GPU"),
+        ("fused_views", "cpu", 0, "needs a GPU"),
+    ],
 )
-def test_graphs_that_are_asked_for_and_cannot_be_are_told(
-    tiny_run: Callable[..., Any], device: str, stage: int, told: str
+def test_what_is_asked_for_and_cannot_be_is_told(
+    tiny_run: Callable[..., Any], name: str, device: str, stage: int, told: str
 ) -> None:
     with pytest.raises(ConfigError, match=told):
-        settle_speed(tiny_run(stage=stage, cmae={"cuda_graphs": "on"}), device=torch.device(device))
+        settle_speed(tiny_run(stage=stage, cmae={name: "on"}), device=torch.device(device))
 
 
 @pytest.mark.parametrize("compiles", ["none", "blocks"])
 def test_what_is_named_stays(tiny_run: Callable[..., Any], compiles: str) -> None:
-    named = {"cuda_graphs": "off", "compile": compiles}
+    named = {"cuda_graphs": "off", "compile": compiles, "fused_views": "off"}
     run, _ = settle_speed(tiny_run(cmae=named), device=torch.device("cuda"))
     assert (run.cmae.cuda_graphs, run.cmae.compile) == ("off", compiles)

@@ -14,7 +14,7 @@ from cmae_scale.config.transfer import TransferConfig
 from cmae_scale.core.errors import DataError
 
 # what only a pre-training run has, and only its code speaks of
-PRETRAINING = r"cmae\.(compile|cuda_graphs|deterministic|model|monitor\.knn)\b"
+PRETRAINING = r"cmae\.(compile|cuda_graphs|fused_views|deterministic|model|monitor\.knn)\b"
 
 
 def texts(folder: Path) -> Iterator[str]:

@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from cmae_scale.config.durations import Timetable
 from cmae_scale.config.run_file import Run, name_settings
+from cmae_scale.config.schedules import Timetable
 from cmae_scale.core.collectives import gather_rows, sum_of_ranks, world_size
 from cmae_scale.core.files import LineFile
 from cmae_scale.core.terminal import Progress, format_seconds

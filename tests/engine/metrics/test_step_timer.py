@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from cmae_scale.config.durations import Timetable
+from cmae_scale.config.schedules import Timetable
 from cmae_scale.engine.metrics.step_timer import SPANS, Profiler, StepTimer, read_steps
 
 CPU = torch.device("cpu")
