@@ -215,3 +215,19 @@ def test_offloading_moves_bytes_to_main_memory(capsys: pytest.CaptureFixture[str
         assert after["tensor_bytes"]["optimizer"] == 0
         assert after["host_bytes"] >= before["tensor_bytes"]["optimizer"] == -(-trained // 4) * 12
         assert after["device_bytes"] < before["device_bytes"]
+
+
+@pytest.mark.parametrize("accumulation", [1, 4, 64])
+@pytest.mark.parametrize("prefetch", [1, 5])
+def test_decoded_images_of_the_step_and_of_the_next_are_counted(
+    accumulation: int, prefetch: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    micro = 4096 // 8 // accumulation
+    changed = [f"cmae.data.prefetch={prefetch}", f"train_micro_batch_size_per_gpu={micro}"]
+    arguments = [*IMAGENET, "--gpus", "8", "--set", *changed, "cmae.views.target_crop=random"]
+    loaded = read_plan(capsys, "vitb.json", *arguments, "cmae.views.master_px=256")["loaded_bytes"]
+    one = micro * 2 * 3 * 256**2
+    assert one < loaded / (2 * accumulation - 1 + prefetch) < 2 * one  # torch rounds up to a power of two
+    assert f"{loaded / 2**30:.1f} GiB of main memory per rank for decoded images" in run_plan(
+        capsys, "vitb.json", *arguments, "cmae.views.master_px=256"
+    )

@@ -300,7 +300,10 @@ class DataConfig(Section):
     max_image_mpx: float = Field(50.0, gt=0)
     """Largest image in megapixels; larger ones count as unreadable and are never decoded."""
     prefetch: int = Field(2, ge=1)
-    """Batches decoded ahead of the model, beyond the micro-batches of the next step. Changes no result."""
+    """Micro-batches decoded ahead of the model, beyond accumulation - 1: a step takes all of its own at once,
+    so a whole step is always made ahead. 2 * accumulation - 1 + prefetch of them lie in main memory (`plan`
+    says how much that is). Changes no result.
+    """
     cache: str | None = None
     """Folder on a local disk that keeps what was read from remote shards; null = none."""
     cache_gib: float = Field(100.0, gt=0)
@@ -313,6 +316,13 @@ class DataConfig(Section):
     """Repetitions of a failed request: about half a minute of pauses in all."""
     allow_commands: bool = False
     """Whether shards may be "pipe:COMMAND {name}", which runs that command."""
+
+    def count_ahead(self, accumulation: int) -> int:
+        """Micro-batches of a rank that are ready or being decoded, beyond those that were taken.
+
+        They hold a whole step, so that all the time of one is there to decode the next.
+        """
+        return accumulation - 1 + self.prefetch
 
     @model_validator(mode="after")
     def _mix_fits(self) -> "DataConfig":

@@ -123,7 +123,7 @@ def open_stream(
         decode,
         allocate=allocate_for(decoding, pin=pin),
         workers=data.workers,
-        ahead=accumulation - 1 + data.prefetch,  # a step takes all its micro-batches at once
+        ahead=data.count_ahead(accumulation),
         stop=stop,
     )
 

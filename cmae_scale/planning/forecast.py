@@ -13,6 +13,7 @@ from cmae_scale.planning.layouts import Layout, on_device, plan_layouts, recomme
 from cmae_scale.sizing.activations import Kernel
 from cmae_scale.sizing.flops import ForwardFlops, count_flops
 from cmae_scale.sizing.hardware import Gpu
+from cmae_scale.sizing.memory import count_loaded
 from cmae_scale.sizing.parameters import ParameterCounts, count_parameters
 from cmae_scale.sizing.zero import Device, Job, is_optimizer_fused, read_zero
 
@@ -40,6 +41,7 @@ class Forecast(NamedTuple):
     parameters: ParameterCounts
     flops: ForwardFlops
     estimate: Estimate
+    loaded_bytes: int  # of decoded images in main memory, per rank
     layouts: list[Layout]
     own: Layout
     recommended: Layout | None
@@ -94,6 +96,7 @@ def forecast(
         parameters=count_parameters(run.cmae),
         flops=count_flops(run.cmae),
         estimate=estimate,
+        loaded_bytes=count_loaded(job),
         layouts=layouts,
         own=own,
         recommended=recommend(layouts, ranks=machine.ranks),
@@ -140,6 +143,7 @@ def to_json(plan: Forecast) -> dict[str, Any]:
         "training_flops_per_image": plan.flops.training,
         "assumed_mfu": plan.mfu,
         "outlook": plan.estimate._asdict(),
+        "loaded_bytes": plan.loaded_bytes,
         "layouts": [_layout_json(layout, plan=plan) for layout in plan.layouts],
         "own": {"stage": plan.own.stage, "remat": plan.own.remat, "fits": plan.own.fits},
         "recommended": plan.recommended and _layout_json(plan.recommended, plan=plan),

@@ -117,6 +117,11 @@ def _verdict(plan: Forecast) -> list[str]:
         lines.append(
             f"         and {own.host_bytes / 2**30:.1f} GiB of main memory per rank for what is offloaded"
         )
+    ahead = plan.run.cmae.data.count_ahead(plan.batch.accumulation)
+    lines.append(
+        f"         and {plan.loaded_bytes / 2**30:.1f} GiB of main memory per rank for decoded images, "
+        f"{ahead} micro-batches ahead"
+    )
     best = plan.recommended
     if best is not None and best.largest is not None:
         micro = best.largest if not best.fits else plan.batch

@@ -186,9 +186,27 @@ def _decoder_shape(cfg: CmaeConfig) -> BlockShape:
     return decoder_block(cfg.model.pixel_decoder, tokens=patches + count_prefix(cfg.model))
 
 
+def count_loaded(job: Job) -> int:
+    """Bytes of main memory that a rank's decoded images take: of the step being computed and of what is next.
+
+    On a CPU `plan_moments` counts the step's own, so they are left out here. For a GPU they lie in memory
+    that is page-locked, which torch takes in powers of two. Source: ATen/core/CachingHostAllocator.h.
+    """
+    batch, micro = job.batch, job.batch.micro * _master_size(job)
+    ahead = job.cfg.data.count_ahead(batch.accumulation)
+    if job.device == "cpu":
+        return ahead * micro
+    return (batch.accumulation + ahead) * (1 << (micro - 1).bit_length())
+
+
 def _master_bytes(job: Job) -> int:
     """Of the images that views are cut from: on a GPU a micro-batch and the next one, else a whole step's."""
-    crops = 2 if job.cfg.views.target_crop == "random" else 1
     ahead = 2 if job.batch.accumulation > 1 else 1
     images = job.batch.local if job.device == "cpu" else job.batch.micro * ahead
-    return images * 3 * crops * job.cfg.views.master_px**2
+    return images * _master_size(job)
+
+
+def _master_size(job: Job) -> int:
+    """Bytes of what is decoded of one image."""
+    crops = 2 if job.cfg.views.target_crop == "random" else 1
+    return 3 * crops * job.cfg.views.master_px**2

@@ -334,6 +334,38 @@ def test_a_whole_step_is_made_ahead_and_no_more_batches_than_asked(
         assert made == accumulation + prefetch
 
 
+@pytest.mark.parametrize("accumulation", [1, 4, 8, 64])
+@pytest.mark.parametrize("prefetch", [1, 2])
+@pytest.mark.parametrize("workers", [1, 3])
+def test_a_step_that_takes_longer_than_decoding_leaves_the_next_no_wait(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, accumulation: int, prefetch: int, workers: int
+) -> None:
+    """Counted in images and not in seconds: a step is computed until the next one's images are all decoded.
+
+    It goes on forever if the loader stops before, which here is told after some seconds without an image.
+    """
+    decoded = threading.Semaphore(0)
+
+    def decode(*_: object, **__: object) -> DecodedRow:
+        decoded.release()
+        return DecodedRow(0, "")
+
+    monkeypatch.setattr("cmae_scale.data.stream.decode_row", decode)
+    shards, images = write_shards(tmp_path, (64, 64)), 2 * accumulation
+    plan = make_plan(shards, batch=images, streams=2)
+    settings = {"prefetch": prefetch, "workers": workers, "accumulation": accumulation}
+    with start(shards, plan, end_step=5, **settings) as stream:
+        decoded_steps = 0
+        for step in range(4):
+            parts = list(itertools.islice(stream, accumulation))
+            assert [(part.step, part.micro) for part in parts] == [(step, m) for m in range(accumulation)]
+            while decoded_steps < step + 2:  # this one and the next
+                arrived = (decoded.acquire(timeout=10) for _ in range(images))
+                ready = sum(1 for _ in itertools.takewhile(bool, arrived))
+                assert ready == images, f"of step {decoded_steps} only {ready} of {images} images are ready"
+                decoded_steps += 1
+
+
 def test_batches_own_their_memory(shards: ShardSet) -> None:
     with start(shards, make_plan(shards), end_step=20, prefetch=1) as stream:
         kept = next(stream)
