@@ -1,0 +1,231 @@
+"""A GPU that is not there: tensors without values on "cuda", and a note of whatever makes the host wait.
+
+Tensors on the CPU are real ones, with values; those on the GPU have shape, type and device alone (torch's
+FakeTensorMode). An operation on both raises as it does on a GPU. Where the host asks for a value, or waits for a
+copy, that is noted with its place, and made-up values go on: a step runs to its end and all its waits are known.
+"""
+
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from cmae_scale.data import stream
+from tests.fakes.streams import Streams
+
+aten = torch.ops.aten
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+REPOSITORY = Path(__file__).resolve().parents[2]
+SITE_PACKAGES = Path(torch.__file__).resolve().parent.parent
+
+
+class Wait(NamedTuple):
+    """What the host waited for, and the function that asked: "cmae_scale/engine/ema.py:update_"."""
+
+    what: str
+    place: str
+
+
+class FakeGpu(FakeTensorMode):
+    """`waits` fill while it is entered (see `fake_gpu`); `streams` knows which work was ordered before which."""
+
+    def __init__(self) -> None:
+        super().__init__(allow_non_fake_inputs=True)
+        self.waits: list[Wait] = []
+        self.streams = Streams(self.wait)
+
+    @property
+    def avoid_device_init(self) -> bool:
+        """Whatever `torch.cuda.is_available` says."""
+        return True
+
+    def wait(self, what: str) -> None:
+        """Note that the host waits, and at whose request."""
+        self.waits.append(Wait(what, find_place()))
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """The operation for real on the CPU, without values on the GPU."""
+        kwargs = dict(kwargs or {})
+        if func is torch.ops.prim.device.default:
+            # C++ sees them on "meta", where autograd needs no driver; Python sees them on the GPU
+            return torch.device("meta")
+        if (asked := kwargs.get("device")) is not None and torch.device(asked).type == "meta":
+            kwargs["device"] = CUDA
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        is_for_cpu = torch.device(kwargs.get("device") or CPU).type == "cpu"
+        if is_for_cpu and not any(isinstance(tensor, FakeTensor) for tensor in tensors):
+            return func(*args, **kwargs)
+        if func.name().startswith("aten::_foreach") and len({_is_on_gpu(one) for one in tensors}) > 1:
+            return self._run_one_by_one(func, args, kwargs)
+        if (answer := self._answer(func, args, kwargs)) is not None:
+            return answer[0]
+        if func in (aten.index.Tensor, aten.index_put.default, aten.index_put_.default):
+            args = [args[0], self._list_indices(args[0], args[1]), *args[2:]]
+        with self.streams.enqueue(func, tensors) as made:
+            result = super().__torch_dispatch__(func, types, args, kwargs)
+            made += [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        return result
+
+    def _run_one_by_one(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Tensor] | None:
+        """Lists of tensors that lie here and there: each place of the lists by itself, as torch does it."""
+        count = len(args[0])
+
+        def pick(arg: Any, place: int) -> Any:
+            return [arg[place]] if isinstance(arg, list | tuple) and len(arg) == count else arg
+
+        results = [func(*(pick(arg, place) for arg in args), **kwargs) for place in range(count)]
+        return None if results[0] is None else [result[0] for result in results]
+
+    def _answer(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Any] | None:
+        """What an operation that the host waits for gives, in a tuple; None for all others."""
+        if func in READS:
+            self.wait(func.name().removeprefix("aten::"))
+            with self.streams.enqueue(func, [args[0]]):
+                return (READS[func](*args, **kwargs),)
+        if func is aten._to_copy.default:
+            source, device = args[0], torch.device(kwargs.get("device") or args[0].device)
+            if device.type == "cpu":
+                self.wait("copy to the CPU")
+                return (_make_up(source.shape, kwargs.get("dtype") or source.dtype),)
+            if not _is_on_gpu(source) and not kwargs.get("non_blocking"):
+                self.wait("blocking copy to the GPU")
+        elif func is aten.copy_.default:
+            target, source, non_blocking = args[0], args[1], (*args, False)[2] or kwargs.get("non_blocking")
+            if not _is_on_gpu(target):
+                self.wait("copy to the CPU")
+                return (target.copy_(_make_up(source.shape, source.dtype)),)
+            if not _is_on_gpu(source) and not non_blocking:
+                self.wait("blocking copy to the GPU")
+        return None
+
+    def _list_indices(self, tensor: Tensor, indices: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """The indices as whole numbers on the GPU, and a note of what has to be brought there or counted."""
+        listed: list[Tensor | None] = []
+        for index in indices:
+            if index is None:
+                listed.append(None)
+                continue
+            if not _is_on_gpu(index) and index.dim() and _is_on_gpu(tensor):
+                self.wait("index from the CPU")
+                with self:
+                    index = torch.empty(index.shape, dtype=index.dtype, device=CUDA)
+            if index.dtype in (torch.bool, torch.uint8):
+                self.wait("boolean index")
+                with self:
+                    numbers = torch.empty(index.numel(), dtype=torch.int64, device=index.device)
+                listed += [numbers] * index.dim()
+            else:
+                listed.append(index)
+        return listed
+
+
+def _is_on_gpu(tensor: Tensor) -> bool:
+    return isinstance(tensor, FakeTensor) and tensor.fake_device.type == "cuda"
+
+
+def _make_up(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Values where nobody knows them: one, or False."""
+    return torch.full(tuple(shape), dtype is not torch.bool, dtype=dtype)
+
+
+def _on_gpu(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    return torch.empty(tuple(shape), dtype=dtype, device=CUDA)
+
+
+# what tells the host a value or a number of elements, with a made-up answer
+READS: dict[Any, Callable[..., Any]] = {
+    aten._local_scalar_dense.default: lambda tensor: _make_up((), tensor.dtype).item(),
+    aten.is_nonzero.default: lambda tensor: False,
+    aten.equal.default: lambda one, other: True,
+    aten.nonzero.default: lambda tensor: _on_gpu((tensor.numel(), tensor.dim()), torch.int64),
+    aten.masked_select.default: lambda tensor, mask: _on_gpu((tensor.numel(),), tensor.dtype),
+    aten._unique2.default: lambda tensor, *args, **kwargs: tuple(
+        _on_gpu((tensor.numel(),), dtype) for dtype in (tensor.dtype, torch.int64, torch.int64)
+    ),
+    aten.unique_consecutive.default: lambda tensor, *args, **kwargs: tuple(
+        _on_gpu((tensor.numel(),), dtype) for dtype in (tensor.dtype, torch.int64, torch.int64)
+    ),
+    aten.unique_dim.default: lambda tensor, *args, **kwargs: (
+        tensor.clone(),
+        *(_on_gpu((len(tensor),), torch.int64) for _ in range(2)),
+    ),
+    aten.bincount.default: lambda tensor, weights=None, minlength=0: _on_gpu((max(1, minlength),), torch.int64),
+    aten.repeat_interleave.Tensor: lambda repeats, output_size=None: _on_gpu((repeats.numel(),), torch.int64),
+}
+
+
+def find_place() -> str:
+    """The innermost function outside of torch and of these fakes, as "path:function"."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        path = Path(frame.f_code.co_filename)
+        for folder in (SITE_PACKAGES, REPOSITORY):
+            if path.is_relative_to(folder):
+                name = path.relative_to(folder).as_posix()
+                if not name.startswith(("torch/", "tests/fakes/gpu", "tests/fakes/streams")):
+                    return f"{name}:{frame.f_code.co_name}"
+        frame = frame.f_back  # type: ignore[assignment]
+    return "?"
+
+
+@contextmanager
+def fake_gpu() -> Iterator[FakeGpu]:
+    """Inside, "cuda" is a GPU without values, and `torch.cuda` answers as if it were there."""
+    gpu = FakeGpu()
+    answers: dict[str, Any] = {
+        "torch.amp.autocast_mode.torch.cuda.amp.common.amp_definitely_not_available": lambda: False,
+        "torch.cuda.is_bf16_supported": lambda *args, **kwargs: True,
+        "torch.cuda.is_available": lambda: True,
+        "torch.cuda.device_count": lambda: 1,
+        "torch.cuda.current_device": lambda: 0,
+        "torch.cuda.get_device_capability": lambda *args: (9, 0),
+        "torch.cuda.get_device_name": lambda *args: "NVIDIA H100 80GB HBM3",
+        "torch.cuda.set_device": lambda *args: None,
+        "torch.cuda.max_memory_allocated": lambda *args: 0,
+        "torch.cuda.synchronize": lambda *args: gpu.wait("synchronize"),
+        "torch.Tensor.is_cuda": property(_is_on_gpu),
+    }
+    with ExitStack() as stack:
+        stack.enter_context(_seeing_meta())
+        for name, answer in {**answers, **gpu.streams.answers()}.items():
+            owner, _, attribute = name.rpartition(".")
+            stack.enter_context(patch.object(_find(owner), attribute, answer))
+        stack.callback(stream._side_stream.cache_clear)  # of a device that is gone
+        stream._side_stream.cache_clear()
+        with gpu:
+            yield gpu
+
+
+def _find(path: str) -> Any:
+    found: Any = torch
+    for name in path.split(".")[1:]:
+        found = getattr(found, name)
+    return found
+
+
+@contextmanager
+def _seeing_meta() -> Iterator[None]:
+    """C++ asks a tensor for its device also where no mode is entered."""
+    original = FakeTensor.__torch_dispatch__
+
+    def dispatch(cls: Any, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.prim.device.default and isinstance(args[0].fake_mode, FakeGpu):
+            return torch.device("meta")
+        return original(func, types, args, kwargs or {})
+
+    with patch.object(FakeTensor, "__torch_dispatch__", classmethod(dispatch)):
+        yield
+
+
+def to_fake_gpu(tree: Any) -> Any:
+    """The same with empty tensors on the GPU in the place of all tensors; inside of `fake_gpu`."""
+    return tree_map(lambda leaf: _on_gpu(leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else leaf, tree)
