@@ -9,11 +9,12 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -46,6 +47,9 @@ class FakeGpu(FakeTensorMode):
         """Whatever `torch.cuda.is_available` says."""
         return True
 
+    def check_collective(self, func: Any, args: Sequence[Any], tensors: Sequence[Tensor]) -> None:
+        """What ranks.FakeRanks puts here is asked about every collective."""
+
     def wait(self, what: str) -> None:
         """Note that the host waits, and at whose request."""
         self.waits.append(Wait(what, find_place()))
@@ -61,10 +65,12 @@ class FakeGpu(FakeTensorMode):
         if (asked := kwargs.get("device")) is not None and torch.device(asked).type == "meta":
             kwargs["device"] = CUDA
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        if func.namespace == "c10d":
+            self.check_collective(func, args, tensors)
         is_for_cpu = torch.device(kwargs.get("device") or CPU).type == "cpu"
         if is_for_cpu and not any(isinstance(tensor, FakeTensor) for tensor in tensors):
             return func(*args, **kwargs)
-        if func.name().startswith("aten::_foreach") and len({_is_on_gpu(one) for one in tensors}) > 1:
+        if func.name().startswith("aten::_foreach") and len({is_on_gpu(one) for one in tensors}) > 1:
             return self._run_one_by_one(func, args, kwargs)
         if (answer := self._answer(func, args, kwargs)) is not None:
             return answer[0]
@@ -88,24 +94,33 @@ class FakeGpu(FakeTensorMode):
     def _answer(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Any] | None:
         """What an operation that the host waits for gives, in a tuple; None for all others."""
         if func in READS:
-            self.wait(func.name().removeprefix("aten::"))
-            with self.streams.enqueue(func, [args[0]]):
+            self._wait_for_stream(func.name().removeprefix("aten::"), args[0])
+            with self:
                 return (READS[func](*args, **kwargs),)
+        if func in (aten.masked_fill.Tensor, aten.masked_fill_.Tensor) and is_on_gpu(args[2]):
+            self._wait_for_stream("masked_fill by a value on the GPU", args[2])
         if func is aten._to_copy.default:
             source, device = args[0], torch.device(kwargs.get("device") or args[0].device)
             if device.type == "cpu":
-                self.wait("copy to the CPU")
+                self._wait_for_stream("copy to the CPU", source)
                 return (_make_up(source.shape, kwargs.get("dtype") or source.dtype),)
-            if not _is_on_gpu(source) and not kwargs.get("non_blocking"):
+            if not is_on_gpu(source) and not kwargs.get("non_blocking"):
                 self.wait("blocking copy to the GPU")
         elif func is aten.copy_.default:
             target, source, non_blocking = args[0], args[1], (*args, False)[2] or kwargs.get("non_blocking")
-            if not _is_on_gpu(target):
-                self.wait("copy to the CPU")
+            if not is_on_gpu(target):
+                self._wait_for_stream("copy to the CPU", source)
                 return (target.copy_(_make_up(source.shape, source.dtype)),)
-            if not _is_on_gpu(source) and not non_blocking:
+            if not is_on_gpu(source) and not non_blocking:
                 self.wait("blocking copy to the GPU")
         return None
+
+    def _wait_for_stream(self, what: str, tensor: Tensor) -> None:
+        """The host waits until the current stream has read `tensor`."""
+        with self.streams.enqueue(aten.clone.default, [tensor]):
+            pass
+        self.streams.join(self.streams.current.known)
+        self.wait(what)
 
     def _list_indices(self, tensor: Tensor, indices: Sequence[Tensor | None]) -> list[Tensor | None]:
         """The indices as whole numbers on the GPU, and a note of what has to be brought there or counted."""
@@ -114,7 +129,7 @@ class FakeGpu(FakeTensorMode):
             if index is None:
                 listed.append(None)
                 continue
-            if not _is_on_gpu(index) and index.dim() and _is_on_gpu(tensor):
+            if not is_on_gpu(index) and index.dim() and is_on_gpu(tensor):
                 self.wait("index from the CPU")
                 with self:
                     index = torch.empty(index.shape, dtype=index.dtype, device=CUDA)
@@ -128,7 +143,8 @@ class FakeGpu(FakeTensorMode):
         return listed
 
 
-def _is_on_gpu(tensor: Tensor) -> bool:
+def is_on_gpu(tensor: Tensor) -> bool:
+    """Whether it lies on the GPU that is not there."""
     return isinstance(tensor, FakeTensor) and tensor.fake_device.type == "cuda"
 
 
@@ -163,6 +179,12 @@ READS: dict[Any, Callable[..., Any]] = {
 }
 
 
+PROPERTIES = SimpleNamespace(name="NVIDIA H100 80GB HBM3", total_memory=80 << 30, major=9, minor=0)
+
+
+_PASSED_OVER = ("torch/", "deepspeed/accelerator/", "deepspeed/comm/", "tests/fakes/gpu.py", "tests/fakes/streams.py")
+
+
 def find_place() -> str:
     """The innermost function outside of torch and of these fakes, as "path:function"."""
     frame = sys._getframe(1)
@@ -171,7 +193,7 @@ def find_place() -> str:
         for folder in (SITE_PACKAGES, REPOSITORY):
             if path.is_relative_to(folder):
                 name = path.relative_to(folder).as_posix()
-                if not name.startswith(("torch/", "tests/fakes/gpu", "tests/fakes/streams")):
+                if not name.startswith(_PASSED_OVER):
                     return f"{name}:{frame.f_code.co_name}"
         frame = frame.f_back  # type: ignore[assignment]
     return "?"
@@ -190,9 +212,22 @@ def fake_gpu() -> Iterator[FakeGpu]:
         "torch.cuda.get_device_capability": lambda *args: (9, 0),
         "torch.cuda.get_device_name": lambda *args: "NVIDIA H100 80GB HBM3",
         "torch.cuda.set_device": lambda *args: None,
-        "torch.cuda.max_memory_allocated": lambda *args: 0,
-        "torch.cuda.synchronize": lambda *args: gpu.wait("synchronize"),
-        "torch.Tensor.is_cuda": property(_is_on_gpu),
+        **{
+            f"torch.cuda.{name}": lambda *args: 0
+            for name in (
+                "max_memory_allocated",
+                "memory_allocated",
+                "memory_reserved",
+                "max_memory_reserved",
+                "reset_peak_memory_stats",
+                "reset_max_memory_allocated",
+                "empty_cache",
+            )
+        },
+        "torch.cuda.get_device_properties": lambda *args: PROPERTIES,
+        "torch.cuda.memory_stats": lambda *args: {},
+        "torch.Tensor.is_cuda": property(is_on_gpu),
+        "torch.nn.Module._apply": _apply,
     }
     with ExitStack() as stack:
         stack.enter_context(_seeing_meta())
@@ -203,6 +238,24 @@ def fake_gpu() -> Iterator[FakeGpu]:
         stream._side_stream.cache_clear()
         with gpu:
             yield gpu
+
+
+def _apply(module: nn.Module, function: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+    """As `nn.Module` moves and converts: a parameter stays the same object where torch can have it so."""
+    for child in module.children() if recurse else ():
+        child._apply(function)  # type: ignore[no-untyped-call]
+    for name, parameter in module._parameters.items():
+        if parameter is not None:
+            with torch.no_grad():
+                value = function(parameter)
+            if type(value) is type(parameter.data):
+                parameter.data = value
+            else:  # from the CPU to the GPU
+                module._parameters[name] = nn.Parameter(value, requires_grad=parameter.requires_grad)
+    for name, buffer in module._buffers.items():
+        if buffer is not None:
+            module._buffers[name] = function(buffer)
+    return module
 
 
 def _find(path: str) -> Any:

@@ -36,8 +36,7 @@ class FakeStream:
 
     def wait_event(self, event: "FakeEvent") -> None:
         """All later work comes after the event's."""
-        for stream, number in event.known.items():
-            self.known[stream] = max(self.known.get(stream, 0), number)
+        _merge(self.known, event.known)
 
     def wait_stream(self, stream: "FakeStream") -> None:
         """All later work comes after all so far of another stream."""
@@ -45,6 +44,7 @@ class FakeStream:
 
     def synchronize(self) -> None:
         """The host waits."""
+        self.streams.join(self.known)
         self.streams.wait("synchronize")
 
     def query(self) -> bool:
@@ -69,6 +69,7 @@ class FakeEvent:
 
     def synchronize(self) -> None:
         """The host waits."""
+        self.streams.join(self.known)
         self.streams.wait("event")
 
     def query(self) -> bool:
@@ -97,7 +98,8 @@ class Streams:
     def __init__(self, wait: Callable[[str], None]) -> None:
         self.wait = wait
         self.default = self.current = FakeStream(self, "the default stream")
-        self.count = 0
+        self._all = [self.default]
+        self._host: dict[FakeStream, int] = {}  # work that the host has waited for
         self._blocks: dict[int, Block] = {}
         self._watched: dict[int, Any] = {}
 
@@ -109,17 +111,36 @@ class Streams:
             "torch.cuda.current_stream": lambda *args: self.current,
             "torch.cuda.default_stream": lambda *args: self.default,
             "torch.cuda.stream": self.use,
+            "torch.cuda.set_stream": self.set_current,
+            "torch.cuda.synchronize": self.synchronize,
             "torch.Tensor.record_stream": lambda tensor, stream: self.record(tensor, stream),
         }
 
     def make(self, *args: Any, **kwargs: Any) -> FakeStream:
         """A new stream."""
-        self.count += 1
-        return FakeStream(self, f"stream {self.count}")
+        self._all.append(FakeStream(self, f"stream {len(self._all)}"))
+        return self._all[-1]
+
+    def set_current(self, stream: FakeStream) -> None:
+        """Work goes to `stream` from here on."""
+        self.current = stream
+
+    def synchronize(self, *args: Any) -> None:
+        """The host waits for all streams."""
+        for stream in self._all:
+            self.join(stream.known)
+        self.wait("synchronize")
+
+    def join(self, known: dict[FakeStream, int]) -> None:
+        """The host has waited for this: all work that it gives from now on comes after."""
+        _merge(self._host, known)
 
     @contextmanager
-    def use(self, stream: FakeStream) -> Iterator[None]:
+    def use(self, stream: FakeStream | None) -> Iterator[None]:
         """Work goes to `stream`."""
+        if stream is None:
+            yield
+            return
         before, self.current = self.current, stream
         try:
             yield
@@ -144,6 +165,7 @@ class Streams:
             return
         stream, name = self.current, func.name().removeprefix("aten::")
         stream.known[stream] += 1
+        _merge(stream.known, self._host)
         for tensor in new:
             self._allocate(tensor, name)
         for tensor in inputs:
@@ -186,6 +208,11 @@ class Streams:
         for other, number in done.items():
             if self.current.known.get(other, 0) < number:
                 raise RaceError(f"{fault} ({self.current.name} has not waited for {other.name})")
+
+
+def _merge(known: dict[FakeStream, int], more: dict[FakeStream, int]) -> None:
+    for stream, number in more.items():
+        known[stream] = max(known.get(stream, 0), number)
 
 
 def _is_watched(tensor: Tensor) -> bool:
