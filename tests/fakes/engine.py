@@ -53,6 +53,7 @@ class FakeTraining:
         step = next(self._steps)
         with self.state.use_attention():
             assert self.trainer.take(step, self._images(step))
+        assert self.state.engine.was_step_applied()
         return step
 
     def _images(self, step: int) -> Iterator[CropBatch]:

@@ -65,8 +65,11 @@ class FakeGpu(FakeTensorMode):
         if (asked := kwargs.get("device")) is not None and torch.device(asked).type == "meta":
             kwargs["device"] = CUDA
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        if func.namespace == "c10d":
+        kwargs.pop("pin_memory", None)  # needs a driver
+        if func.namespace == "c10d" and func is not torch.ops.c10d.barrier.default:  # NCCL's needs no tensor
             self.check_collective(func, args, tensors)
+            written = [leaf for leaf in tree_leaves(args[0]) if isinstance(leaf, Tensor)]
+            self.streams.send(tensors, written, is_async=_is_async(func, args, kwargs))
         is_for_cpu = torch.device(kwargs.get("device") or CPU).type == "cpu"
         if is_for_cpu and not any(isinstance(tensor, FakeTensor) for tensor in tensors):
             return func(*args, **kwargs)
@@ -148,9 +151,16 @@ def is_on_gpu(tensor: Tensor) -> bool:
     return isinstance(tensor, FakeTensor) and tensor.fake_device.type == "cuda"
 
 
+def _is_async(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a collective leaves it to `Work.wait` to put later work after it."""
+    given = {argument.name: value for argument, value in zip(func._schema.arguments, args, strict=False)}
+    given = {**given, **kwargs}
+    return bool(given.get("async_op", given.get("asyncOp", True)))  # an older name
+
+
 def _make_up(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Values where nobody knows them: one, or False."""
-    return torch.full(tuple(shape), dtype is not torch.bool, dtype=dtype)
+    """Values where nobody knows them: one, and of what tells that something is wrong: no."""
+    return torch.full(tuple(shape), dtype not in (torch.bool, torch.uint8), dtype=dtype)
 
 
 def _on_gpu(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -227,6 +237,8 @@ def fake_gpu() -> Iterator[FakeGpu]:
         "torch.cuda.get_device_properties": lambda *args: PROPERTIES,
         "torch.cuda.memory_stats": lambda *args: {},
         "torch.Tensor.is_cuda": property(is_on_gpu),
+        "torch.Tensor.to": _to,
+        "torch.Tensor.pin_memory": lambda tensor, *args: tensor,
         "torch.nn.Module._apply": _apply,
     }
     with ExitStack() as stack:
@@ -238,6 +250,26 @@ def fake_gpu() -> Iterator[FakeGpu]:
         stream._side_stream.cache_clear()
         with gpu:
             yield gpu
+
+
+_TO = Tensor.to
+
+
+def _to(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """`tensor.to`, which C++ would have copy what lies on the GPU already."""
+    copy = kwargs.pop("copy", False)
+    device, dtype, non_blocking, layout = torch._C._nn._parse_to(*args, **kwargs)
+    if device is not None and device.type in ("cuda", "meta") and is_on_gpu(tensor):
+        device = None
+    result = _TO(
+        tensor,
+        device=device,
+        dtype=dtype or tensor.dtype,
+        non_blocking=non_blocking,
+        copy=copy,
+        **({} if layout is None else {"memory_format": layout}),
+    )
+    return result
 
 
 def _apply(module: nn.Module, function: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:

@@ -98,7 +98,8 @@ class Streams:
     def __init__(self, wait: Callable[[str], None]) -> None:
         self.wait = wait
         self.default = self.current = FakeStream(self, "the default stream")
-        self._all = [self.default]
+        self.network = FakeStream(self, "the collectives' stream")
+        self._all = [self.default, self.network]
         self._host: dict[FakeStream, int] = {}  # work that the host has waited for
         self._blocks: dict[int, Block] = {}
         self._watched: dict[int, Any] = {}
@@ -113,6 +114,7 @@ class Streams:
             "torch.cuda.stream": self.use,
             "torch.cuda.set_stream": self.set_current,
             "torch.cuda.synchronize": self.synchronize,
+            "torch._C._distributed_c10d.FakeWork.wait": lambda *args: self.current.wait_stream(self.network),
             "torch.Tensor.record_stream": lambda tensor, stream: self.record(tensor, stream),
         }
 
@@ -152,6 +154,18 @@ class Streams:
         if block := self._blocks.get(_place(tensor)):
             block.recorded.add(stream)
 
+    def send(self, tensors: Sequence[Tensor], written: Sequence[Tensor], *, is_async: bool) -> None:
+        """A collective: on a stream of its own, after what the current one has to do; it keeps its tensors."""
+        self.network.wait_stream(self.current)
+        for tensor in tensors:
+            self.record(tensor, self.network)
+        with self.use(self.network):
+            self.network.known[self.network] += 1
+            _merge(self.network.known, self._host)
+            self._touch(tensors, written, "a collective")
+        if not is_async:
+            self.current.wait_stream(self.network)
+
     @contextmanager
     def enqueue(self, func: Any, inputs: Sequence[Tensor]) -> Iterator[list[Tensor]]:
         """A piece of work of the current stream: it reads or writes `inputs` and makes what fills the list."""
@@ -161,22 +175,25 @@ class Streams:
         places = {_place(tensor) for tensor in inputs}
         new = [tensor for tensor in made if _is_watched(tensor) and _place(tensor) not in places]
         is_view = bool(made) and not new and not func._schema.is_mutable
-        if is_view:  # no kernel
+        if is_view or func.namespace == "c10d":  # no kernel; see `send`
             return
         stream, name = self.current, func.name().removeprefix("aten::")
         stream.known[stream] += 1
         _merge(stream.known, self._host)
         for tensor in new:
             self._allocate(tensor, name)
+        self._touch(inputs, _list_written(func, inputs, made), name)
+
+    def _touch(self, inputs: Sequence[Tensor], written: Sequence[Tensor], name: str) -> None:
+        """The current stream's newest work reads `inputs` and writes some of them."""
+        stream = self.current
         for tensor in inputs:
-            block = self._blocks.get(_place(tensor))
-            if block is None:  # as old as the fake
-                continue
-            self._check_use(block, name)
-            block.used[stream] = stream.known[stream]
-        for tensor in _list_written(func, inputs, made):
             if block := self._blocks.get(_place(tensor)):
-                self._check_order(block, block.used, f"{name} writes while another stream may read")
+                self._check_use(block, name)
+                block.used[stream] = stream.known[stream]
+        for tensor in written:
+            if block := self._blocks.get(_place(tensor)):
+                self._check_order(block, block.used, f"{name} writes what another stream may still read")
                 block.written = (stream, stream.known[stream])
 
     def _allocate(self, tensor: Tensor, name: str) -> None:
