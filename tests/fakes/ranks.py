@@ -61,9 +61,7 @@ NEW_GROUP = dist.new_group
 
 def _list_groups(args: Sequence[Any]) -> list[str]:
     boxed = [arg for arg in args if isinstance(arg, torch.ScriptObject)]
-    return [
-        dist.ProcessGroup.unbox(one).group_name for one in boxed if "ProcessGroup" in one._type().name()
-    ]
+    return [dist.ProcessGroup.unbox(one).group_name for one in boxed if "ProcessGroup" in one._type().name()]
 
 
 @contextmanager

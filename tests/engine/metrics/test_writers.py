@@ -91,7 +91,9 @@ def test_only_the_first_rank_opens_monitors() -> None:
 
 
 def test_the_engine_gets_no_monitors() -> None:
-    assert without_monitors({**TWO, "train_batch_size": 8}) == {"train_batch_size": 8}
+    off = {"timers": {"throughput": {"enabled": False}}}
+    assert without_monitors({**TWO, "train_batch_size": 8}) == {"train_batch_size": 8, **off}
+    assert without_monitors({"timers": {}, **TWO}) == {"timers": {}}  # the user's own stays
 
 
 @pytest.fixture
