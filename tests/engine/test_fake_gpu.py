@@ -148,6 +148,32 @@ def name_function(place: str) -> str:
     return f"{path}:{name}"
 
 
+@pytest.mark.slow_unless(stage=3)
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_step_that_is_left_out_is_explained_and_undone_on_the_gpu(
+    on_ranks: Callable[..., list[Any]], tiny_run: Callable[..., Any], stage: int
+) -> None:
+    run = tiny_run(ranks=2, stage=stage, accumulation=2, cmae=MATH)
+
+    def train() -> tuple[str, set[str]]:
+        with fake_training(run) as training:
+            training.take()
+            training.gpu.flags = True  # also of the norm: it is not finite
+            training.gpu.waits.clear()
+            training.take()
+            bad = training.trainer._guard.bad
+            training.gpu.flags = False
+            training.take()
+            places = {wait.place for wait in training.gpu.waits}
+            return bad.cause, {place for place in places if place.startswith("cmae_scale/")}
+
+    [(cause, places)] = on_ranks(train, ranks=1)
+    assert cause in ("loss jumped", "gradient is not finite")
+    explained = "cmae_scale/engine/step_guard.py:_explain"
+    assert explained in places
+    assert places <= {explained, "cmae_scale/core/collectives.py:gather_objects"}
+
+
 def read_a_value(module: Any, args: Any, output: Any) -> None:
     output.pixels.sum().item()
 

@@ -40,6 +40,7 @@ class FakeGpu(FakeTensorMode):
     def __init__(self) -> None:
         super().__init__(allow_non_fake_inputs=True)
         self.waits: list[Wait] = []
+        self.flags = False  # what the host is told of "is anything wrong", and of all other truths
         self.streams = Streams(self.wait)
 
     @property
@@ -103,6 +104,9 @@ class FakeGpu(FakeTensorMode):
 
     def _answer(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Any] | None:
         """What an operation that the host waits for gives, in a tuple; None for all others."""
+        if func is aten._local_scalar_dense.default:
+            self._wait_for_stream("_local_scalar_dense", args[0])
+            return (self._make_up((), args[0].dtype).item(),)
         if func in READS:
             self._wait_for_stream(func.name().removeprefix("aten::"), args[0])
             with self:
@@ -113,17 +117,22 @@ class FakeGpu(FakeTensorMode):
             source, device = args[0], torch.device(kwargs.get("device") or args[0].device)
             if device.type == "cpu":
                 self._wait_for_stream("copy to the CPU", source)
-                return (_make_up(source.shape, kwargs.get("dtype") or source.dtype),)
+                return (self._make_up(source.shape, kwargs.get("dtype") or source.dtype),)
             if not is_on_gpu(source) and not kwargs.get("non_blocking"):
                 self.wait("blocking copy to the GPU")
         elif func is aten.copy_.default:
             target, source, non_blocking = args[0], args[1], (*args, False)[2] or kwargs.get("non_blocking")
             if not is_on_gpu(target):
                 self._wait_for_stream("copy to the CPU", source)
-                return (target.copy_(_make_up(source.shape, source.dtype)),)
+                return (target.copy_(self._make_up(source.shape, source.dtype)),)
             if not is_on_gpu(source) and not non_blocking:
                 self.wait("blocking copy to the GPU")
         return None
+
+    def _make_up(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Values where nobody knows them: one, and of what tells that something is wrong `flags`."""
+        is_flag = dtype in (torch.bool, torch.uint8)
+        return torch.full(tuple(shape), int(self.flags or not is_flag), dtype=dtype)
 
     def _wait_for_stream(self, what: str, tensor: Tensor) -> None:
         """The host waits until the current stream has read `tensor`."""
@@ -165,18 +174,12 @@ def _is_async(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool
     return bool(given.get("async_op", given.get("asyncOp", True)))  # an older name
 
 
-def _make_up(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Values where nobody knows them: one, and of what tells that something is wrong: no."""
-    return torch.full(tuple(shape), dtype not in (torch.bool, torch.uint8), dtype=dtype)
-
-
 def _on_gpu(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     return torch.empty(tuple(shape), dtype=dtype, device=CUDA)
 
 
-# what tells the host a value or a number of elements, with a made-up answer
+# what else tells the host a value or a number of elements, with a made-up answer
 READS: dict[Any, Callable[..., Any]] = {
-    aten._local_scalar_dense.default: lambda tensor: _make_up((), tensor.dtype).item(),
     aten.is_nonzero.default: lambda tensor: False,
     aten.equal.default: lambda one, other: True,
     aten.nonzero.default: lambda tensor: _on_gpu((tensor.numel(), tensor.dim()), torch.int64),
