@@ -13,9 +13,8 @@ from torch import nn
 
 from cmae_scale.config.batches import plan_batch
 from cmae_scale.config.cmae import CmaeConfig
-from cmae_scale.config.durations import Timetable
 from cmae_scale.config.run_file import Run
-from cmae_scale.config.schedules import TargetMomentum, WarmupCosine
+from cmae_scale.config.schedules import TargetMomentum, Timetable, WarmupCosine
 from cmae_scale.data.decoding import BadSamples
 from cmae_scale.data.stream import CropBatch
 from cmae_scale.models import CMAE

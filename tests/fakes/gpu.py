@@ -1,8 +1,9 @@
 """A GPU that is not there: tensors without values on "cuda", and a note of whatever makes the host wait.
 
 Tensors on the CPU are real ones, with values; those on the GPU have shape, type and device alone (torch's
-FakeTensorMode). An operation on both raises as it does on a GPU. Where the host asks for a value, or waits for a
-copy, that is noted with its place, and made-up values go on: a step runs to its end and all its waits are known.
+FakeTensorMode). An operation on both raises as it does on a GPU. Where the host asks for a value, or waits
+for a copy, that is noted with its place, and made-up values go on: a step runs to its end and all its waits
+are known.
 """
 
 import sys
@@ -35,7 +36,7 @@ class Wait(NamedTuple):
 
 
 class FakeGpu(FakeTensorMode):
-    """`waits` fill while it is entered (see `fake_gpu`); `streams` knows which work was ordered before which."""
+    """`waits` fill while it is entered (see `fake_gpu`); `streams` knows which work comes before which."""
 
     def __init__(self) -> None:
         super().__init__(allow_non_fake_inputs=True)
@@ -273,7 +274,7 @@ def _to(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     device, dtype, non_blocking, layout = torch._C._nn._parse_to(*args, **kwargs)
     if device is not None and device.type in ("cuda", "meta") and is_on_gpu(tensor):
         device = None
-    result = _TO(
+    return _TO(
         tensor,
         device=device,
         dtype=dtype or tensor.dtype,
@@ -281,7 +282,6 @@ def _to(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         copy=copy,
         **({} if layout is None else {"memory_format": layout}),
     )
-    return result
 
 
 def _apply(module: nn.Module, function: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:

@@ -1,7 +1,8 @@
-"""Ranks that are not there: this process is one of several, whose collectives refuse tensors on a wrong device.
+"""Ranks that are not there: this process is one of several, and collectives refuse tensors elsewhere.
 
-NCCL takes tensors on the rank's GPU alone, gloo takes those on the CPU; on a machine without a GPU everything is
-gloo's, and a tensor in the wrong place passes. Nothing is sent: what comes back has shapes, or this rank's values.
+NCCL takes tensors on the rank's GPU alone, gloo takes those on the CPU; on a machine without a GPU everything
+is gloo's, and a tensor in the wrong place passes. Nothing is sent: what comes back has shapes, or this rank's
+values.
 """
 
 import os

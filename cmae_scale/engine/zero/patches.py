@@ -168,8 +168,8 @@ SECTIONS = ("tensorboard", "wandb", "csv_monitor", "comet")  # of a ds_config
 def without_monitors(settings: dict[str, Any]) -> dict[str, Any]:
     """The ds_config for the engine: its own use of the monitors is off, and so is its clock.
 
-    From the third step on its throughput timer has the host wait for the GPU at the begin of every forward pass
-    and at the end of every micro-batch, for a figure that nobody reads here. What a run file says of it stays.
+    From the third step on its throughput timer has the host wait for the GPU when a forward pass begins and
+    when a micro-batch ends, for a figure that nobody reads here. What a run file says of it stays.
     """
     kept = {name: value for name, value in settings.items() if name not in SECTIONS}
     return {"timers": {"throughput": {"enabled": False}}, **kept}
