@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from cmae_scale.core.collectives import sum_of_ranks
 from cmae_scale.engine.zero.partitions import (
+    Master,
     drop_node_copies_,
     is_partitioned,
     master_of,
@@ -36,6 +37,8 @@ class TargetEma:
             )
         both = zip(self.online, self.target, strict=True)
         self.masters = [_starting_master(*pair) for pair in both] if keep_master else None
+        is_spread = any(not master.is_shared for master in self.masters or [])
+        self._buckets = _fill_buckets(self.target) if is_spread and not is_partitioned(self.target[0]) else []
 
     @torch.no_grad()
     def update_(self, momentum: float) -> None:
@@ -45,28 +48,36 @@ class TargetEma:
         if self.masters is None:
             torch._foreach_lerp_(*self._shards(), 1 - momentum)
         else:
-            torch._foreach_lerp_(self.masters, [master_of(p) for p in self.online], 1 - momentum)
+            followed = [master_of(p).values for p in self.online]
+            torch._foreach_lerp_([master.values for master in self.masters], followed, 1 - momentum)
         self.sync_()
 
-    def named_masters(self) -> dict[str, Tensor]:
+    def named_masters(self) -> dict[str, Master]:
         """The fp32 masters of this rank by parameter name; none where the target itself is fp32."""
         return {} if self.masters is None else dict(zip(self.names, self.masters, strict=True))
 
-    def named_averages(self, module: nn.Module) -> dict[str, Tensor]:
+    def named_averages(self, module: nn.Module) -> dict[str, Master]:
         """The averages that are no parameters of `module`, by the name of what they follow; in fp32."""
         inside = {id(parameter) for parameter in module.parameters()}
         masters = self.named_masters()
         return {
-            name: masters.get(name, target.data)
+            name: masters.get(name, Master(target.data))
             for name, target in zip(self.names, self.target, strict=True)
             if id(target) not in inside
         }
 
     @torch.no_grad()
     def sync_(self) -> None:
-        """Have the target's other copies agree with what was written to its masters, or to itself."""
-        if self.masters:
-            torch._foreach_copy_([partition_of(p) for p in self.target], self.masters)
+        """Have the target's other copies agree with what was written to its masters, or to itself.
+
+        Where ranks have parts of the masters, all call it together, and few large collectives do it.
+        """
+        if self._buckets:
+            for bucket in self._buckets:
+                self._spread(bucket)
+        elif self.masters:
+            values = [master.values for master in self.masters]
+            torch._foreach_copy_([partition_of(p) for p in self.target], values)
         drop_node_copies_(self.target)
 
     @torch.no_grad()
@@ -75,26 +86,73 @@ class TargetEma:
 
         Every rank must call it at the same step. Takes the memory of one parameter.
         """
-        pairs = list(zip(self.online, self.masters or [partition_of(p) for p in self.target], strict=True))
+        averages = [partition_of(p) for p in self.target]
+        if self.masters is not None:
+            averages = [master.values for master in self.masters]
         squares = torch.zeros(2, device=self._device)
-        for online, target in pairs:
-            values = partition_of(online) if self.masters is None else master_of(online)
+        for online, target in zip(self.online, averages, strict=True):
+            values = partition_of(online) if self.masters is None else master_of(online).values
             own, followed = own_elements(online, values), own_elements(online, target)
             squares += torch.stack([(own - followed).square().sum(), own.square().sum()]).to(self._device)
-        if is_partitioned(self.online[0]):
+        if is_partitioned(self.online[0]) or self._buckets:
             squares = sum_of_ranks(squares)
         return (squares[0] / squares[1]).sqrt()
+
+    def _spread(self, bucket: range) -> None:
+        """Bring the parts of some masters together, in the target's own format, on all ranks.
+
+        Every rank writes its parts between zeros: their sum as whole numbers is all parts, to the bit.
+        """
+        assert self.masters is not None
+        targets = [self.target[number].data for number in bucket]
+        sizes = [target.numel() for target in targets]
+        room = sum(sizes) + sum(sizes) % 2  # of two bytes each: a whole number has four
+        flat = torch.zeros(room, dtype=targets[0].dtype, device=targets[0].device)
+        wholes = torch.split(flat[: sum(sizes)], sizes)
+        for whole, number in zip(wholes, bucket, strict=True):
+            values, start, _ = self.masters[number]
+            whole[start : start + values.numel()].copy_(values.flatten())
+        summed = sum_of_ranks(flat.view(torch.int32)).view(flat.dtype)
+        parts = zip(torch.split(summed[: sum(sizes)], sizes), targets, strict=True)
+        torch._foreach_copy_(targets, [part.view_as(target) for part, target in parts])
 
     def _shards(self) -> tuple[list[Tensor], list[Tensor]]:
         return [partition_of(p) for p in self.target], [partition_of(p) for p in self.online]
 
 
-def _starting_master(online: nn.Parameter, target: nn.Parameter) -> Tensor:
+BUCKET_ELEMENTS = 1 << 26  # that are brought together at once: 128 MB in bf16
+
+
+def _fill_buckets(targets: Sequence[nn.Parameter]) -> list[range]:
+    """Neighbouring parameters of one format, as many as BUCKET_ELEMENTS hold."""
+    buckets: list[range] = []
+    held = 0
+    for number, target in enumerate(targets):
+        fits = held + target.numel() <= BUCKET_ELEMENTS and buckets
+        if fits and target.dtype == targets[number - 1].dtype:
+            buckets[-1] = range(buckets[-1].start, number + 1)
+            held += target.numel()
+        else:
+            buckets.append(range(number, number + 1))
+            held = target.numel()
+    return buckets
+
+
+def _starting_master(online: nn.Parameter, target: nn.Parameter) -> Master:
     """The fp32 values that the target starts with.
 
     In a new run it equals the online branch, whose fp32 values were not yet rounded. In a run that starts
     from a whole model's weights it has its own where the two differ.
     """
     master = master_of(online)  # on the CPU where the optimizer is offloaded: then the average is made there
-    rounded, online_rounded = (partition_of(parameter).to(master.device) for parameter in (target, online))
-    return torch.where(rounded == online_rounded, master, rounded.float())
+    rounded, online_rounded = (_part_of(parameter, master) for parameter in (target, online))
+    values = torch.where(rounded == online_rounded, master.values, rounded.float())
+    return master._replace(values=values)
+
+
+def _part_of(parameter: nn.Parameter, master: Master) -> Tensor:
+    """The elements of `parameter` that `master` has, beside it."""
+    values = partition_of(parameter)
+    if values.shape != master.values.shape:
+        values = values.flatten()[master.start : master.start + master.values.numel()]
+    return values.to(master.values.device)

@@ -8,6 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import cmae_scale.engine.ema as ema_module
 from cmae_scale.engine.ema import TargetEma
+from cmae_scale.engine.zero.partitions import Master, master_of
 
 CPU = torch.device("cpu")
 
@@ -80,12 +81,17 @@ def test_what_is_offloaded_is_averaged_where_it_lies_and_compared_on_the_device(
             for number in range(4)
         ]
         lying = {id(one): CPU if int(name) % 2 else one.device for name, *both in pairs for one in both}
-        monkeypatch.setattr(ema_module, offloaded, lambda one: one.data.to(lying[id(one)]).float())
+
+        def find(one: nn.Parameter) -> Any:
+            values = one.data.to(lying[id(one)]).float()
+            return Master(values) if keep_master else values
+
+        monkeypatch.setattr(ema_module, offloaded, find)
         ema = TargetEma(pairs, keep_master=keep_master, device=torch.device("cuda"))
         ema.update_(0.9)
         assert ema.measure_distance().device.type == "cuda"
         for (name, *_), master in zip(pairs, ema.masters or [], strict=keep_master):
-            assert master.device.type == ("cpu" if int(name) % 2 else "cuda")
+            assert master.values.device.type == ("cpu" if int(name) % 2 else "cuda")
 
 
 def test_a_plain_mae_has_nothing_to_average() -> None:
@@ -134,3 +140,50 @@ def test_the_average_is_bit_equal_under_every_zero_stage(
     for answer in on_ranks(follow(stage), ranks=2):
         for name, value in plain.items():
             assert torch.equal(answer[name], value), name
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("bucket", [1 << 26, 1000], ids=["one bucket", "many"])
+def test_ranks_with_parts_of_the_masters_average_without_asking_for_each_parameter(
+    on_ranks: Callable[..., list[Any]], tiny_run: Callable[..., Any], stage: int, bucket: int
+) -> None:
+    """In a bf16 engine, beside an average of the gathered fp32 weights: the same bits, on every rank."""
+
+    def follow() -> Any:
+        import torch.distributed as dist
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        from cmae_scale.engine.process.group import start_processes
+        from cmae_scale.engine.setup import start_pretraining
+
+        ema_module.BUCKET_ELEMENTS = bucket
+        run = tiny_run(ranks=2, stage=stage, bf16={"enabled": True})
+        state = start_pretraining(run, context=start_processes(), data_order="none")
+        ema, calls = state.ema, []
+        wholes = [safe_get_full_fp32_param(p).clone().view(p.shape) for p in ema.online]
+        expected = [whole.clone() for whole in wholes]
+        with torch.no_grad():  # as an optimizer step does: every rank moves its own part
+            for parameter in ema.online:
+                master_of(parameter).values.mul_(1.25).add_(0.01)
+        reduce = dist.all_reduce
+        dist.all_reduce = lambda *args, **kwargs: calls.append(args[0].numel()) or reduce(*args, **kwargs)
+        for _ in range(3):
+            ema.update_(0.9)
+        dist.all_reduce = reduce
+        for whole, average in zip(wholes, expected, strict=True):
+            for _ in range(3):
+                average.lerp_(whole * 1.25 + 0.01, 1 - 0.9)
+        targets = [target.detach().clone() for target in ema.target]
+        held = sum(master.values.numel() for master in ema.masters)
+        return targets, expected, len(calls), held, float(ema.measure_distance())
+
+    answers = on_ranks(follow, ranks=2)
+    total = sum(target.numel() for target in answers[0][0])
+    assert answers[0][3] + answers[1][3] == total
+    assert answers[0][4] == answers[1][4] > 0
+    for targets, expected, calls, held, _ in answers:
+        assert held < total
+        assert calls == 3 if bucket > total else 3 < calls < 3 * len(targets)
+        for target, average in zip(targets, expected, strict=True):
+            assert torch.equal(target, average.bfloat16())

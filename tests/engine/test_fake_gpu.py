@@ -32,7 +32,7 @@ DEEPSPEEDS = {
     f"{ZERO}stage3.py:__reduce_and_partition_ipg_grads": "it holds no more than two buckets at a time",
     f"{ZERO}stage3.py:get_grad_norm_direct": "it makes a number on the CPU",
     f"{ZERO}stage3.py:has_overflow": "fp16 and bf16: the host decides on the update",
-    f"{ZERO}partitioned_param_coordinator.py:_fetch_sub_module_impl": "it fetches no further ahead of the GPU",
+    f"{ZERO}partitioned_param_coordinator.py:_fetch_sub_module_impl": "it fetches no further ahead",
     # bf16 without ZERO looks at every gradient: a run file that minds writes stage 1
     "deepspeed/runtime/utils.py:has_overflow_serial": "one look for each gradient",
     "deepspeed/runtime/utils.py:has_overflow": "the same for all ranks",

@@ -34,7 +34,8 @@ def overflow_once(run: Any) -> list[dict[str, Any]]:
     state = start_pretraining(run, context=context, data_order="none")
     task = Pretraining(state, batch, TargetMomentum(0.9, total_steps=10))
     with torch.no_grad():  # so that an average that goes on would be seen
-        for parameter in state.ema.masters or [partition_of(p) for p in state.ema.target]:
+        masters = [master.values for master in state.ema.masters or []]
+        for parameter in masters or [partition_of(p) for p in state.ema.target]:
             parameter.add_(0.01)
     step = 0
     state.engine.module.predictor.fc2.weight.register_hook(

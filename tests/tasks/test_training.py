@@ -280,7 +280,7 @@ def test_neighbours_by_command_are_counted_exactly_on_two_ranks(
         ({"finetune": {"ema": 0.9}}, ["zero_optimization.stage=3"], "write zero_optimization.stage=2"),
         (
             {"linear": {}},
-            ["optimizer.type=LARS", "zero_optimization.stage=1"],
+            ["optimizer.type=LARS", "zero_optimization.stage=3"],
             "write zero_optimization.stage=0",
         ),
     ],

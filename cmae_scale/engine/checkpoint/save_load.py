@@ -12,8 +12,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from cmae_scale.checkpoints import commit
 from cmae_scale.checkpoints.commit import Found, check_files, choose_checkpoint
 from cmae_scale.checkpoints.files import CheckpointReader, rank_file_name, write_rank_file
@@ -22,6 +20,7 @@ from cmae_scale.core.errors import ConfigError
 from cmae_scale.core.world import World
 from cmae_scale.engine.checkpoint.metadata import CheckpointMetadata
 from cmae_scale.engine.zero.partition_map import count_elements, list_partitions
+from cmae_scale.engine.zero.partitions import Master
 from cmae_scale.engine.zero.state import read_content, read_counters, write_content, write_counters
 
 # what PyTorch and the file system raise when a disk is full, read-only or gone
@@ -51,8 +50,8 @@ def save_checkpoint(
     *,
     step: int,
     metadata: CheckpointMetadata,
-    masters: Mapping[str, Tensor],
-    averages: Mapping[str, Tensor],
+    masters: Mapping[str, Master],
+    averages: Mapping[str, Master],
     extra: Mapping[str, Any],
     keeping: Keeping,
     world: World,
@@ -88,8 +87,8 @@ def load_newest(
     folder: Path,
     *,
     metadata: CheckpointMetadata,
-    masters: Mapping[str, Tensor],
-    averages: Mapping[str, Tensor],
+    masters: Mapping[str, Master],
+    averages: Mapping[str, Master],
     changes_allowed: bool,
     world: World,
 ) -> Loaded | None:
@@ -124,8 +123,8 @@ def _take_up(
     path: Path,
     description: dict[str, Any],
     *,
-    masters: Mapping[str, Tensor],
-    averages: Mapping[str, Tensor],
+    masters: Mapping[str, Master],
+    averages: Mapping[str, Master],
 ) -> None:
     state = CheckpointReader([path / name for name in sorted(description["files"])])
     parameters = {name: count_elements(parameter) for name, parameter in engine.module.named_parameters()}

@@ -13,6 +13,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from cmae_scale.engine.zero.partitions import Master
+
 
 @dataclass(frozen=True)
 class ParamPartition:
@@ -46,11 +48,11 @@ class _Home(NamedTuple):
 
 
 def list_partitions(
-    engine: Any, *, masters: Mapping[str, Tensor], averages: Mapping[str, Tensor]
+    engine: Any, *, masters: Mapping[str, Master], averages: Mapping[str, Master]
 ) -> list[ParamPartition]:
     """The partitions of all parameters on this rank; `masters` are fp32 values of frozen ones, by name.
 
-    `averages` are moving averages beside the model, by the name of what they follow, whole on every rank.
+    `averages` are moving averages beside the model, by the name of what they follow.
     A rank that holds nothing of a parameter has no partition of it. Trainable ones come first.
     """
     optimizer = engine.optimizer
@@ -67,15 +69,17 @@ def list_partitions(
             holder, offset = unsplit.get(id(parameter), (parameter, 0))
             home = _Home(holder, offset, 0, parameter.numel(), is_replicated=True)
         else:
-            home = _Home(masters.get(name, parameter), 0, 0, parameter.numel(), is_replicated=True)
+            values, start, is_shared = masters.get(name, Master(parameter))
+            home = _Home(values, 0, start, values.numel(), is_shared)
         stop = min(home.start + home.length, count_elements(parameter)) if home else 0
         if home and stop > home.start:
             partitions.append(
                 ParamPartition(name, home.start, stop, home.holder, home.offset, home.is_replicated)
             )
     return partitions + [
-        ParamPartition(name, 0, average.numel(), average, 0, is_replicated=True, kind="average")
-        for name, average in averages.items()
+        ParamPartition(name, start, start + values.numel(), values, 0, is_shared, kind="average")
+        for name, (values, start, is_shared) in averages.items()
+        if values.numel()
     ]
 
 
@@ -84,13 +88,13 @@ def count_elements(parameter: nn.Parameter) -> int:
     return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
-def _find_in_stage_3(parameter: Any, optimizer: Any, master: Tensor | None) -> _Home:
+def _find_in_stage_3(parameter: Any, optimizer: Any, master: Master | None) -> _Home:
     """Every rank holds one equal share; the last ones are padded beyond the parameter's end."""
     if parameter.requires_grad:
         group, offset, count = optimizer.grad_position[optimizer.get_param_id(parameter)]
         holder = optimizer.fp32_partitioned_groups_flat[group]
     else:
-        holder, offset = parameter.ds_tensor if master is None else master, 0
+        holder, offset = parameter.ds_tensor if master is None else master.values, 0
         count = holder.numel()
     rank = optimizer._get_param_partition_rank(parameter)
     start = min(rank * count, count_elements(parameter))

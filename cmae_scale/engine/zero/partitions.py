@@ -1,7 +1,7 @@
 """What of a parameter and its gradient lives on this rank, whatever ZeRO made of it, and the whole of it."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import deepspeed
 import torch
@@ -24,17 +24,39 @@ def partition_of(parameter: nn.Parameter) -> Tensor:
     return parameter.data if shard is None else shard.data
 
 
-def master_of(parameter: nn.Parameter) -> Tensor:
-    """The fp32 values behind the elements of `partition_of(parameter)`, where the optimizer keeps them.
+class Master(NamedTuple):
+    """fp32 values behind a parameter: its elements from `start` on, as far as this rank has them.
 
-    That is the CPU when ZeRO-3 has its optimizer there; DeepSpeed's own call would copy them to the GPU.
+    `is_shared`: every rank has the same. Under ZeRO-3 they are laid out as `partition_of(parameter)`.
+    """
+
+    values: Tensor
+    start: int = 0
+    is_shared: bool = True
+
+
+def master_of(parameter: nn.Parameter) -> Master:
+    """The fp32 values of `parameter` where the optimizer keeps them, without asking another rank.
+
+    That is the CPU when ZeRO has its optimizer there; DeepSpeed's own call would copy them to the GPU.
     """
     shard = partition_of(parameter)
+    if is_partitioned(parameter):
+        return Master(_stage_3_master(parameter, shard), is_shared=False)
+    if not parameter.requires_grad:
+        return Master(shard.float())
+    if hasattr(parameter, "_hp_mapping"):  # stages 1 and 2
+        mapping: Any = parameter._hp_mapping
+        if mapping is None:
+            return Master(shard.new_empty(0, dtype=torch.float32), is_shared=False)
+        return Master(mapping.hp_fragment.detach(), mapping.lp_fragment_address.start, is_shared=False)
+    whole = safe_get_full_fp32_param(parameter)
+    return Master(shard.float() if whole is None else whole.reshape(shard.shape))
+
+
+def _stage_3_master(parameter: nn.Parameter, shard: Tensor) -> Tensor:
     if not parameter.requires_grad:
         return shard.float()
-    if not is_partitioned(parameter):
-        whole = safe_get_full_fp32_param(parameter)
-        return shard.float() if whole is None else whole.reshape(shard.shape)
     optimizer: Any = parameter._z3_optimizer  # type: ignore[attr-defined]
     local: Tensor
     local, group = optimizer._get_fp32_opt_state_partition(parameter, release_swap_buffers=False)
