@@ -4,11 +4,11 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 import cmae_scale.engine.ema as ema_module
 from cmae_scale.engine.ema import TargetEma
 from cmae_scale.engine.zero.partitions import Master, master_of
+from tests.fakes.gpu import CUDA, fake_gpu
 
 CPU = torch.device("cpu")
 
@@ -75,7 +75,7 @@ def test_what_is_offloaded_is_averaged_where_it_lies_and_compared_on_the_device(
 ) -> None:
     """Weights on a GPU that is not there; every second one has its master, or its shard, on the CPU."""
     keep_master = offloaded == "master_of"
-    with FakeTensorMode():
+    with fake_gpu():
         pairs = [
             (str(number), *(nn.Parameter(torch.ones(number + 1, device="cuda").half()) for _ in "ot"))
             for number in range(4)
@@ -87,7 +87,7 @@ def test_what_is_offloaded_is_averaged_where_it_lies_and_compared_on_the_device(
             return Master(values) if keep_master else values
 
         monkeypatch.setattr(ema_module, offloaded, find)
-        ema = TargetEma(pairs, keep_master=keep_master, device=torch.device("cuda"))
+        ema = TargetEma(pairs, keep_master=keep_master, device=CUDA)
         ema.update_(0.9)
         assert ema.measure_distance().device.type == "cuda"
         for (name, *_), master in zip(pairs, ema.masters or [], strict=keep_master):

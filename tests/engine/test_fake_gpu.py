@@ -24,16 +24,18 @@ ZERO = "deepspeed/runtime/zero/"
 # where DeepSpeed has the host wait in a steady step, and why that stays
 DEEPSPEEDS = {
     "deepspeed/runtime/utils.py:is_invalid_grad_norm": "whether the update may go on: the one wait we need",
-    "deepspeed/runtime/utils.py:mask_nan_or_inf_with_val_inplace": "the mark of a bad norm is from the CPU",
+    "deepspeed/runtime/utils.py:mask_nan_or_inf_with_val_inplace": "a mark of a bad norm comes from the CPU",
     f"{ZERO}stage_1_and_2.py:has_overflow": "fp16 and bf16: the host decides on the update",
     f"{ZERO}stage_1_and_2.py:_check_overflow": "the same",
-    f"{ZERO}stage_1_and_2.py:independent_gradient_partition_epilogue": "its stream of reductions ends",
+    f"{ZERO}stage_1_and_2.py:independent_gradient_partition_epilogue": "its reduction stream ends",
     f"{ZERO}stage3.py:independent_gradient_partition_epilogue": "the same",
     f"{ZERO}stage3.py:__reduce_and_partition_ipg_grads": "it holds no more than two buckets at a time",
     f"{ZERO}stage3.py:get_grad_norm_direct": "it makes a number on the CPU",
+    f"{ZERO}partition_parameters.py:_allgather_params_coalesced": "what stays whole comes anew",
+    f"{ZERO}stage3.py:_get_fp32_opt_state_partition": "each master; its reduction stream is idle then",
     f"{ZERO}stage3.py:has_overflow": "fp16 and bf16: the host decides on the update",
-    f"{ZERO}partitioned_param_coordinator.py:_fetch_sub_module_impl": "it fetches no further ahead",
-    # bf16 without ZERO looks at every gradient: a run file that minds writes stage 1
+    f"{ZERO}partitioned_param_coordinator.py:_fetch_sub_module_impl": "it fetches only so far ahead",
+    # bf16 without ZeRO looks at every gradient: a run file that minds writes stage 1
     "deepspeed/runtime/utils.py:has_overflow_serial": "one look for each gradient",
     "deepspeed/runtime/utils.py:has_overflow": "the same for all ranks",
     "deepspeed/runtime/utils.py:get_weight_norm": "its norm is made of numbers on the CPU",

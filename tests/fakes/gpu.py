@@ -2,8 +2,7 @@
 
 Tensors on the CPU are real ones, with values; those on the GPU have shape, type and device alone (torch's
 FakeTensorMode). An operation on both raises as it does on a GPU. Where the host asks for a value, or waits
-for a copy, that is noted with its place, and made-up values go on: a step runs to its end and all its waits
-are known.
+for a copy, that is noted with its place, and made-up values go on: so a step shows all its waits.
 """
 
 import sys
@@ -36,7 +35,7 @@ class Wait(NamedTuple):
 
 
 class FakeGpu(FakeTensorMode):
-    """`waits` fill while it is entered (see `fake_gpu`); `streams` knows which work comes before which."""
+    """`waits` fill while it is entered (see `fake_gpu`); `streams` knows which work comes after which."""
 
     def __init__(self) -> None:
         super().__init__(allow_non_fake_inputs=True)

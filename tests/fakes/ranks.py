@@ -1,8 +1,7 @@
-"""Ranks that are not there: this process is one of several, and collectives refuse tensors elsewhere.
+"""Ranks that are not there: collectives of several that refuse a tensor on a wrong device.
 
 NCCL takes tensors on the rank's GPU alone, gloo takes those on the CPU; on a machine without a GPU everything
-is gloo's, and a tensor in the wrong place passes. Nothing is sent: what comes back has shapes, or this rank's
-values.
+is gloo's, and a tensor in the wrong place passes. Nothing is sent: what comes back has shapes, or own values.
 """
 
 import os

@@ -155,7 +155,7 @@ class Streams:
             block.recorded.add(stream)
 
     def send(self, tensors: Sequence[Tensor], written: Sequence[Tensor], *, is_async: bool) -> None:
-        """A collective: on a stream of its own, after what the current one has to do; it keeps tensors."""
+        """A collective: on a stream of its own, after the current one's work; it keeps its tensors."""
         self.network.wait_stream(self.current)
         for tensor in tensors:
             self.record(tensor, self.network)
@@ -168,7 +168,7 @@ class Streams:
 
     @contextmanager
     def enqueue(self, func: Any, inputs: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-        """A piece of work of the current stream: it reads or writes `inputs` and makes the list's tensors."""
+        """Work of the current stream: it reads or writes `inputs` and makes what fills the list."""
         made: list[Tensor] = []
         yield made
         inputs = [tensor for tensor in inputs if _is_watched(tensor)]
