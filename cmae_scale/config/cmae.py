@@ -114,6 +114,11 @@ class ModelConfig(Section):
     """What is computed again in the backward pass instead of kept: none; selective keeps the matrix
     products, full the blocks' inputs only.
     """
+    skip_redundant: bool = False
+    """Leave out operations that no loss reads or that are the same for all images (the last pixel block on
+    visible tokens, the first decoder blocks' query, key and value of mask tokens, the target's last linear
+    layer on each token instead of on their mean): the same results but for rounding.
+    """
 
     @model_validator(mode="after")
     def _one_way_to_size(self) -> "ModelConfig":

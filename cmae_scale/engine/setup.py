@@ -156,7 +156,8 @@ def describe_kind(run: Run, *, data_order: DataOrder) -> dict[str, Any]:
     sections = json.loads(
         run.cmae.model_dump_json(include={"model", "mask", "heads", "views", "loss", "target"})
     )
-    for free in ("attention", "remat", "init"):  # change speed, memory or the beginning, not the model
+    # change speed, memory, rounding or the beginning, not the model
+    for free in ("attention", "remat", "skip_redundant", "init"):
         del sections["model"][free]
     return {
         "train_batch_size": run.deepspeed["train_batch_size"],

@@ -116,6 +116,23 @@ def take_tokens(
     return tokens.gather(1, index[:, :, None].expand(-1, -1, tokens.shape[2]))
 
 
+def pack_tokens(
+    visible: Float[Tensor, "batch visible dim"], blanks: Float[Tensor, "tokens dim"]
+) -> Float[Tensor, "rows dim"]:
+    """Rows for layers that treat each token alone: all images' own tokens, then those that they share."""
+    return torch.cat([visible.flatten(0, 1), blanks])
+
+
+def unpack_tokens(
+    rows: Float[Tensor, "rows dim"], places: Int[Tensor, "batch visible"]
+) -> Float[Tensor, "batch tokens dim"]:
+    """The whole sequence of each image: its own tokens at its `places`, shared ones everywhere else."""
+    batch, visible = places.shape
+    own, blanks = rows[: batch * visible], rows[batch * visible :]
+    index = places[:, :, None].expand(-1, -1, rows.shape[1])
+    return blanks.expand(batch, -1, -1).scatter(1, index, own.view(batch, visible, -1))
+
+
 def scatter_tokens(
     tokens: Float[Tensor, "batch kept dim"], mask: TokenMask, *, fill: Float[Tensor, "1 1 dim"]
 ) -> Float[Tensor, "batch patches dim"]:

@@ -54,6 +54,7 @@ class CMAE(nn.Module):
         super().__init__()
         model, feature = cfg.model, cfg.model.feature_decoder
         self.mask_config, self.target_config = mask, cfg.target
+        self.skip_redundant = model.skip_redundant
         self.online_encoder = build_encoder(model, img_px=cfg.views.img_px)
         self.grid, width = self.online_encoder.grid, self.online_encoder.embed_dim
         prefix = self.online_encoder.num_prefix_tokens
@@ -64,6 +65,7 @@ class CMAE(nn.Module):
             values=3 * model.patch_size**2,
             num_prefix_tokens=prefix,
             early_depth=feature.depth if cfg.has_contrast and feature.shared else 0,
+            skip_redundant=model.skip_redundant,
         )
         self.feature_decoder: FeatureDecoder | FeatureHead | None = None
         self.projector: Projector | None = None
@@ -75,7 +77,11 @@ class CMAE(nn.Module):
                 self.feature_decoder = FeatureHead(feature.embed_dim, width, num_prefix_tokens=prefix)
             elif feature.depth:
                 self.feature_decoder = FeatureDecoder(
-                    feature, width_in=width, grid=self.grid, num_prefix_tokens=prefix
+                    feature,
+                    width_in=width,
+                    grid=self.grid,
+                    num_prefix_tokens=prefix,
+                    skip_redundant=model.skip_redundant,
                 )
             self.projector = Projector(width, cfg.heads)
             self.predictor = Predictor(cfg.heads)
@@ -138,8 +144,12 @@ class CMAE(nn.Module):
         assert self.target_projector is not None
         ratio = self.target_config.mask_ratio
         mask = self.draw_mask(images, noise, ratio=ratio) if ratio else None
-        latents = self.target_encoder(images, mask)
-        feature = latents[:, 0] if self.target_config.pool == "cls" else self.target_encoder.pool(latents)
+        if self.skip_redundant and self.target_config.pool == "mean":
+            feature = self.target_encoder(images, mask, pools=True)
+        else:
+            latents = self.target_encoder(images, mask)
+            is_cls = self.target_config.pool == "cls"
+            feature = latents[:, 0] if is_cls else self.target_encoder.pool(latents)
         key: Tensor = self.target_projector(feature)
         return key
 

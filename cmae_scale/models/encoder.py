@@ -1,6 +1,7 @@
 """What an encoder is, and the plain one: the vision transformer."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import TypeAlias
 
 import torch
@@ -15,7 +16,7 @@ BlockCall: TypeAlias = Callable[[Tensor], Tensor]  # a block, or one with its ot
 BlockRunner: TypeAlias = Callable[[BlockCall, Tensor], Tensor]
 
 
-def run_block(block: BlockCall, tokens: Float[Tensor, "batch tokens embed"]) -> Tensor:
+def run_block(block: BlockCall, tokens: Float[Tensor, "*tokens embed"]) -> Tensor:
     """The block's output, activations kept for backward: how a model runs unless told to rematerialise."""
     return block(tokens)
 
@@ -30,9 +31,17 @@ class ImageEncoder(nn.Module):
     run_block: BlockRunner  # how its blocks are run
 
     def forward(
-        self, images: Float[Tensor, "batch channels side side"], mask: TokenMask | None
-    ) -> Float[Tensor, "batch tokens embed"]:
-        """Prefix tokens and kept patches (all of them without a mask), in the mask's order, normed."""
+        self,
+        images: Float[Tensor, "batch channels side side"],
+        mask: TokenMask | None,
+        *,
+        pools: bool = False,
+    ) -> Float[Tensor, "batch *tokens embed"]:
+        """Prefix tokens and kept patches (all of them without a mask), in the mask's order, normed.
+
+        With `pools` what `pool` makes of them. Where no norm comes in between, the last linear layers then
+        run after the mean: the same but for rounding, for fewer operations.
+        """
         raise NotImplementedError
 
     def pool(self, tokens: Float[Tensor, "batch tokens embed"]) -> Float[Tensor, "batch embed"]:
@@ -75,8 +84,12 @@ class Encoder(ImageEncoder):
         self.run_block: BlockRunner = run_block
 
     def forward(
-        self, images: Float[Tensor, "batch channels side side"], mask: TokenMask | None
-    ) -> Float[Tensor, "batch tokens embed"]:
+        self,
+        images: Float[Tensor, "batch channels side side"],
+        mask: TokenMask | None,
+        *,
+        pools: bool = False,
+    ) -> Float[Tensor, "batch *tokens embed"]:
         """Class token and kept patches (all of them without a mask), in the mask's order, after the norm.
 
         The residual stream has the parameters' dtype, so it is fp32 under autocast.
@@ -89,7 +102,11 @@ class Encoder(ImageEncoder):
         embedded = self.patch_embed(patches) + positions
         cls = (self.cls_token + cls_position).expand(images.shape[0], -1, -1)
         tokens = torch.cat([cls, embedded], dim=1).to(self.cls_token.dtype)
-        for block in self.blocks:
+        is_mean = pools and isinstance(self.norm, nn.Identity)
+        *blocks, last = self.blocks
+        for block in blocks:
             tokens = self.run_block(block, tokens)
-        normed: Tensor = self.norm(tokens)
-        return normed
+        if is_mean:
+            return self.run_block(partial(last, mean_from=self.num_prefix_tokens), tokens)
+        normed: Tensor = self.norm(self.run_block(last, tokens))
+        return self.pool(normed) if pools else normed

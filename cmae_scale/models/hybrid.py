@@ -199,9 +199,9 @@ class HybridTrunk(nn.Module):
         self.run_block: BlockRunner = run_block
 
     def forward_stages(
-        self, images: Float[Tensor, "batch 3 side side"], mask: TokenMask | None
+        self, images: Float[Tensor, "batch 3 side side"], mask: TokenMask | None, *, pools: bool = False
     ) -> StageOutputs:
-        """What each stage makes of the kept patches, all of them without a mask."""
+        """What each stage makes of the kept patches, all of them without a mask; with `pools` their mean."""
         if mask is None:
             kept = torch.arange(self.grid**2, device=images.device).expand(images.shape[0], -1)
         else:
@@ -216,9 +216,13 @@ class HybridTrunk(nn.Module):
             coarse = self.run_block(partial(block, places=coarse_places), coarse)
         positions = self.pos_embed if mask is None else self.pos_embed[0, kept]
         tokens = (self.patch_embed4(self.patch_embed3(coarse)) + positions).to(self.patch_embed4.weight.dtype)
-        for block in self.blocks3:
+        *blocks, last = self.blocks3
+        for block in blocks:
             tokens = self.run_block(block, tokens)
-        return StageOutputs(fine, coarse, tokens)
+        if pools:
+            fine, coarse = (x.view(*kept.shape, -1, x.shape[2]).mean(dim=1) for x in (fine, coarse))
+            return StageOutputs(fine, coarse, self.run_block(partial(last, mean_from=0), tokens)[:, None])
+        return StageOutputs(fine, coarse, self.run_block(last, tokens))
 
     def fuse(self, outputs: StageOutputs) -> Float[Tensor, "batch kept embed"]:
         """The sum of the stages, brought to the size of the last."""
@@ -251,8 +255,9 @@ class HybridEncoder(HybridTrunk, ImageEncoder):
         self.norm = nn.LayerNorm(size.embed_dim, eps=NORM_EPS) if final_norm else nn.Identity()
 
     def forward(
-        self, images: Float[Tensor, "batch 3 side side"], mask: TokenMask | None
-    ) -> Float[Tensor, "batch kept embed"]:
+        self, images: Float[Tensor, "batch 3 side side"], mask: TokenMask | None, *, pools: bool = False
+    ) -> Float[Tensor, "batch *kept embed"]:
         """Kept patches (all of them without a mask), in the mask's order, after the norm."""
-        normed: Tensor = self.norm(self.fuse(self.forward_stages(images, mask)))
-        return normed
+        is_mean = pools and isinstance(self.norm, nn.Identity)
+        normed: Tensor = self.norm(self.fuse(self.forward_stages(images, mask, pools=is_mean)))
+        return self.pool(normed) if pools else normed
