@@ -14,7 +14,9 @@ from cmae_scale.models.encoder import Encoder, ImageEncoder
 from cmae_scale.models.hybrid import HybridEncoder, MergeProjection, StemProjection
 
 
-def build_encoder(model: ModelConfig, *, img_px: int, final_norm: bool = True) -> ImageEncoder:
+def build_encoder(
+    model: ModelConfig, *, img_px: int, final_norm: bool = True, pools: bool = False
+) -> ImageEncoder:
     """The plain transformer or the hybrid that `model` asks for, with torch's own starting values."""
     size, stages, grid = read_size(model), read_stages(model), img_px // model.patch_size
     if stages is None:
@@ -24,6 +26,7 @@ def build_encoder(model: ModelConfig, *, img_px: int, final_norm: bool = True) -
             grid=grid,
             mlp_ratio=model.mlp_ratio,
             final_norm=final_norm,
+            pools=pools,
         )
     return HybridEncoder(
         size,
@@ -32,6 +35,7 @@ def build_encoder(model: ModelConfig, *, img_px: int, final_norm: bool = True) -
         grid=grid,
         mlp_ratio=model.mlp_ratio,
         final_norm=final_norm,
+        pools=pools,
     )
 
 

@@ -54,7 +54,6 @@ class CMAE(nn.Module):
         super().__init__()
         model, feature = cfg.model, cfg.model.feature_decoder
         self.mask_config, self.target_config = mask, cfg.target
-        self.skip_redundant = model.skip_redundant
         self.online_encoder = build_encoder(model, img_px=cfg.views.img_px)
         self.grid, width = self.online_encoder.grid, self.online_encoder.embed_dim
         prefix = self.online_encoder.num_prefix_tokens
@@ -86,7 +85,10 @@ class CMAE(nn.Module):
             self.projector = Projector(width, cfg.heads)
             self.predictor = Predictor(cfg.heads)
             self.target_encoder = build_encoder(
-                model, img_px=cfg.views.img_px, final_norm=cfg.target.final_norm
+                model,
+                img_px=cfg.views.img_px,
+                final_norm=cfg.target.final_norm,
+                pools=model.skip_redundant and cfg.target.pool == "mean",
             )
             self.target_projector = Projector(width, cfg.heads)
             self.target_encoder.requires_grad_(False)
@@ -144,11 +146,9 @@ class CMAE(nn.Module):
         assert self.target_projector is not None
         ratio = self.target_config.mask_ratio
         mask = self.draw_mask(images, noise, ratio=ratio) if ratio else None
-        if self.skip_redundant and self.target_config.pool == "mean":
-            feature = self.target_encoder(images, mask, pools=True)
-        else:
-            latents = self.target_encoder(images, mask)
-            is_cls = self.target_config.pool == "cls"
+        feature = self.target_encoder(images, mask)
+        if not self.target_encoder.pools:
+            latents, is_cls = feature, self.target_config.pool == "cls"
             feature = latents[:, 0] if is_cls else self.target_encoder.pool(latents)
         key: Tensor = self.target_projector(feature)
         return key

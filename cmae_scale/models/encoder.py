@@ -28,18 +28,15 @@ class ImageEncoder(nn.Module):
     grid: int  # patches along a side of the image
     patch_size: int  # px
     num_prefix_tokens: int  # tokens before the patches': 1 with a class token, else 0
+    pools: bool  # whether it puts out the mean of its patches' tokens, not the tokens
     run_block: BlockRunner  # how its blocks are run
 
     def forward(
-        self,
-        images: Float[Tensor, "batch channels side side"],
-        mask: TokenMask | None,
-        *,
-        pools: bool = False,
+        self, images: Float[Tensor, "batch channels side side"], mask: TokenMask | None
     ) -> Float[Tensor, "batch *tokens embed"]:
         """Prefix tokens and kept patches (all of them without a mask), in the mask's order, normed.
 
-        With `pools` what `pool` makes of them. Where no norm comes in between, the last linear layers then
+        If it `pools`, what `pool` makes of them. Where no norm comes in between, the last linear layers then
         run after the mean: the same but for rounding, for fewer operations.
         """
         raise NotImplementedError
@@ -70,10 +67,11 @@ class Encoder(ImageEncoder):
         grid: int,
         mlp_ratio: float = 4.0,
         final_norm: bool = True,
+        pools: bool = False,
     ) -> None:
         super().__init__()
         self.embed_dim, self.grid, self.patch_size = size.embed_dim, grid, patch_size
-        self.num_prefix_tokens = 1
+        self.num_prefix_tokens, self.pools = 1, pools
         self.patch_embed = PatchEmbed(patch_size, size.embed_dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, size.embed_dim))
         self.register_buffer("pos_embed", sincos_positions(grid, size.embed_dim, cls=True))
@@ -84,11 +82,7 @@ class Encoder(ImageEncoder):
         self.run_block: BlockRunner = run_block
 
     def forward(
-        self,
-        images: Float[Tensor, "batch channels side side"],
-        mask: TokenMask | None,
-        *,
-        pools: bool = False,
+        self, images: Float[Tensor, "batch channels side side"], mask: TokenMask | None
     ) -> Float[Tensor, "batch *tokens embed"]:
         """Class token and kept patches (all of them without a mask), in the mask's order, after the norm.
 
@@ -102,11 +96,10 @@ class Encoder(ImageEncoder):
         embedded = self.patch_embed(patches) + positions
         cls = (self.cls_token + cls_position).expand(images.shape[0], -1, -1)
         tokens = torch.cat([cls, embedded], dim=1).to(self.cls_token.dtype)
-        is_mean = pools and isinstance(self.norm, nn.Identity)
         *blocks, last = self.blocks
         for block in blocks:
             tokens = self.run_block(block, tokens)
-        if is_mean:
+        if self.pools and isinstance(self.norm, nn.Identity):
             return self.run_block(partial(last, mean_from=self.num_prefix_tokens), tokens)
         normed: Tensor = self.norm(self.run_block(last, tokens))
-        return self.pool(normed) if pools else normed
+        return self.pool(normed) if self.pools else normed

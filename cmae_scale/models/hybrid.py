@@ -249,15 +249,17 @@ class HybridEncoder(HybridTrunk, ImageEncoder):
         grid: int,
         mlp_ratio: float = 4.0,
         final_norm: bool = True,
+        pools: bool = False,
     ) -> None:
         super().__init__(size, stages, patch_size=patch_size, grid=grid, mlp_ratio=mlp_ratio, fuses=True)
+        self.pools = pools
         self.register_buffer("pos_embed", sincos_positions(grid, size.embed_dim, cls=False))
         self.norm = nn.LayerNorm(size.embed_dim, eps=NORM_EPS) if final_norm else nn.Identity()
 
     def forward(
-        self, images: Float[Tensor, "batch 3 side side"], mask: TokenMask | None, *, pools: bool = False
+        self, images: Float[Tensor, "batch 3 side side"], mask: TokenMask | None
     ) -> Float[Tensor, "batch *kept embed"]:
         """Kept patches (all of them without a mask), in the mask's order, after the norm."""
-        is_mean = pools and isinstance(self.norm, nn.Identity)
+        is_mean = self.pools and isinstance(self.norm, nn.Identity)
         normed: Tensor = self.norm(self.fuse(self.forward_stages(images, mask, pools=is_mean)))
-        return self.pool(normed) if pools else normed
+        return self.pool(normed) if self.pools else normed
