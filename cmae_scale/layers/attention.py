@@ -132,11 +132,11 @@ def _is_explicit_faster(shape: AttentionShape, arithmetic: Arithmetic) -> bool:
 
 
 def attend_explicitly(
-    query: Float[Tensor, "batch heads tokens dim"],
+    query: Float[Tensor, "batch heads queries dim"],
     key: Float[Tensor, "batch heads tokens dim"],
     value: Float[Tensor, "batch heads tokens dim"],
-) -> Float[Tensor, "batch heads tokens dim"]:
-    """What timm's Attention does where it is not fused, for trials."""
+) -> Float[Tensor, "batch heads queries dim"]:
+    """What timm's Attention does where it is not fused."""
     scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)
     attended: Tensor = scores.softmax(dim=-1) @ value
     return attended

@@ -9,7 +9,9 @@ from cmae_scale.config.sizes import COARSE, FINE, KERNEL, count_prefix, read_siz
 class ForwardFlops(NamedTuple):
     """Matrix products of one image's forward pass, two operations per multiply-add, by part.
 
-    Norms, activations, softmax and augmentation are left out, as in the field's figures for utilisation.
+    Norms, activations, softmax and augmentation are left out, as in the field's figures for utilisation. With
+    `model.skip_redundant`, so is all that it saves, and the query, key and value of mask tokens, which a
+    micro-batch needs once, however many its images are.
     """
 
     online_encoder: int
@@ -38,28 +40,50 @@ def count_flops(cfg: CmaeConfig) -> ForwardFlops:
     patches = grid**2
     kept = count_kept(grid, cell=cfg.mask.cell, ratio=cfg.mask.ratio)
 
-    def encoder(seen: int) -> int:
-        return count_encoder(model, seen=seen, patches=patches)
+    feature, pixel = model.feature_decoder, model.pixel_decoder
 
-    def completion(decoder: DecoderConfig) -> int:
+    def completion(decoder: DecoderConfig, *, unread: int) -> int:
         blocks = count_blocks(
             decoder.depth, width=decoder.embed_dim, mlp_ratio=decoder.mlp_ratio, tokens=patches + prefix
         )
+        if model.skip_redundant:
+            blocks -= 2 * (patches - kept) * 3 * decoder.embed_dim**2  # query, key, value of mask tokens
+            blocks -= count_unread(unread, decoder=decoder, tokens=patches + prefix)
         return 2 * (kept + prefix) * width * decoder.embed_dim + blocks
 
-    pixels = completion(model.pixel_decoder) + 2 * (patches - kept) * model.pixel_decoder.embed_dim * values
+    reads_all = cfg.has_contrast and feature.shared and feature.depth == pixel.depth
+    pixels = completion(pixel, unread=0 if reads_all else kept + prefix)
+    pixels += 2 * (patches - kept) * pixel.embed_dim * values
+    online = count_encoder(model, seen=kept, patches=patches)
     if not cfg.has_contrast:
-        return ForwardFlops(encoder(kept), pixels, feature_decoder=0, heads=0, target=0)
-    feature = model.feature_decoder
+        return ForwardFlops(online, pixels, feature_decoder=0, heads=0, target=0)
     features = 2 * feature.embed_dim * width if feature.depth else 0  # one vector: it comes after the mean
     if feature.depth and not feature.shared:
-        features += completion(feature)
+        features += completion(feature, unread=0)
     hidden, out = cfg.heads.hidden_dim, cfg.heads.out_dim
     projector, predictor = 2 * hidden * (width + out), 2 * hidden * (out + out)
     seen = count_kept(grid, cell=cfg.mask.cell, ratio=cfg.target.mask_ratio)
-    return ForwardFlops(
-        encoder(kept), pixels, features, heads=projector + predictor, target=encoder(seen) + projector
+    target = count_encoder(model, seen=seen, patches=patches) + projector
+    if model.skip_redundant and cfg.target.pool == "mean" and not cfg.target.final_norm:
+        target -= count_after_mean(model, seen=seen)
+    return ForwardFlops(online, pixels, features, heads=projector + predictor, target=target)
+
+
+def count_unread(unread: int, *, decoder: DecoderConfig, tokens: int) -> int:
+    """What a block saves on `unread` of its `tokens` whose output nobody reads: all but query, key, value."""
+    width = decoder.embed_dim
+    return 2 * unread * width * (width + 2 * int(width * decoder.mlp_ratio) + 2 * tokens)
+
+
+def count_after_mean(model: ModelConfig, *, seen: int) -> int:
+    """What an encoder on `seen` patches saves if only their mean is read and no norm follows."""
+    width, prefix, stages = read_size(model).embed_dim, count_prefix(model), read_stages(model)
+    hidden, tokens = int(width * model.mlp_ratio), seen + prefix
+    unread = 2 * prefix * width * (width + hidden + 2 * tokens)
+    sums = sum(
+        side**2 * dim for dim, side in zip(stages.dims if stages else (), (FINE, COARSE), strict=False)
     )
+    return unread + 2 * (tokens - 1) * hidden * width + 2 * (seen - 1) * sums * width
 
 
 def count_kept(grid: int, *, cell: int, ratio: float) -> int:
