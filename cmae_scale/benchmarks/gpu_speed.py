@@ -39,6 +39,7 @@ SIZES = (
     Size("vitb", 128),
     Size("vitl", 128),
     Size("vits", 512),
+    Size("vits", 128, ("cmae.model.skip_redundant=true",)),
     Size("vitl", 256),
     Size("vitb", 256),
     Size("vitl", 64, UNCOMPILED, accumulation=4),

@@ -107,12 +107,13 @@ class TargetEma:
         targets = [self.target[number].data for number in bucket]
         sizes = [target.numel() for target in targets]
         room = sum(sizes) + sum(sizes) % 2  # of two bytes each: a whole number has four
-        flat = torch.zeros(room, dtype=targets[0].dtype, device=targets[0].device)
+        device, here = targets[0].device, self.masters[bucket.start].values.device  # the CPU, if offloaded
+        flat = torch.zeros(room, dtype=targets[0].dtype, device=here)
         wholes = torch.split(flat[: sum(sizes)], sizes)
         for whole, number in zip(wholes, bucket, strict=True):
             values, start, _ = self.masters[number]
             whole[start : start + values.numel()].copy_(values.flatten())
-        summed = sum_of_ranks(flat.view(torch.int32)).view(flat.dtype)
+        summed = sum_of_ranks(flat.to(device).view(torch.int32)).view(flat.dtype)
         parts = zip(torch.split(summed[: sum(sizes)], sizes), targets, strict=True)
         torch._foreach_copy_(targets, [part.view_as(target) for part, target in parts])
 

@@ -1,5 +1,8 @@
 """Compiled blocks: the same losses where they are allowed, a sentence where they are not."""
 
+import json
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -35,6 +38,42 @@ def test_every_block_is_compiled_and_keeps_its_name(tiny_run: Callable[..., Any]
     assert len(blocks) == 2 + 2 + 2 + 1  # online, target, pixel decoder, feature decoder
     assert all(block._compiled_call_impl is not None for block in blocks)
     assert list(model.state_dict()) == names
+
+
+KINDS = """
+import json, sys, torch
+from timm.models.vision_transformer import Block
+from torch._dynamo.utils import counters
+from cmae_scale.config.cmae import CmaeConfig
+from cmae_scale.engine.zero.start import compile_blocks_
+from cmae_scale.models import build_cmae
+
+model = build_cmae(CmaeConfig.model_validate_json(sys.argv[1]))
+compile_blocks_(model, remat="none", settings={})
+for module in model.modules():
+    if isinstance(module, Block):
+        module.compile(dynamic=False, backend="eager")
+views = torch.randn(2, 4, 3, 16, 16)
+with torch.no_grad():  # as CUDA graphs warm up
+    model(*views)
+model(*views)
+print(json.dumps([counters["frames"], counters["graph_break"]]))
+"""
+
+
+def test_no_kind_of_block_stays_uncompiled(tiny_run: Callable[..., Any]) -> None:
+    """In a process of its own: here every function is wrapped, to check shapes."""
+    decoders = {
+        "pixel_decoder": {"depth": 3, "num_heads": 2},
+        "feature_decoder": {"depth": 3, "num_heads": 4},
+    }
+    cfg = tiny_run(cmae={"model": {"skip_redundant": True, **decoders}}).cmae
+    done = subprocess.run(
+        [sys.executable, "-c", KINDS, cfg.model_dump_json()], capture_output=True, text=True, check=True
+    )
+    frames, breaks = json.loads(done.stdout.splitlines()[-1])
+    assert frames["total"] == frames["ok"] > 8
+    assert not breaks
 
 
 @pytest.mark.slow

@@ -47,6 +47,7 @@ OFFLOADED = {  # to the CPU and back is what was asked for
     f"{ZERO}partitioned_param_coordinator.py",
     "deepspeed/utils/tensor_fragment.py:get_full_hp_param",
     "cmae_scale/engine/ema.py:sync_",  # masters lie where the optimizer is
+    "cmae_scale/engine/ema.py:_spread",  # at stages 1 and 2 a copy for each bucket
 }
 OURS = {
     "cmae_scale/engine/zero/patches.py:step"

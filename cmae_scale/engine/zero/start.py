@@ -197,6 +197,11 @@ def _first_line(error: BaseException) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
+# All blocks are one function to torch, compiled anew for every kind: encoder's, each decoder's first, last
+# and others, the target's last, with and without gradient. Above the limit torch runs the rest uncompiled.
+BLOCK_KINDS = 32
+
+
 def compile_blocks_(model: nn.Module, *, remat: Remat, settings: dict[str, Any]) -> None:
     """Have torch compile every block of `model` at its first call; before `deepspeed.initialize`.
 
@@ -215,6 +220,8 @@ def compile_blocks_(model: nn.Module, *, remat: Remat, settings: dict[str, Any])
             'cmae.compile "blocks" hides the matrix products that cmae.model.remat "selective" would keep: '
             'write "full" or "none"'
         )
+    config = torch._dynamo.config  # the only way to the limit
+    config.recompile_limit = max(config.recompile_limit, BLOCK_KINDS)
     for module in model.modules():
         if isinstance(module, Block):
             module.compile(dynamic=False)
