@@ -55,6 +55,7 @@ class Block(TimmBlock):  # type: ignore[misc]
         if mean_from is None:
             mixed: Tensor = stream + self.drop_path2(self.ls2(self.mlp(self.norm2(stream))))
             return mixed
+        assert isinstance(self.drop_path2, nn.Identity), "of a mean no branch can be dropped"
         # the last linear layer commutes with the mean
         hidden = self.mlp.act(self.mlp.fc1(self.norm2(stream))).mean(dim=1)
         mean: Tensor = stream.mean(dim=1) + self.ls2(self.mlp.fc2(hidden))

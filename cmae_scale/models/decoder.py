@@ -21,9 +21,12 @@ from cmae_scale.models.encoder import BlockRunner, run_block
 
 
 class CompletedTokens(NamedTuple):
-    """The encoder's class token, if it has one, and one token for every patch, in row-major order."""
+    """The encoder's class token, if it has one, and one token for every patch, in row-major order.
 
-    last: Float[Tensor, "batch tokens embed"]  # after all blocks; the hidden patches alone if so asked
+    Of the hidden patches alone, in the mask's order, is `last` where that was asked for.
+    """
+
+    last: Float[Tensor, "batch tokens embed"]  # after all blocks
     early: (
         Float[Tensor, "batch tokens embed"] | None
     )  # after the first `early_depth` blocks, if there are any

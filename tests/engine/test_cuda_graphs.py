@@ -72,8 +72,10 @@ SHARED = {"model": {"feature_decoder": {"shared": True, "depth": 1, "embed_dim":
         SHARED,
         {"model": {"feature_decoder": {"depth": 0}}},
         {"model": {"remat": "full"}},
+        {"model": {"skip_redundant": True}},
+        {"model": {**SHARED["model"], "skip_redundant": True}},
     ],
-    ids=["cmae", "masked target", "mae", "shared decoder", "no decoder", "remat"],
+    ids=["cmae", "masked target", "mae", "shared decoder", "no decoder", "remat", "skip", "skip shared"],
 )
 def test_replayed_networks_train_to_the_same_bits(
     on_ranks: Callable[..., list[Any]],
