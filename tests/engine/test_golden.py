@@ -50,6 +50,11 @@ def test_twenty_steps_give_the_recorded_losses(trace: Callable[..., torch.Tensor
     torch.testing.assert_close(losses, read_golden(), rtol=TOLERANCE, atol=0)
 
 
+def test_so_they_do_with_redundant_operations_left_out(trace: Callable[..., torch.Tensor]) -> None:
+    losses = trace({"model": {"skip_redundant": True}})
+    torch.testing.assert_close(losses, read_golden(), rtol=TOLERANCE, atol=0)
+
+
 @pytest.mark.slow_unless(change={"loss": {"temperature": 0.0707}})
 @pytest.mark.parametrize(
     "change",

@@ -109,6 +109,20 @@ def test_so_it_is_for_other_models(live_bytes: Any, changes: dict[str, Any], for
 
 
 @pytest.mark.parametrize("remat", get_args(Remat))
+@pytest.mark.parametrize("kernel", ATTENTION)
+@pytest.mark.parametrize("formats", FORMATS)
+def test_with_skip_redundant_no_more_is_kept(
+    live_bytes: Any, formats: str, kernel: Kernel, remat: Remat
+) -> None:
+    cfg = CmaeConfig.model_validate(
+        {**SMALL, "model": {**SMALL["model"], "remat": remat, "skip_redundant": True}}
+    )
+    bound = sum(count_activations(cfg, method=Method(FORMATS[formats], kernel, remat)))
+    alive = measure(live_bytes, cfg, formats=FORMATS[formats], kernel=kernel)
+    assert 0.85 * bound < alive < 0.99 * bound
+
+
+@pytest.mark.parametrize("remat", get_args(Remat))
 @pytest.mark.parametrize("formats", FORMATS)
 def test_so_it_is_for_a_hybrid(live_bytes: Any, formats: str, remat: Remat) -> None:
     cfg = CmaeConfig.model_validate({**SMALL, "model": {**HYBRID, "remat": remat}})

@@ -10,6 +10,7 @@ from cmae_scale.config.run_file import Run, RunKind
 from cmae_scale.config.transfer import TransferConfig
 from cmae_scale.core.errors import ConfigError
 from cmae_scale.engine.checkpoint.metadata import CheckpointMetadata, build_metadata
+from cmae_scale.engine.setup import describe_kind
 
 PLAN = {"images": 1300, "shards": 13, "streams": 8, "shuffle_window": 256, "order": "a1b2"}
 STATE = Path("run/checkpoints/step_00000004")
@@ -62,6 +63,17 @@ def test_where_and_how_fast_a_run_runs_may_change_without_a_word(kind: RunKind) 
 def test_a_setting_of_the_method_that_changed_is_told(kind: RunKind) -> None:
     (told,) = compare(metadata(kind), metadata(kind, schedule={"base_lr": 1.0}))
     assert f"settings changed since step_00000004: {kind}.schedule.base_lr " in told
+
+
+def test_what_only_rounds_otherwise_is_no_other_run_and_is_told() -> None:
+    def settings(**model: Any) -> Run:
+        tree = {"model": {"encoder": "vit_base", **model}, "data": SHARDS}
+        return Run(Path("run.json"), CmaeConfig.model_validate(tree), {"train_batch_size": 8})
+
+    plain, short = (describe_kind(settings(skip_redundant=skip), data_order="a") for skip in (False, True))
+    assert plain == short
+    (told,) = compare(metadata(), metadata(model={"encoder": "vit_base", "skip_redundant": True}))
+    assert told == "settings changed since step_00000004: cmae.model.skip_redundant False -> True"
 
 
 def test_other_data_is_told_in_images_and_shards() -> None:
