@@ -19,7 +19,8 @@ EXAMPLES = """\
   python -m cmae_scale.bench memory
   python -m cmae_scale.bench hybrid --deepspeed_config ds_configs/convvitb.json
   python -m cmae_scale.bench kill --deepspeed_config ds_configs/quickstart.json --kills 30
-  python -m cmae_scale.bench gpu --quick"""
+  python -m cmae_scale.bench gpu --quick
+  python -m cmae_scale.bench parts --only ema tar"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -16,7 +16,7 @@ def build_bench_parser(description: str, *, examples: str) -> argparse.ArgumentP
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(
-        required=True, metavar="loader | stream | shards | memory | hybrid | kill | gpu"
+        required=True, metavar="loader | stream | shards | memory | hybrid | kill | gpu | parts"
     )
     loader = commands.add_parser("loader", help="CPU seconds per sample beside other loaders")
     loader.set_defaults(trial="loader")
@@ -63,4 +63,9 @@ def build_bench_parser(description: str, *, examples: str) -> argparse.ArgumentP
     gpu.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a tiny rehearsal")
     gpu.add_argument("--shards", nargs="+", default=[], metavar="DIR", help="to measure the loader with")
     gpu.add_argument("--record", type=Path, default=RECORDS / "gpu.json", metavar="FILE")
+    parts = commands.add_parser("parts", help="parts of a step beside the usual way to write them")
+    parts.set_defaults(trial="parts")
+    parts.add_argument("--only", nargs="+", choices=("ema", "views", "attention", "tar"), help="default: all")
+    parts.add_argument("--rounds", type=int, default=7, help="interleaved rounds (default: 7)")
+    parts.add_argument("--record", type=Path, default=RECORDS / "parts.json", metavar="FILE")
     return parser

@@ -183,6 +183,23 @@ def read_views(args: argparse.Namespace) -> ViewsConfig:
     return ViewsConfig(img_px=args.master_px, master_px=args.master_px, shift_px=0)
 
 
+def measure_parts(args: argparse.Namespace) -> None:
+    """Print and record parts of a step beside the usual way to write them."""
+    import torch
+
+    from cmae_scale.benchmarks import parts
+    from cmae_scale.report.records import summarise_timings, write_record
+
+    timings = parts.measure_parts(args.only or list(parts.PARTS), rounds=args.rounds, tell=tell)
+    results = {
+        name: {way: summarise_timings(runs, per="unit") for way, runs in ways.items()}
+        for name, ways in timings.items()
+    }
+    config = {"threads": 1, "cpu": torch.backends.cpu.get_cpu_capability()}
+    write_record(args.record, config=config, results=results)
+    tell(f"record {args.record}")
+
+
 TRIALS = {
     "loader": measure_loader,
     "stream": prove_stream,
@@ -191,4 +208,5 @@ TRIALS = {
     "hybrid": measure_hybrid,
     "kill": run_crash_test,
     "gpu": measure_gpu,
+    "parts": measure_parts,
 }

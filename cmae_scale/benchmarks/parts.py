@@ -1,0 +1,252 @@
+"""Parts of a step beside the usual way to write them and beside what bounds them, on one pinned thread.
+
+Every part names our way first. The ways take turns, so that whatever else the machine does meets all of them;
+what counts is the least CPU time of each. Ways that compute the same are compared before they are timed.
+"""
+
+import io
+import tarfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cmae_scale.augment import draw_views, make_views
+from cmae_scale.augment.draws import step_generator
+from cmae_scale.config.cmae import ViewsConfig
+from cmae_scale.data.index import ShardInfo
+from cmae_scale.data.tar import read_samples
+from cmae_scale.engine.ema import TargetEma
+from cmae_scale.layers.attention import attend_explicitly
+from cmae_scale.report.records import Timing
+
+Way = Callable[[], object]
+
+
+class Part(NamedTuple):
+    """`units` of work are done by each call of each of the `ways`, our own first."""
+
+    ways: dict[str, Way]
+    units: int
+    unit: str
+
+
+class Scale(NamedTuple):
+    """How large the work is: of ViT-B or S at 224 px, or of a rehearsal."""
+
+    embed_dim: int = 768
+    depth: int = 12
+    images: int = 32
+    img_px: int = 224
+    samples: int = 400
+    sample_bytes: int = 110_000
+
+
+def time_part(part: Part, *, rounds: int) -> dict[str, list[Timing]]:
+    """Seconds of a unit by each way, after a round that warms up."""
+    timings: dict[str, list[Timing]] = {name: [] for name in part.ways}
+    for number in range(rounds + 1):
+        for name, way in part.ways.items():
+            cpu_s, wall_s = time.process_time(), time.perf_counter()
+            way()
+            cpu_s, wall_s = time.process_time() - cpu_s, time.perf_counter() - wall_s
+            if number:
+                timings[name].append(Timing(cpu_s / part.units, wall_s / part.units))
+    return timings
+
+
+def describe_part(name: str, part: Part, timings: dict[str, list[Timing]]) -> str:
+    """The least CPU time of each way, in lines for people."""
+    least = {way: min(timing.cpu_s for timing in runs) for way, runs in timings.items()}
+    ours = next(iter(least.values()))
+    title = f"{name}, CPU time of {'an' if part.unit[0] in 'aeiou' else 'a'} {part.unit}"
+    lines = [f"{title:48} {'us':>10} {'/ ours':>7}"]
+    return "\n".join(
+        [*lines, *(f"  {way:46} {1e6 * cpu_s:10.1f} {cpu_s / ours:6.2f}x" for way, cpu_s in least.items())]
+    )
+
+
+def prepare_ema(scale: Scale) -> Iterator[Part]:
+    """The moving average of an encoder's weights: one call, a loop as the official hook's, a foreach pair."""
+    block = nn.TransformerEncoderLayer(scale.embed_dim, 8, 4 * scale.embed_dim)
+    shapes = [parameter.shape for parameter in block.parameters()] * scale.depth
+    online = [nn.Parameter(torch.randn(shape)) for shape in shapes]
+    followed: list[Tensor] = list(online)
+    targets = {
+        name: [nn.Parameter(p.detach().clone(), requires_grad=False) for p in online] for name in "abc"
+    }
+    third: list[Tensor] = list(targets["c"])
+    pairs = [(str(number), *both) for number, both in enumerate(zip(online, targets["a"], strict=True))]
+    ema = TargetEma(pairs, keep_master=False, device=torch.device("cpu"))
+    source, copied = (torch.zeros(sum(p.numel() for p in online)) for _ in "ab")
+
+    @torch.no_grad()
+    def loop() -> None:  # Source: official core/hooks/momentum_update_hook.py through cmae_model's update
+        for old, new in zip(targets["b"], online, strict=True):
+            old.data = old.data * 0.996 + new.data * (1 - 0.996)
+
+    @torch.no_grad()
+    def foreach() -> None:
+        torch._foreach_mul_(third, 0.996)
+        torch._foreach_add_(third, followed, alpha=1 - 0.996)
+
+    with torch.no_grad():  # so that there is something to follow
+        for parameter in online:
+            parameter.add_(1.0)
+    ways: dict[str, Way] = {
+        "ours": lambda: ema.update_(0.996),
+        "parameter by parameter": loop,
+        "foreach multiply, then add": foreach,
+        "a copy of as much (the limit)": lambda: copied.copy_(source),
+    }
+    for name in list(ways)[:3]:
+        ways[name]()
+    for other in "bc":
+        for one, two in zip(targets["a"], targets[other], strict=True):
+            torch.testing.assert_close(one, two, rtol=1e-6, atol=1e-6)
+    yield Part(ways, 1, "update")
+
+
+def prepare_views(scale: Scale) -> Iterator[Part]:
+    """Both views of uint8 masters: batched, and image by image as torchvision has it."""
+    from torchvision.transforms import v2
+
+    views = ViewsConfig(img_px=scale.img_px, master_px=scale.img_px + 32, shift_px=32)
+    rng, side = torch.Generator().manual_seed(0), views.master_px
+    images = torch.randint(0, 256, (scale.images, 1, 3, side, side), dtype=torch.uint8, generator=rng)
+    numbers = draw_views(scale.images, views=views, rng=step_generator(0, step=0, purpose="views"))
+    ops = views.color_ops
+    flip, crop = v2.RandomHorizontalFlip(views.flip_p), v2.RandomCrop(views.img_px)
+    color = v2.Compose(
+        [
+            v2.RandomApply(
+                [v2.ColorJitter(ops.brightness, ops.contrast, ops.saturation, ops.hue)], ops.jitter_p
+            ),
+            v2.RandomGrayscale(ops.gray_p),
+            v2.RandomApply([v2.GaussianBlur(13, ops.blur_sigma)], ops.blur_p),
+        ]
+    )
+    finish = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(views.mean, views.std)])
+
+    def one_by_one() -> None:
+        for image in images[:, 0]:
+            master = flip(image)
+            finish(master[:, : views.img_px, : views.img_px])
+            finish(color(crop(master)))
+
+    outputs = torch.zeros(2, scale.images, 3, views.img_px, views.img_px)
+    written = torch.zeros_like(outputs)
+    yield Part(
+        {
+            "ours": lambda: make_views(images, numbers, views=views),
+            "torchvision v2, image by image": one_by_one,
+            "a copy of both views (the limit)": lambda: written.copy_(outputs),
+        },
+        scale.images,
+        "image",
+    )
+
+
+def prepare_attention(scale: Scale) -> Iterator[Part]:
+    """torch's fused attention beside plain products, forwards and backwards, where the model uses it."""
+    for heads, tokens, width in ((12, 69, 64), (12, 197, 64), (16, 197, 32)):
+        for dtype in (torch.float32, torch.bfloat16):
+            shape = (max(1, scale.images // 8), heads, tokens, width)
+            inputs = [torch.randn(shape).to(dtype).requires_grad_() for _ in range(3)]
+
+            def run(attend: Callable[..., Tensor], inputs: list[Tensor] = inputs) -> None:
+                torch.autograd.grad(attend(*inputs).float().square().mean(), inputs)
+
+            fused, plain = (
+                attend(*(one.double() for one in inputs))
+                for attend in (F.scaled_dot_product_attention, attend_explicitly)
+            )
+            torch.testing.assert_close(fused, plain)
+            name = f"pass of {heads} heads of {width}, {tokens} tokens, {str(dtype).removeprefix('torch.')}"
+            ways: dict[str, Way] = {
+                "fused": lambda run=run: run(F.scaled_dot_product_attention),  # type: ignore[misc]
+                "plain products": lambda run=run: run(attend_explicitly),  # type: ignore[misc]
+            }
+            yield Part(ways, shape[0], name)
+
+
+def prepare_tar(scale: Scale) -> Iterator[Part]:
+    """Samples of a shard that lies in the page cache: strictly, by webdataset, by tarfile, merely read."""
+    import webdataset
+
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "shard.tar"
+        _write_shard(path, samples=scale.samples, size=scale.sample_bytes)
+        info = ShardInfo(path.name, scale.samples, path.stat().st_size, "0" * 64)
+
+        def ours() -> int:
+            samples = read_samples(path, first=0, count=scale.samples, expected=info)
+            return sum(len(sample.image) for sample in samples)
+
+        def stock() -> int:
+            samples = webdataset.WebDataset(str(path), shardshuffle=False, empty_check=False)
+            return sum(len(sample["jpg"]) for sample in samples)
+
+        def standard() -> int:
+            total = 0
+            with tarfile.open(path, "r|") as archive:
+                for member in archive:
+                    file = archive.extractfile(member)
+                    assert file is not None
+                    total += len(file.read()) if member.name.endswith("jpg") else 0 * len(file.read())
+            return total
+
+        buffer = bytearray(1 << 20)
+
+        def read() -> int:
+            with path.open("rb", buffering=0) as file:
+                while file.readinto(buffer):
+                    pass
+            return scale.samples * scale.sample_bytes
+
+        ways: dict[str, Way] = {
+            "ours": ours,
+            "webdataset": stock,
+            "tarfile": standard,
+            "reading alone (the limit)": read,
+        }
+        totals = {way() for way in ways.values()}
+        assert totals == {scale.samples * scale.sample_bytes}, totals
+        yield Part(ways, scale.samples, "sample")
+
+
+def _write_shard(path: Path, *, samples: int, size: int) -> None:
+    image = bytes(range(256)) * (size // 256) + bytes(size % 256)
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as archive:
+        for number in range(samples):
+            for ending, data in (("cls", b"7"), ("jpg", image)):
+                entry = tarfile.TarInfo(f"{number:06d}.{ending}")
+                entry.size = len(data)
+                archive.addfile(entry, io.BytesIO(data))
+
+
+PARTS: dict[str, Callable[[Scale], Iterator[Part]]] = {
+    "ema": prepare_ema,
+    "views": prepare_views,
+    "attention": prepare_attention,
+    "tar": prepare_tar,
+}
+
+
+def measure_parts(
+    names: list[str], *, rounds: int, tell: Callable[[str], None], scale: Scale | None = None
+) -> dict[str, Any]:
+    """Timings of every way of the parts, by part and way; each part is told as it is done."""
+    torch.set_num_threads(1)
+    results: dict[str, Any] = {}
+    for name in names:
+        for part in PARTS[name](Scale() if scale is None else scale):
+            timings = time_part(part, rounds=rounds)
+            tell(describe_part(name, part, timings))
+            results[f"{name}, a {part.unit}"] = timings
+    return results
