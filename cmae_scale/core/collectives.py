@@ -38,9 +38,14 @@ class _GatherWithGrad(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        grad = grads[0].contiguous().clone()
-        dist.all_reduce(grad)
-        return grad[dist.get_rank()]
+        grad = grads[0].contiguous()
+        if dist.get_backend() == dist.Backend.NCCL:
+            own = torch.empty_like(grad[0])
+            dist.reduce_scatter_tensor(own.view(-1), grad.view(-1))
+            return own
+        total = grad.clone()  # gloo has no such collective everywhere
+        dist.all_reduce(total)
+        return total[dist.get_rank()]
 
 
 def stack_ranks(part: Tensor) -> Tensor:

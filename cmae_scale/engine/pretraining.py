@@ -86,14 +86,15 @@ class Pretraining:
         """What changes from step to step, besides the learning rate."""
         return {"momentum": self.momentum.at(step)}
 
-    def gather_encoder(self) -> dict[str, Tensor]:
-        """The online encoder's weights in fp32, on the CPU of every rank; all ranks call it together."""
-        return gather_weights(self.state.engine.module.online_encoder)
+    def gather_encoder(self, *, is_kept: bool = True) -> dict[str, Tensor]:
+        """The online encoder's weights in fp32 on the CPU; all ranks call it, also those that keep none."""
+        return gather_weights(self.state.engine.module.online_encoder, is_kept=is_kept)
 
     def export(self, metrics: Mapping[str, Any]) -> Path:
         """Write the online encoder to RUN/encoder; all ranks call it together. See `export_run`."""
-        run, weights = self.state.run, self.gather_encoder()
-        if self.state.context.world.is_first:
+        run, is_first = self.state.run, self.state.context.world.is_first
+        weights = self.gather_encoder(is_kept=is_first)
+        if is_first:
             export_run(run, weights, metrics=metrics)
         return run.out / "encoder"
 

@@ -56,6 +56,39 @@ def test_collectives_put_ranks_in_order_and_sum_gradients(on_ranks: Callable[...
         assert objects == [0, 1, 2]
 
 
+@pytest.mark.dist
+def test_on_gpus_each_rank_gets_its_part_of_the_gradient_alone(
+    on_ranks: Callable[..., list[Any]],
+) -> None:
+    """NCCL is played by gloo: what it is asked for, and that the sums are the same."""
+
+    def ask() -> Any:
+        import torch.distributed as dist
+
+        dist.init_process_group("gloo")
+        asked: list[int] = []
+
+        def scatter(own: torch.Tensor, parts: torch.Tensor) -> None:
+            asked.append(parts.numel())
+            total = parts.clone()
+            dist.all_reduce(total)
+            own.copy_(total.chunk(2)[dist.get_rank()])
+
+        gradients = []
+        for backend in ("gloo", "nccl"):
+            if backend == "nccl":
+                dist.get_backend = lambda: "nccl"
+                dist.reduce_scatter_tensor = scatter
+            part = torch.full((2, 3), float(dist.get_rank() + 1), requires_grad=True)
+            (collectives.stack_ranks(part) * torch.tensor([1.0, 10.0])[:, None, None]).sum().backward()
+            gradients.append(part.grad)
+        return gradients, asked
+
+    for (plain, scattered), asked in on_ranks(ask, ranks=2):
+        assert torch.equal(plain, scattered)
+        assert asked == [12]
+
+
 def test_a_step_draws_the_same_numbers_whenever_it_runs() -> None:
     first = torch.rand(4, generator=step_generator(1, step=7, purpose="mask"))
     assert torch.equal(first, torch.rand(4, generator=step_generator(1, step=7, purpose="mask")))

@@ -90,32 +90,37 @@ def drop_node_copies_(frozen: Iterable[nn.Parameter]) -> None:
 
 
 @torch.no_grad()
-def gather_weights(module: nn.Module) -> dict[str, Tensor]:
-    """state_dict of `module` in fp32 on the CPU, equal on all ranks; every rank must call it.
+def gather_weights(module: nn.Module, *, is_kept: bool = True) -> dict[str, Tensor]:
+    """state_dict of `module` in fp32 on the CPU; every rank must call it, those that keep it get the same.
 
-    Weights that the engine rounded to bf16 or fp16 come from its fp32 masters. So do those that ZeRO-3 keeps
-    whole, because autocast renews them in bf16.
+    One that does not keep it takes part for the others, and gets nothing. Weights that the engine rounded to
+    bf16 or fp16 come from its fp32 masters. So do those that ZeRO-3 keeps whole, because autocast renews them
+    in bf16.
     """
-    state = {name: buffer.detach().cpu().clone() for name, buffer in module.state_dict().items()}
-    for name, parameter in module.named_parameters():
-        state[name] = _whole(parameter)
+    state = {}
+    for name, value in module.state_dict(keep_vars=True).items():
+        if isinstance(value, nn.Parameter):
+            whole = _whole(value, is_kept=is_kept)
+        else:
+            whole = value.detach().cpu().clone() if is_kept else None
+        if whole is not None:
+            state[name] = whole
     return state
 
 
-def _whole(parameter: nn.Parameter) -> Tensor:
+def _whole(parameter: nn.Parameter, *, is_kept: bool) -> Tensor | None:
+    def copy(values: Tensor) -> Tensor | None:
+        return values.detach().to("cpu", torch.float32, copy=True) if is_kept else None
+
     is_kept_whole = parameter.requires_grad and getattr(parameter, "ds_persist", False)
     if parameter.dtype is not torch.float32 or is_kept_whole:
         master = safe_get_full_fp32_param(parameter)
         if master is not None:
-            return _copy(master.reshape(_shape(parameter)))
+            return copy(master.reshape(_shape(parameter)))
     if is_partitioned(parameter):
         with deepspeed.zero.GatheredParameters([parameter]):
-            return _copy(parameter)
-    return _copy(parameter)
-
-
-def _copy(values: Tensor) -> Tensor:
-    return values.detach().to("cpu", torch.float32, copy=True)
+            return copy(parameter)
+    return copy(parameter)
 
 
 def _shape(parameter: nn.Parameter) -> torch.Size:

@@ -47,6 +47,29 @@ def test_no_frozen_parameter_reaches_the_optimizer(tiny_run: Callable[..., Any])
     assert not grouped & {id(pair.target) for pair in model.target_pairs()}
 
 
+@pytest.mark.dist
+@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_rank_that_keeps_no_weights_helps_the_others_to_gather_them(
+    on_ranks: Callable[..., list[Any]], tiny_run: Callable[..., Any], stage: int, bf16: bool
+) -> None:
+    def gather() -> Any:
+        from cmae_scale.engine.process.group import start_processes
+        from cmae_scale.engine.setup import start_pretraining
+        from cmae_scale.engine.zero.partitions import gather_weights
+
+        context = start_processes()
+        run = tiny_run(ranks=2, stage=stage, bf16={"enabled": bf16})
+        state = start_pretraining(run, context=context, data_order="none")
+        everywhere = gather_weights(state.engine.module)
+        return everywhere, gather_weights(state.engine.module, is_kept=context.world.is_first)
+
+    (everywhere, first), (same, second) = on_ranks(gather, ranks=2)
+    assert list(everywhere) == list(first) == list(same)
+    assert all(torch.equal(everywhere[name], value) for name, value in first.items())
+    assert second == {}
+
+
 @pytest.mark.parametrize(
     ("loss", "factor"),
     [
