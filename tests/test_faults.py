@@ -123,7 +123,7 @@ def read_exit(folder: Path) -> dict[str, Any]:
 def assert_same_end(folder: Path, unharmed: Path, *, with_metrics: bool = True) -> None:
     from safetensors.torch import load_file
 
-    from cmae_scale.benchmarks.crash_test import is_timing
+    from cmae_scale.benchmarks.crashes import is_timing
 
     ours, theirs = (load_file(path / "encoder" / "model.safetensors") for path in (folder, unharmed))
     assert all(torch.equal(ours[name], value) for name, value in theirs.items())
@@ -167,7 +167,7 @@ def test_kill_9_of_a_rank_is_told_and_the_same_command_ends_as_if_it_had_not_bee
 def test_two_random_kills_of_the_whole_run_change_nothing(
     arguments: Callable[..., list[str]], tmp_path: Path
 ) -> None:
-    from cmae_scale.benchmarks.crash_test import Job, prove_survival
+    from cmae_scale.benchmarks.crashes import Job, prove_survival
 
     told: list[str] = []
     long = arguments("cmae.schedule.duration=40st")[:-2]

@@ -147,7 +147,7 @@ def measure_hybrid(args: argparse.Namespace) -> None:
 
 def run_crash_test(args: argparse.Namespace) -> None:
     """Print what each kill -9 did. DataError unless every run ends as the one that was never killed."""
-    from cmae_scale.benchmarks.crash_test import Job, prove_survival
+    from cmae_scale.benchmarks.crashes import Job, prove_survival
 
     # named, because a run that was killed before its first state would try kernels again
     overrides = ("--set", "cmae.model.attention=explicit", *args.set)
