@@ -218,7 +218,7 @@ class Trainer:
         """Update the weights unless something is wrong with their gradients. Whether they moved."""
         first, state = self.done == self._first, self.state
         self._heartbeat.enter("updating the weights", step=self.done, patience=PATIENT if first else 1.0)
-        if self.task.health is not None:
+        if self.task.health is not None and self.task.health.is_due:
             self.task.health.look_at_gradients(state.engine)
         with state.timer.span("step"):
             return self._guard.apply(losses)

@@ -127,7 +127,7 @@ def accumulate_gradients(
         passes.append(passed)
         if len(passes) < len(images):
             engine.step()
-    if health is not None and passed.keys is not None:
+    if health is not None and health.is_due and passed.keys is not None:
         health.look_at_features(
             torch.cat([one.query for one in passes if one.query is not None]), passed.keys
         )

@@ -212,11 +212,12 @@ def find_place() -> str:
     frame = sys._getframe(1)
     while frame is not None:
         path = Path(frame.f_code.co_filename)
-        for folder in (SITE_PACKAGES, REPOSITORY):
-            if path.is_relative_to(folder):
-                name = path.relative_to(folder).as_posix()
-                if not name.startswith(_PASSED_OVER):
-                    return f"{name}:{frame.f_code.co_name}"
+        # an environment may lie in the repository
+        folder = next((one for one in (SITE_PACKAGES, REPOSITORY) if path.is_relative_to(one)), None)
+        if folder is not None:
+            name = path.relative_to(folder).as_posix()
+            if not name.startswith(_PASSED_OVER):
+                return f"{name}:{frame.f_code.co_name}"
         frame = frame.f_back  # type: ignore[assignment]
     return "?"
 

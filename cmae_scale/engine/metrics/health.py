@@ -37,17 +37,15 @@ class Health:
         self._spreads: dict[str, Tensor] = {}
 
     def look_at_features(self, queries: Float[Tensor, "local dim"], keys: Float[Tensor, "total dim"]) -> None:
-        """This rank's queries and the keys of the whole batch, at a step that is due."""
-        if self.is_due:
-            self._spreads = {
-                "query_spread": measure_spread(gather_rows(queries)),
-                "key_spread": measure_spread(keys),
-            }
+        """This rank's queries and the keys of the whole batch, at a step that is due; all ranks together."""
+        self._spreads = {
+            "query_spread": measure_spread(gather_rows(queries)),
+            "key_spread": measure_spread(keys),
+        }
 
     def look_at_gradients(self, engine: Any) -> None:
-        """The gradients of a whole step, before the update."""
-        if self.is_due:
-            self._gradients = measure_gradients(engine, self._parts)
+        """The gradients of a whole step that is due, before the update; all ranks together."""
+        self._gradients = measure_gradients(engine, self._parts)
 
     def read(self, *, contrast: float | None) -> dict[str, float]:
         """What was seen, for a log line, and `contrast` as a share of chance. Empty where nothing was due."""
