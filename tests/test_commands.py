@@ -363,4 +363,4 @@ def test_an_ordinary_step_runs_through_few_files(
 
     (opened,) = on_ranks(trace, ranks=1)
     assert {"engine/loop.py", "engine/pretraining.py", "engine/ema.py", "losses/pixels.py"} <= opened
-    assert len(opened) <= 25, ' '.join(sorted(opened))
+    assert len(opened) <= 25, " ".join(sorted(opened))

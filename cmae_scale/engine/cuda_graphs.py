@@ -16,6 +16,7 @@ from torch.cuda import make_graphed_callables
 from torch.func import functional_call
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from cmae_scale.core.collectives import gather_objects
 from cmae_scale.layers.tokens import TokenMask
 from cmae_scale.models import CMAE
 
@@ -27,28 +28,40 @@ def record_networks_(
     img_px: int,
     device: torch.device,
     accumulates: bool,
-) -> None:
+) -> str | None:
     """Have the encoders and decoders of `model` replay what is recorded here, for `images` images at a time.
+
+    None, or why a rank could not record: then all ranks run as before. All of them call it together.
 
     Other numbers of images, and evaluation, run as before. To be called when parameters lie where they stay
     (after `deepspeed.initialize`) and before threads that use the GPU begin. `accumulates` says that
     gradients outlive the next micro-batch: a recorded network writes them to the same place each time.
     Autocast is the caller's, and has to be without its cache of weights.
     """
-    networks = list(_list_networks(model, images=images, img_px=img_px, device=device))
-    recorders = [_Recorder(network, args) for network, args in networks]
-    replays = make_graphed_callables(
-        tuple(recorder.run for recorder in recorders),
-        tuple((*recorder.tensors, *recorder.aliases.values()) for recorder in recorders),
-        allow_unused_input=True,
-    )
+    recorders: list[_Recorder] = []
+    replays: Any = ()
+    failed = None
+    try:
+        networks = _list_networks(model, images=images, img_px=img_px, device=device)
+        recorders = [_Recorder(network, args) for network, args in networks]
+        replays = make_graphed_callables(
+            tuple(recorder.run for recorder in recorders),
+            tuple((*recorder.tensors, *recorder.aliases.values()) for recorder in recorders),
+            allow_unused_input=True,
+        )
+    except RuntimeError as error:  # an operation that cannot be recorded, or too little memory
+        failed = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    for told in gather_objects(failed):
+        if told is not None:
+            return str(told)
     for recorder, replay in zip(recorders, replays, strict=True):
         recorder.replace_forward_(replay)
     if accumulates:
-        for network, _ in networks:
-            for parameter in network.parameters():
+        for recorder in recorders:
+            for parameter in recorder.network.parameters():
                 if parameter.requires_grad:
                     parameter.register_hook(torch.clone)  # type: ignore[no-untyped-call]
+    return None
 
 
 def _list_networks(

@@ -38,6 +38,7 @@ def start_pretraining(run: Run, *, context: RankContext, data_order: DataOrder) 
         attention=run.cmae.model.attention,
         shapes=list_attention(run),
     )
+    are_graphs_asked_for = run.cmae.cuda_graphs == "on"
     run, told = settle_speed(run, device=context.device)
     notices = [*notices, *told]
     model, origin = build_model(run, device=context.device)
@@ -60,13 +61,17 @@ def start_pretraining(run: Run, *, context: RankContext, data_order: DataOrder) 
     )
     if run.cmae.cuda_graphs == "on":
         with state.use_attention(), _autocast_without_cache(run, device=context.device):
-            record_networks_(
+            failed = record_networks_(
                 model,
                 images=run.deepspeed[MICRO],
                 img_px=run.cmae.views.img_px,
                 device=context.device,
                 accumulates=int(run.deepspeed["gradient_accumulation_steps"]) > 1,
             )
+        if failed is not None and are_graphs_asked_for:
+            raise ConfigError(f'cmae.cuda_graphs "on": recording failed ({failed}): write "off"')
+        if failed is not None:
+            state.notices.append(f"warning: no CUDA graphs, for recording failed ({failed}): slower steps")
     if model.target_encoder is not None and model.target_projector is not None:
         state.timer.watch_(model.target_encoder, model.target_projector, name="target")
     return state

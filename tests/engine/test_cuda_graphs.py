@@ -102,6 +102,41 @@ def test_replayed_networks_train_to_the_same_bits(
         assert torch.equal(replayed["weights"][name], value), name
 
 
+@pytest.mark.parametrize("asked_for", [False, True])
+def test_where_a_rank_cannot_record_all_run_as_before(
+    on_ranks: Callable[..., list[Any]],
+    tiny_run: Callable[..., Any],
+    train_tiny: Callable[..., Any],
+    asked_for: bool,
+) -> None:
+    def train(*, records: bool) -> Any:
+        import os
+
+        def record(*args: Any, **options: Any) -> Any:
+            if os.environ["RANK"] == "1":
+                raise RuntimeError("operation not permitted when stream is capturing\nmore")
+            return record_on_cpu(*args, **options)
+
+        run = tiny_run(ranks=2, cmae={"cuda_graphs": "on" if records and asked_for else "auto"})
+        if records:
+            cuda_graphs.make_graphed_callables = record
+            named = run.settings.model_copy(update={"cuda_graphs": "on"})
+            setup.settle_speed = lambda run, device: (replace(run, settings=named), [])
+        try:
+            return train_tiny(run, steps=2)
+        except ConfigError as error:
+            return str(error)
+
+    answers = on_ranks(lambda: train(records=True), ranks=2)
+    if asked_for:
+        for told in answers:
+            assert told.startswith('cmae.cuda_graphs "on": recording failed (operation not permitted')
+        return
+    for answer, plain in zip(answers, on_ranks(lambda: train(records=False), ranks=2), strict=True):
+        assert any("no CUDA graphs" in notice for notice in answer["notices"])
+        assert all(torch.equal(plain["losses"][step], answer["losses"][step]) for step in range(2))
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize(("stage", "accumulation"), [(0, 1), (0, 2), (1, 1), (1, 2), (2, 2)])
