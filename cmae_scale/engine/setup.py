@@ -109,7 +109,9 @@ def settle_speed(run: Run, *, device: torch.device) -> tuple[Run, list[str]]:
     failures = [text for text in gather_objects(try_to_compile(device) if any(wanted) else None) if text]
     settled: dict[str, Any] = {}
     if cfg.cuda_graphs == "auto":
-        settled["cuda_graphs"] = "on" if is_gpu and stage < 3 else "off"
+        # DeepSpeed's own checkpointing reads the random state, which no recording allows
+        records = is_gpu and stage < 3 and "activation_checkpointing" not in run.deepspeed
+        settled["cuda_graphs"] = "on" if records else "off"
     if cfg.compile == "auto":
         settled["compile"] = "blocks" if wanted[0] and not failures else "none"
     if cfg.fused_views == "auto":

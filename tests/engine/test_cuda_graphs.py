@@ -177,6 +177,10 @@ def test_what_auto_comes_to(
     )
     can_gain = device == "cuda" and stage < 3
     assert run.cmae.cuda_graphs == ("on" if can_gain else "off")
+    own, _ = settle_speed(
+        tiny_run(stage=stage, activation_checkpointing={}), device=torch.device(device)
+    )  # DeepSpeed's checkpointing cannot be recorded
+    assert own.cmae.cuda_graphs == "off"
     is_tried = can_gain and remat != "selective"
     assert run.cmae.compile == ("blocks" if is_tried and failure is None else "none")
     assert run.cmae.fused_views == ("on" if device == "cuda" and failure is None else "off")
