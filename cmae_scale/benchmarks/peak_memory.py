@@ -132,11 +132,12 @@ def compare_footprints(cases: Sequence[Case], *, device: Device) -> Iterator[Com
             run = hold_to_plan(run, device=device)
             prints = measure_footprint(run, ranks=case.ranks)
         batch = plan_batch(run.deepspeed, ranks=case.ranks)
+        resolved = resolve_run(run, batch=batch, total_steps=1, warmup_steps=0)
         yield Comparison(
             case,
             baseline_bytes=max(one.baseline_bytes for one in prints),
             measured_bytes=max(one.grown_bytes for one in prints),
-            predicted=predict_peak(describe_job(run, batch=batch, ranks=case.ranks, device=device)),
+            predicted=predict_peak(describe_job(resolved, batch=batch, ranks=case.ranks, device=device)),
         )
 
 

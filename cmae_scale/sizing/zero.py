@@ -195,11 +195,12 @@ def _split_weights(job: Job) -> StaticMemory:
     zero, is_coarse, part = job.zero, size < _FP32, job.zero.share(trained)
     on_device, stays = not zero.offloads_optimizer, not zero.offloads_parameters
     whole = min(trained + target, zero.max_reuse // 2 + min(zero.prefetch, zero.max_live))
+    rounded = _copied_bytes(job) if job.formats.is_autocast else 0  # blocks are gathered whole, then rounded
     alone = _copied_bytes(job) // 2 if stays else size * whole  # one rank's parts are the weights themselves
     return StaticMemory(
         weights=size * part * stays + _FP32 * count_buffers(job.cfg),
-        gathered=size * whole if zero.ranks > 1 else alone,
-        regathered=size * whole if zero.ranks > 1 else alone,
+        gathered=size * whole + rounded if zero.ranks > 1 else alone,
+        regathered=size * whole + rounded if zero.ranks > 1 else alone,
         optimizer=(_ADAM + _FP32) * part * on_device,
         target=(size * stays + _FP32 * is_coarse) * zero.share(target),
         gradients=size * part * on_device,
