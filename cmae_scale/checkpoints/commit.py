@@ -17,7 +17,7 @@ import re
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, TypedDict
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -90,7 +90,12 @@ def check_description(description: Any, *, step: int) -> None:
 _COMMITTED = re.compile(r"step_([0-9]{8,18})")
 DESCRIPTION, SEAL = "state.json", "state.sha256"
 
-FileEntry = dict[str, Any]  # bytes, sha256
+
+class FileEntry(TypedDict):
+    """What a state's description says of one of its files."""
+
+    bytes: int
+    sha256: str
 
 
 def list_checkpoints(folder: Path) -> list[Path]:

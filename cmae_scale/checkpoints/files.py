@@ -3,23 +3,38 @@
 The files are safetensors: plain numbers with a table of contents, nothing in them can run.
 """
 
+import hashlib
+import json
+import os
 import re
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from cmae_scale.checkpoints.commit import FileEntry
 from cmae_scale.core.errors import ConfigError
-from cmae_scale.core.files import sync
 
 _BUFFER_KEY = re.compile(r"buffer/(?P<name>.+)")
 _PART_KEY = re.compile(r"(?P<kind>[a-z_0-9]+)/(?P<name>.+)@(?P<start>[0-9]{1,18})")
 _NOT_OF_THE_OPTIMIZER = ("weight", "average", "buffer")
+_BLOCK_BYTES = 2**20  # written while they are still in the cache from hashing
+_DTYPES = {  # in the order of safetensors' own writer, from the last to the first
+    torch.bool: "BOOL",
+    torch.uint8: "U8",
+    torch.int8: "I8",
+    torch.int16: "I16",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int32: "I32",
+    torch.float32: "F32",
+    torch.float64: "F64",
+    torch.int64: "I64",
+}
 
 
 class _Part(NamedTuple):
@@ -36,13 +51,51 @@ def rank_file_name(rank: int) -> str:
     return f"rank_{rank:05d}.safetensors"
 
 
-def write_rank_file(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write and force to disk. Raises OSError when the disk does not take it."""
-    try:
-        save_file(dict(tensors), path)
-    except SafetensorError as error:
-        raise OSError(str(error)) from error
-    sync(path)
+def write_rank_file(path: Path, tensors: Mapping[str, Tensor]) -> FileEntry:
+    """Write tensors, and force them to disk: the size of the file, and the SHA-256 of what was given.
+
+    It is taken on the way, so nothing is read again, and what the disk changes is seen. Raises OSError when
+    the disk does not take it.
+    """
+    digest = hashlib.sha256()
+    with path.open("wb", buffering=0) as file:
+        for block in _cut(_lay_out(tensors)):
+            digest.update(block)
+            _write_all(file, block)
+        os.fsync(file.fileno())
+        return {"bytes": file.tell(), "sha256": digest.hexdigest()}
+
+
+def _lay_out(tensors: Mapping[str, Tensor]) -> Iterator[memoryview]:
+    """The bytes of a safetensors file: its table of contents, then the tensors, those of wide numbers first.
+
+    Source: the format's description in safetensors' README.
+    """
+    order = list(_DTYPES)
+    names = sorted(tensors, key=lambda name: (-order.index(tensors[name].dtype), name))
+    table, end = {}, 0
+    for name in names:
+        tensor = tensors[name]
+        start, end = end, end + tensor.nbytes
+        shape = list(tensor.shape)
+        table[name] = {"dtype": _DTYPES[tensor.dtype], "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # so that the numbers are aligned
+    yield memoryview(len(text).to_bytes(8, "little") + text)
+    for name in names:
+        flat = tensors[name].detach().cpu().reshape(-1)  # one after the other: they need little memory
+        yield memoryview(flat.view(torch.uint8).numpy().data) if flat.numel() else memoryview(b"")
+
+
+def _cut(pieces: Iterable[memoryview]) -> Iterator[memoryview]:
+    for piece in pieces:
+        for start in range(0, len(piece), _BLOCK_BYTES):
+            yield piece[start : start + _BLOCK_BYTES]
+
+
+def _write_all(file: BinaryIO, block: memoryview) -> None:
+    while len(block):
+        block = block[file.write(block) :]  # a nearly full disk takes a part
 
 
 class CheckpointReader:

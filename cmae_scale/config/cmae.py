@@ -363,6 +363,11 @@ class CheckpointConfig(Section):
     """Number of newest checkpoints that are kept."""
     keep_every: Duration | None = None
     """Checkpoints at multiples of this are kept too; null = none."""
+    beside: bool = False
+    """Whether a checkpoint is written while training goes on, from a copy in main memory (as large as this
+    rank's share of it), and counts from the first step at which all ranks have written theirs. The last one,
+    and one before leaving, is waited for. Changes no result.
+    """
     resume: Literal["auto", "required", "anyway", "never"] = "auto"
     """Whether to go on from the newest checkpoint in the run folder. auto: if there is one; required: there
     must be one; anyway: as auto, and settings of the method may differ, which are listed; never: start anew.

@@ -6,7 +6,6 @@ together.
 """
 
 import math
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from itertools import islice
@@ -20,6 +19,7 @@ from cmae_scale.config.schedules import Timetable, WarmupCosine
 from cmae_scale.core.errors import DivergedError
 from cmae_scale.data.decoding import BadSamples
 from cmae_scale.data.stream import CropBatch
+from cmae_scale.engine.checkpoint.save_load import PendingSave
 from cmae_scale.engine.metrics.health import Health
 from cmae_scale.engine.metrics.logger import MetricsLogger
 from cmae_scale.engine.process.agreement import RankAgreement
@@ -140,6 +140,7 @@ class Trainer:
         self.evaluation = evaluation
         self.state = state = task.state
         self.done = self.saved = state.first_step
+        self._pending: PendingSave | None = None  # a state that is being written
         self._first = state.first_step
         self._heartbeat = state.context.heartbeat
         faults, world = state.run.settings.faults, state.context.world
@@ -171,10 +172,12 @@ class Trainer:
         if saves or is_due or self.done % log_every == 0:
             self._write()
         if evaluation is not None and is_due:
+            self._commit()  # it may take long
             self._heartbeat.enter("evaluating", step=self.done, patience=PATIENT)
             self.logger.note(self.done, evaluation.evaluate(self.done))
         if saves:
-            self._save()
+            beside = self.state.run.settings.checkpoint.beside and self.done < self.end
+            self._save(is_beside=beside)
         return True
 
     def _take_data(self, step: int, crops: Iterator[CropBatch]) -> list[CropBatch]:
@@ -185,10 +188,13 @@ class Trainer:
             answer = self._agreement.answer(
                 lambda: list(islice(crops, self.task.batch.accumulation)),
                 then=lambda: self._heartbeat.enter("waiting for the others", step=step, patience=patience),
+                is_busy=lambda: self._pending is not None and not self._pending.is_written,
             )
         if answer.request is not None:
             failed = self._save_now()
             raise InterruptedRunError(answer.request, step=self.done, failed=failed)
+        if not answer.is_busy:
+            self._commit()
         assert answer.result is not None
         self._heartbeat.enter("computing gradients", step=step, patience=patience)
         return answer.result
@@ -201,6 +207,7 @@ class Trainer:
         if bad is None:
             self.logger.add(losses)
             return True
+        self._commit()
         try:
             decision = self._skipped.decide(bad, newest_state=self.saved or None)
         except DivergedError:
@@ -244,31 +251,48 @@ class Trainer:
 
     def _save_now(self) -> str | None:
         """Save before leaving, if there is anything new. None, or what went wrong."""
+        self._commit()
         if self.done == self.saved:
             return None
         if self.done > self.logger.written:
             self._write()
-        return self._save()
+        return self._save(is_beside=False)
 
-    def _save(self) -> str | None:
+    def _save(self, *, is_beside: bool) -> str | None:
+        """Begin a state, and wait for it if it is not written beside training. None, or what went wrong."""
+        self._commit()
         self._heartbeat.enter("saving a checkpoint", step=self.done, patience=PATIENT)
-        started_s = time.monotonic()
         self._guard.remember(self.state.extra)
         with self.state.timer.span("save"):
-            failed = self.state.save(self.done, keep_every_steps=self.logger.times.keep_every_steps)
-        if failed:
-            self.logger.say(
-                f"warning: step {self.done} is not saved ({failed}); older checkpoints are as they were"
+            begun = self.state.begin_save(
+                self.done, keep_every_steps=self.logger.times.keep_every_steps, is_beside=is_beside
             )
-            return failed
-        self.saved = self.done
-        took_s = time.monotonic() - started_s
-        if took_s > LAUNCHERS_GRACE_S / 2:
+        if isinstance(begun, str):
+            return self._tell_unsaved(self.done, begun)
+        self._pending = begun
+        return None if is_beside else self._commit()
+
+    def _commit(self) -> str | None:
+        """Have the state that is being written count, if there is one. None, or what went wrong."""
+        if self._pending is None:
+            return None
+        pending, self._pending = self._pending, None
+        self._heartbeat.enter("saving a checkpoint", step=pending.step, patience=PATIENT)
+        with self.state.timer.span("save"):
+            failed = pending.commit()
+        if failed:
+            return self._tell_unsaved(pending.step, failed)
+        self.saved = pending.step
+        if pending.took_s > LAUNCHERS_GRACE_S / 2:
             self.logger.say(
-                f"warning: saving took {took_s:.0f} s: have the scheduler warn this run some minutes ahead, "
-                f"for the {LAUNCHERS_GRACE_S:.0f} s between SIGTERM and the kill would hardly do"
+                f"warning: saving took {pending.took_s:.0f} s: have the scheduler warn this run some minutes "
+                f"ahead, for the {LAUNCHERS_GRACE_S:.0f} s between SIGTERM and the kill would hardly do"
             )
         return None
+
+    def _tell_unsaved(self, step: int, failed: str) -> str:
+        self.logger.say(f"warning: step {step} is not saved ({failed}); older checkpoints are as they were")
+        return failed
 
 
 def set_learning_rate_(engine: Any, lr: WarmupCosine, *, step: int) -> None:

@@ -13,7 +13,7 @@ from cmae_scale.core.collectives import gather_objects
 from cmae_scale.core.credentials import write_settings
 from cmae_scale.core.errors import ConfigError
 from cmae_scale.engine.checkpoint.metadata import CheckpointMetadata
-from cmae_scale.engine.checkpoint.save_load import Keeping, load_newest, save_checkpoint
+from cmae_scale.engine.checkpoint.save_load import Keeping, PendingSave, Snapshot, begin_save, load_newest
 from cmae_scale.engine.ema import Pair, TargetEma
 from cmae_scale.engine.metrics.step_timer import StepTimer
 from cmae_scale.engine.precision import Choices, Precision, read_precision
@@ -38,6 +38,7 @@ class TrainState:
     timer: StepTimer  # where the time goes, if the run file asks
     notices: list[str] = field(default_factory=list)  # what the user should know
     extra: dict[str, Any] = field(default_factory=dict)  # JSON that belongs to the state, by who keeps it
+    snapshot: Snapshot = field(default_factory=Snapshot)  # of what is saved beside training
 
     @property
     def compute(self) -> torch.dtype:
@@ -48,9 +49,14 @@ class TrainState:
         """Hold forward and backward passes to the attention kernel of the run file."""
         return use_attention(next(iter(self.attention.values())))  # a named one is that of every part
 
-    def save(self, step: int, *, keep_every_steps: int | None = None) -> str | None:
-        """Commit a checkpoint of `step` steps. None, or what went wrong: older ones are untouched then."""
-        return save_checkpoint(
+    def begin_save(
+        self, step: int, *, keep_every_steps: int | None = None, is_beside: bool = False
+    ) -> PendingSave | str:
+        """A checkpoint of `step` steps that is to be committed, or what went wrong: older ones are untouched.
+
+        `is_beside`: it is written while training goes on.
+        """
+        return begin_save(
             self.engine,
             self.run.out / "checkpoints",
             step=step,
@@ -60,6 +66,7 @@ class TrainState:
             extra=self.extra,
             keeping=Keeping(self.run.settings.checkpoint.keep, keep_every_steps),
             world=self.context.world,
+            snapshot=self.snapshot if is_beside else None,
         )
 
     def restore(self) -> bool:

@@ -15,7 +15,7 @@ from cmae_scale.sizing.flops import ForwardFlops, count_flops
 from cmae_scale.sizing.hardware import Gpu
 from cmae_scale.sizing.memory import count_loaded
 from cmae_scale.sizing.parameters import ParameterCounts, count_parameters
-from cmae_scale.sizing.zero import Device, Job, is_optimizer_fused, read_zero
+from cmae_scale.sizing.zero import Device, Job, count_snapshot, is_optimizer_fused, read_zero
 
 
 class Machine(NamedTuple):
@@ -42,6 +42,7 @@ class Forecast(NamedTuple):
     flops: ForwardFlops
     estimate: Estimate
     loaded_bytes: int  # of decoded images in main memory, per rank
+    snapshot_bytes: int  # of the checkpoint that is written beside training, likewise
     layouts: list[Layout]
     own: Layout
     recommended: Layout | None
@@ -97,6 +98,7 @@ def forecast(
         flops=count_flops(run.cmae),
         estimate=estimate,
         loaded_bytes=count_loaded(job),
+        snapshot_bytes=count_snapshot(job),
         layouts=layouts,
         own=own,
         recommended=recommend(layouts, ranks=machine.ranks),
@@ -144,6 +146,7 @@ def to_json(plan: Forecast) -> dict[str, Any]:
         "assumed_mfu": plan.mfu,
         "outlook": plan.estimate._asdict(),
         "loaded_bytes": plan.loaded_bytes,
+        "snapshot_bytes": plan.snapshot_bytes,
         "layouts": [_layout_json(layout, plan=plan) for layout in plan.layouts],
         "own": {"stage": plan.own.stage, "remat": plan.own.remat, "fits": plan.own.fits},
         "recommended": plan.recommended and _layout_json(plan.recommended, plan=plan),

@@ -122,6 +122,11 @@ def _verdict(plan: Forecast) -> list[str]:
         f"         and {plan.loaded_bytes / 2**30:.1f} GiB of main memory per rank for decoded images, "
         f"{ahead} micro-batches ahead"
     )
+    if plan.snapshot_bytes:
+        lines.append(
+            f"         and {plan.snapshot_bytes / 2**30:.1f} GiB of main memory per rank for the checkpoint "
+            "that is written beside training"
+        )
     best = plan.recommended
     if best is not None and best.largest is not None:
         micro = best.largest if not best.fits else plan.batch

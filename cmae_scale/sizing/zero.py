@@ -228,6 +228,18 @@ def count_host(job: Job) -> int:
     return optimizer + parameters
 
 
+def count_snapshot(job: Job) -> int:
+    """Bytes of main memory for the copy from which a rank's checkpoint is written beside training.
+
+    Of each trained weight a master and two moments, of the target its average, both in fp32: dealt out evenly
+    whatever the stage.
+    """
+    if not job.cfg.checkpoint.beside:
+        return 0
+    counts = count_parameters(job.cfg)
+    return ((_FP32 + _ADAM) * counts.trained + _FP32 * counts.target) // job.zero.ranks
+
+
 def _sizes(job: Job) -> tuple[int, int, int]:
     """Bytes of a weight, trained weights, target weights."""
     counts = count_parameters(job.cfg)

@@ -111,6 +111,17 @@ def test_ranks_agree_on_the_cpu_and_the_gpu_goes_on(place: Place) -> None:
     assert place.gpu.waits == []
 
 
+@pytest.mark.parametrize(("size", "rounds"), [(65, 7), (128, 7), (129, 8), (1024, 10)])
+def test_many_ranks_agree_in_rounds_that_grow_with_the_logarithm_of_their_number(
+    size: int, rounds: int
+) -> None:
+    with fake_gpu() as gpu, fake_ranks(gpu, size=size) as ranks:
+        group = ranks.make_group(backend="gloo")
+        assert collectives.highest_of_ranks(torch.zeros(2), group=group).shape == (2,)
+        assert ranks.calls == ["recv", "send"] * rounds
+        assert gpu.waits == []
+
+
 @pytest.mark.parametrize("spike", [None, 6.0])
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_the_guard_computes_on_the_gpu_and_asks_nothing(

@@ -57,6 +57,26 @@ def test_collectives_put_ranks_in_order_and_sum_gradients(on_ranks: Callable[...
 
 
 @pytest.mark.dist
+@pytest.mark.parametrize("ranks", [2, 3, 5, 6])
+def test_rounds_and_ring_find_the_same_maximum(on_ranks: Callable[..., list[Any]], ranks: int) -> None:
+    def ask() -> list[list[int]]:
+        import torch.distributed as dist
+
+        dist.init_process_group("gloo")
+        group, rank = dist.new_group(backend="gloo"), dist.get_rank()
+        told = []
+        for holder in range(ranks):  # each of them knows something that the others do not
+            own = torch.tensor([rank, 7 if rank == holder else 0])
+            for collectives.RING_RANKS in (64, 1):
+                told.append(collectives.highest_of_ranks(own, group=group).tolist())
+            assert own.tolist() == [rank, 7 if rank == holder else 0]
+        return told
+
+    for told in on_ranks(ask, ranks=ranks):
+        assert told == [[ranks - 1, 7]] * (2 * ranks)
+
+
+@pytest.mark.dist
 def test_on_gpus_each_rank_gets_its_part_of_the_gradient_alone(
     on_ranks: Callable[..., list[Any]],
 ) -> None:

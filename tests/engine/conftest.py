@@ -93,7 +93,7 @@ def run_steps(
 
     from cmae_scale.config.schedules import TargetMomentum
     from cmae_scale.data.stream import CropBatch
-    from cmae_scale.engine.checkpoint.save_load import Keeping, save_checkpoint
+    from cmae_scale.engine.checkpoint.save_load import Keeping, begin_save
     from cmae_scale.engine.pretraining import Pretraining
     from cmae_scale.engine.process.group import start_processes
     from cmae_scale.engine.setup import start_pretraining
@@ -113,7 +113,7 @@ def run_steps(
 
     for step in range(state.first_step if first is None else first, steps):
         if step == resave_at:
-            again = save_checkpoint(
+            again = begin_save(
                 state.engine,
                 run.out / "again",
                 step=step,
@@ -124,7 +124,8 @@ def run_steps(
                 keeping=Keeping(1),
                 world=context.world,
             )
-            assert again is None, again
+            assert not isinstance(again, str), again
+            assert again.commit() is None
         pixels = torch.Generator().manual_seed(step)
         images = torch.randint(0, 256, (8, 1, 3, side, side), generator=pixels, dtype=torch.uint8)
         parts = [
@@ -136,7 +137,8 @@ def run_steps(
         with state.use_attention():
             losses[step] = task.take_step(parts, step=step, update=update)
         if step + 1 == save_at:
-            failed = state.save(step + 1)
+            begun = state.begin_save(step + 1)
+            failed = begun if isinstance(begun, str) else begun.commit()
     norm = state.engine.get_global_grad_norm()
     return {
         "losses": losses,
@@ -271,3 +273,9 @@ def moments(engine: Any) -> list[torch.Tensor]:
         if isinstance(value, torch.Tensor)
     ]
     return sorted(tensors, key=lambda tensor: tensor.tolist())
+
+
+@pytest.fixture
+def run_now() -> dict[str, int]:
+    """The "step" that `run_loop` is at on this rank."""
+    return NOW

@@ -6,14 +6,20 @@ Source: the need is DeepSpeed's: its own checkpoints are bound to rank count and
 not cross between stages 1/2 and 3, and both are pickles.
 """
 
+import copy
 import shutil
-from collections.abc import Callable, Mapping
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from cmae_scale.checkpoints import commit
-from cmae_scale.checkpoints.commit import Found, check_files, choose_checkpoint
+from cmae_scale.checkpoints.commit import FileEntry, Found, check_files, choose_checkpoint
 from cmae_scale.checkpoints.files import CheckpointReader, rank_file_name, write_rank_file
 from cmae_scale.core.collectives import gather_objects
 from cmae_scale.core.errors import ConfigError
@@ -44,7 +50,74 @@ class Keeping:
     every_steps: int | None = None
 
 
-def save_checkpoint(
+class Snapshot:
+    """Memory of this machine for one state, kept from save to save, so that training may change its own."""
+
+    def __init__(self) -> None:
+        self._memory: dict[str, Tensor] = {}
+
+    def take(self, content: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A copy of `content` as it is now. What lies on a GPU comes through page-locked memory."""
+        for name, tensor in content.items():
+            old = self._memory.get(name)
+            if old is None or (old.shape, old.dtype) != (tensor.shape, tensor.dtype):
+                self._memory[name] = torch.empty(
+                    tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda and tensor.numel() > 0
+                )
+            self._memory[name].copy_(tensor, non_blocking=True)
+        if any(tensor.is_cuda for tensor in content.values()):
+            torch.cuda.current_stream().synchronize()
+        return {name: self._memory[name] for name in content}
+
+
+class PendingSave:
+    """A state on its way to the disk. All ranks call `commit` together, once."""
+
+    def __init__(
+        self,
+        part: Path,
+        description: dict[str, Any],
+        write: Callable[[], FileEntry],
+        *,
+        keeping: Keeping,
+        world: World,
+        is_beside: bool,
+    ) -> None:
+        self.step: int = description["step"]
+        self.took_s = 0.0  # until this rank's file was there
+        self._part, self._description = part, description
+        self._keeping, self._world = keeping, world
+        self._found: tuple[str | None, FileEntry | None] = ("it was not written to its end", None)
+        self._started_s = time.monotonic()
+        self._thread = threading.Thread(target=self._write, args=(write,), name="save", daemon=True)
+        if is_beside:
+            self._thread.start()
+        else:
+            self._write(write)
+
+    @property
+    def is_written(self) -> bool:
+        """Whether this rank's file is there, or cannot be."""
+        return not self._thread.is_alive()
+
+    def commit(self) -> str | None:
+        """Wait for the files of all ranks, and make them a state. None, or what failed."""
+        if self._thread.ident is not None:
+            self._thread.join()
+        shares = gather_objects(self._found)
+        failed = _join(failure for failure, _ in shares)
+        if failed:
+            _on_first(self._world, lambda: shutil.rmtree(self._part, ignore_errors=True))
+            return failed
+        description = {**self._description, "files": _name_files([entry for _, entry in shares])}
+        return _on_first(self._world, lambda: _commit(self._part, description, keeping=self._keeping))
+
+    def _write(self, write: Callable[[], FileEntry]) -> None:
+        self._found = _try(write)
+        self.took_s = time.monotonic() - self._started_s
+
+
+def begin_save(
     engine: Any,
     folder: Path,
     *,
@@ -55,31 +128,38 @@ def save_checkpoint(
     extra: Mapping[str, Any],
     keeping: Keeping,
     world: World,
-) -> str | None:
-    """Write the state after `step` optimizer steps and drop older ones. None, or what failed.
+    snapshot: Snapshot | None = None,
+) -> PendingSave | str:
+    """Write the state after `step` optimizer steps: it counts, and older ones go, once it is committed.
 
+    With a `snapshot` it is copied there and written beside what follows; without, it is on disk on return.
     `masters` and `averages` are those of `list_partitions`, `extra` is JSON that `load_newest` gives back.
-    A full or lost disk on any rank leaves the previous checkpoints as they are.
+    No save may begin before the one before is committed. What failed, where it cannot begin: a full or lost
+    disk on any rank leaves the previous checkpoints as they are, now and in `commit`.
     """
     part = commit.name_part(folder, step=step)
     failed = _on_first(world, lambda: _open_part(part))
     if failed:
-        return failed
-    partitions = list_partitions(engine, masters=masters, averages=averages)
-    failure, entry = _try(lambda: _write_rank_file(engine, partitions, part, world=world))
-    shares = gather_objects((failure, entry))
-    failed = _join(failure for failure, _ in shares)
-    if failed:
-        _on_first(world, lambda: shutil.rmtree(part, ignore_errors=True))
         return failed
     description = {
         "step": step,
         "stamp": asdict(metadata),
         "counters": read_counters(engine),
         "extra": dict(extra),
-        "files": {rank_file_name(rank): entry for rank, (_, entry) in enumerate(shares)},
     }
-    return _on_first(world, lambda: _commit(part, description, keeping=keeping))
+    partitions = list_partitions(engine, masters=masters, averages=averages)
+    content = read_content(engine, partitions, rank=world.rank, ranks=world.size)
+    if snapshot is not None:
+        content = snapshot.take(content)
+    path = part / rank_file_name(world.rank)
+    return PendingSave(
+        part,
+        copy.deepcopy(description),
+        lambda: write_rank_file(path, content),
+        keeping=keeping,
+        world=world,
+        is_beside=snapshot is not None,
+    )
 
 
 def load_newest(
@@ -150,10 +230,8 @@ def _open_part(part: Path) -> None:
     part.mkdir()
 
 
-def _write_rank_file(engine: Any, partitions: Any, part: Path, *, world: World) -> commit.FileEntry:
-    path = part / rank_file_name(world.rank)
-    write_rank_file(path, read_content(engine, partitions, rank=world.rank, ranks=world.size))
-    return commit.describe_file(path)
+def _name_files(entries: Sequence[FileEntry]) -> dict[str, FileEntry]:
+    return {rank_file_name(rank): entry for rank, entry in enumerate(entries)}
 
 
 def _commit(part: Path, description: dict[str, Any], *, keeping: Keeping) -> None:

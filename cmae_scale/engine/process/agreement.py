@@ -8,7 +8,7 @@ from typing import Any, Generic, TypeVar
 import torch
 import torch.distributed as dist
 
-from cmae_scale.core.collectives import world_size
+from cmae_scale.core.collectives import highest_of_ranks, world_size
 from cmae_scale.core.errors import UserError
 from cmae_scale.engine.process.group import LAST_RESORT
 from cmae_scale.engine.process.signals import STOP_FILE, DataWaitError, StopRequest
@@ -29,10 +29,14 @@ class PeerFailedError(UserError):
 
 @dataclass(frozen=True)
 class Answer(Generic[T]):
-    """`result` of the work; `request` names the signal that some rank was asked to leave by."""
+    """`result` of the work; `request` names the signal that some rank was asked to leave by.
+
+    `is_busy`: some rank still had something beside the work to do.
+    """
 
     result: T
     request: str | None
+    is_busy: bool = False
 
 
 class RankAgreement:
@@ -44,11 +48,18 @@ class RankAgreement:
         # on the CPU, so that asking costs no wait for the GPU
         self._group: Any = dist.new_group(backend="gloo", timeout=limit) if world_size() > 1 else None
 
-    def answer(self, work: Callable[[], T], *, then: Callable[[], None] = lambda: None) -> Answer[T | None]:
+    def answer(
+        self,
+        work: Callable[[], T],
+        *,
+        then: Callable[[], None] = lambda: None,
+        is_busy: Callable[[], bool] = lambda: False,
+    ) -> Answer[T | None]:
         """What `work` returns, and whether all should leave now. If it fails on any rank, every rank raises.
 
         That one raises its own error, the others PeerFailedError. A request to leave ends a wait for data, so
-        `result` may be None then. `then` runs after this rank's work, before it waits for the others.
+        `result` may be None then. `then` runs after this rank's work, before it waits for the others, and
+        `is_busy` is asked there.
         """
         failure: Exception | None = None
         result: T | None = None
@@ -60,21 +71,22 @@ class RankAgreement:
             failure = error
         then()
         rank = dist.get_rank() if self._group is not None else 0
-        # the highest number of a rank that failed, and of a request, both counted from 1
+        # the highest number of a rank that failed, and of a request, both counted from 1; whether one is busy
         own = torch.tensor(
             [
                 0 if failure is None else rank + 1,
                 0 if self._stop.name is None else _REQUESTS.index(self._stop.name) + 1,
+                int(is_busy()),
             ]
         )
         if self._group is not None:
-            dist.all_reduce(own, op=dist.ReduceOp.MAX, group=self._group)
-        failed, asked = own.tolist()
+            own = highest_of_ranks(own, group=self._group)
+        failed, asked, busy = own.tolist()
         if failure is not None:
             raise failure
         if failed:
             raise PeerFailedError(f"stopped with rank {failed - 1}, which says why: it has no data to go on")
-        return Answer(result, _REQUESTS[asked - 1] if asked else None)
+        return Answer(result, _REQUESTS[asked - 1] if asked else None, bool(busy))
 
     def _work(self, work: Callable[[], T]) -> T | None:
         if self._stop.name is not None:

@@ -25,18 +25,18 @@ _SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis
 def read_content(
     engine: Any, partitions: Sequence[ParamPartition], *, rank: int, ranks: int
 ) -> dict[str, Tensor]:
-    """This rank's share of the state, on the CPU or as views; what all ranks hold alike is dealt out."""
+    """This rank's share of the state, as views of where it lies; what all ranks hold alike is dealt out."""
     states = engine.basic_optimizer.state
     content: dict[str, Tensor] = {}
     for partition in _deal(partitions, rank=rank, ranks=ranks):
         suffix = f"{partition.name}@{partition.start}"
-        content[f"{partition.kind}/{suffix}"] = partition.of(partition.holder).cpu()
+        content[f"{partition.kind}/{suffix}"] = partition.of(partition.holder)
         for kind, value in states.get(partition.holder, {}).items():
             if value is not None:
-                content[f"{kind}/{suffix}"] = _read_state(value, partition, kind=kind).cpu()
+                content[f"{kind}/{suffix}"] = _read_state(value, partition, kind=kind)
     if rank == 0:
         for name, buffer in engine.module.named_buffers():
-            content[f"{BUFFER}/{name}"] = buffer.detach().cpu().contiguous()
+            content[f"{BUFFER}/{name}"] = buffer.detach().contiguous()
     return content
 
 
