@@ -26,6 +26,21 @@ def gather_rows(rows: Float[Tensor, "local dim"]) -> Float[Tensor, "total dim"]:
     return total
 
 
+def exchange_rows(rows: Float[Tensor, "total dim"]) -> Float[Tensor, "total dim"]:
+    """What every rank has for this one, in rank order: of the rows, cut evenly, rank r is sent part r.
+
+    Equal shapes on all ranks, without gradient. A rank sends and receives each row once, however many ranks
+    there are. gloo has `all_to_all_single` for tensors on the CPU, and of NCCL it is sends and receives.
+    """
+    size = world_size()
+    if size == 1:
+        return rows.detach()
+    assert len(rows) % size == 0, f"{len(rows)} rows cannot be cut evenly for {size} ranks"
+    received = torch.empty_like(rows, memory_format=torch.contiguous_format)
+    dist.all_to_all_single(received, rows.detach().contiguous())
+    return received
+
+
 class _GatherWithGrad(torch.autograd.Function):
     """Stack one tensor per rank; the gradient of a rank's part is the sum over ranks of what reached it."""
 

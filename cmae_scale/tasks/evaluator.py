@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cmae_scale.config.cmae import DataConfig, KnnConfig
 from cmae_scale.config.transfer import CropConfig
-from cmae_scale.core.collectives import gather_objects, gather_rows, sum_of_ranks, world_size
+from cmae_scale.core.collectives import exchange_rows, gather_objects, gather_rows, sum_of_ranks, world_size
 from cmae_scale.core.errors import DataError
 from cmae_scale.core.world import World
 from cmae_scale.data.decoding import BadSamples, CentreCrops
@@ -20,8 +20,9 @@ from cmae_scale.data.shard_set import Labelled, ShardSet
 from cmae_scale.data.stream import copy_ahead
 from cmae_scale.tasks.features import Features, Predict, extract_features
 
-CHUNK = 1024  # questions of a rank at a time
-BLOCK = 2**16  # voters at a time: CHUNK x ranks x BLOCK similarities exist at once
+CHUNK = 1024  # questions of a rank at a time, and
+AT_ONCE = 8 * CHUNK  # of all ranks together, so that neither memory nor padding grows with ranks
+BLOCK = 2**16  # voters at a time: AT_ONCE x BLOCK similarities exist at once
 
 
 class Neighbours(NamedTuple):
@@ -49,23 +50,25 @@ def build_bank(features: Features) -> Bank:
     return Bank(F.normalize(features.values[known].float(), dim=1), features.labels[known], total)
 
 
-def vote(
-    features: Features, bank: Bank, *, cfg: KnnConfig, classes: int, rank: int
-) -> Float[Tensor, "images classes"]:
+def vote(features: Features, bank: Bank, *, cfg: KnnConfig, classes: int) -> Float[Tensor, "images classes"]:
     """Votes for each class by the k nearest of all ranks' voters. All ranks call it together.
 
     Source: Wu et al. (arXiv:1805.01978) section 3.4: a neighbour weighs exp(cosine / temperature).
     """
-    near = find_neighbours(features.values, bank, k=cfg.k, rank=rank)
+    near = find_neighbours(features.values, bank, k=cfg.k)
     votes = near.similarity.new_zeros(len(near.similarity), classes)
     return votes.scatter_add_(1, near.label, (near.similarity / cfg.temperature).exp())
 
 
 def find_neighbours(
-    values: Float[Tensor, "images dim"], bank: Bank, *, k: int, rank: int, chunk: int = CHUNK
+    values: Float[Tensor, "images dim"], bank: Bank, *, k: int, chunk: int | None = None
 ) -> Neighbours:
-    """The `k` nearest voters on any rank for each of this rank's images. All ranks call it together."""
-    k = min(k, bank.total)
+    """The `k` nearest voters on any rank for each of this rank's images. All ranks call it together.
+
+    `chunk` of each rank's images at a time are asked of every rank, and only the rank that asked is answered.
+    Ranks may have different numbers of images, or none.
+    """
+    k, chunk = min(k, bank.total), chunk or count_questions(world_size())
     sizes = gather_objects((len(values), max(values.shape[1], bank.values.shape[1])))
     longest, dim = max(size for size, _ in sizes), max(width for _, width in sizes)
     found = []
@@ -74,11 +77,16 @@ def find_neighbours(
         part = values[start : start + chunk]
         if len(part):
             own[: len(part)] = F.normalize(part.float(), dim=1)
-        near = _merge_ranks(search(gather_rows(own), bank, k=k), rank=rank, chunk=chunk, k=k)
+        near = _merge_ranks(search(gather_rows(own), bank, k=k), chunk=chunk, k=k)
         found.append(Neighbours(near.similarity[: len(part)], near.label[: len(part)]))
     return Neighbours(
         torch.cat([near.similarity for near in found]), torch.cat([near.label for near in found])
     )
+
+
+def count_questions(ranks: int) -> int:
+    """Questions that each rank asks in one round, every rank as many."""
+    return max(1, min(CHUNK, AT_ONCE // ranks))
 
 
 def search(questions: Float[Tensor, "images dim"], bank: Bank, *, k: int, block: int = BLOCK) -> Neighbours:
@@ -99,13 +107,11 @@ def search(questions: Float[Tensor, "images dim"], bank: Bank, *, k: int, block:
     return best
 
 
-def _merge_ranks(near: Neighbours, *, rank: int, chunk: int, k: int) -> Neighbours:
-    """From each rank's answers to all questions, the best answers of all ranks to this rank's own."""
-    ranks = world_size()
+def _merge_ranks(near: Neighbours, *, chunk: int, k: int) -> Neighbours:
+    """From this rank's answers to all questions, the best answers of all ranks to its own questions."""
 
     def own(answers: Tensor) -> Tensor:
-        mine = gather_rows(answers).view(ranks, ranks, chunk, k)[:, rank]
-        return mine.transpose(0, 1).reshape(chunk, ranks * k)
+        return exchange_rows(answers).view(-1, chunk, k).transpose(0, 1).reshape(chunk, -1)
 
     return _keep_best(own(near.similarity), own(near.label), k=k)
 
@@ -209,7 +215,7 @@ class Evaluator:
         """Nearest neighbours: the training shards vote on the validation shards."""
         bank = build_bank(self.extract(encode, self.labelled.train, fraction=fraction))
         features = self.extract(encode, self.labelled.val)
-        votes = vote(features, bank, cfg=cfg, classes=len(self.labelled.classes), rank=self.world.rank)
+        votes = vote(features, bank, cfg=cfg, classes=len(self.labelled.classes))
         return EvalResult(score(votes, features.labels), features, votes / votes.sum(dim=1, keepdim=True))
 
     def evaluate_classifier(self, predict: Predict) -> "EvalResult":

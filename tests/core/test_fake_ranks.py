@@ -76,7 +76,7 @@ def time_steps() -> Tensor:
 
 def find_neighbours() -> Tensor:
     features = Features(rows(5, 4), rows(5, dtype=torch.int64), ("key",) * 5)
-    return vote(features, build_bank(features), cfg=KnnConfig(k=2), classes=3, rank=0)
+    return vote(features, build_bank(features), cfg=KnnConfig(k=2), classes=3)
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,7 @@ def test_one_process_talks_to_itself() -> None:
     assert torch.equal(collectives.stack_ranks(rows), rows[None])
     assert collectives.gather_objects("a") == ["a"]
     assert torch.equal(collectives.sum_of_ranks(rows), rows)
+    assert torch.equal(collectives.exchange_rows(rows), rows)
 
 
 @pytest.mark.dist
@@ -46,14 +47,16 @@ def test_collectives_put_ranks_in_order_and_sum_gradients(on_ranks: Callable[...
             part.grad,
             collectives.mean_of_ranks(part)[0, 0].item(),
             collectives.gather_objects(rank),
+            collectives.exchange_rows(torch.arange(6).view(6, 1) + 10 * rank)[:, 0].tolist(),
         )
 
-    for rank, (rows, stacked, grad, mean, objects) in enumerate(on_ranks(ask, ranks=3)):
+    for rank, (rows, stacked, grad, mean, objects, sent) in enumerate(on_ranks(ask, ranks=3)):
         assert rows == [1, 1, 2, 2, 3, 3]
         assert stacked == [1, 2, 3]
         assert torch.equal(grad, torch.full((2, 3), 3 * 10.0**rank))  # every rank's loss reached this part
         assert mean == 2
         assert objects == [0, 1, 2]
+        assert sent == [10 * source + 2 * rank + row for source in range(3) for row in range(2)]
 
 
 @pytest.mark.dist
