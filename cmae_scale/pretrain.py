@@ -9,6 +9,7 @@ import math
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -68,9 +69,10 @@ def pretrain(argv: Sequence[str] | None) -> None:
 
 def train(run: Run, context: "RankContext", *, stop_at: int | None = None) -> None:
     """The run on this rank: to its end, with an exported encoder, or to `stop_at`, with a checkpoint."""
+    from cmae_scale.core.collectives import find_together
     from cmae_scale.data.decoding import BadSamples
     from cmae_scale.data.mix import plan_data
-    from cmae_scale.data.shard_set import open_shards
+    from cmae_scale.data.shard_set import ShardSet, open_shards
     from cmae_scale.data.stream import open_batches
     from cmae_scale.engine.loop import open_logger, take_steps
     from cmae_scale.engine.pretraining import Pretraining
@@ -79,8 +81,11 @@ def train(run: Run, context: "RankContext", *, stop_at: int | None = None) -> No
 
     rank, ranks = context.world.rank, context.world.size
     data = run.cmae.data
-    shards = open_shards(data.shards, data=data)
-    held_out = open_shards(data.val_shards, data=data) if data.val_shards else shards
+    open_ = partial(open_shards, data=data, measure=context.world.is_first_of_node)
+    shards = find_together(lambda: open_(data.shards), fingerprint=ShardSet.fingerprint)
+    held_out = shards
+    if val_shards := data.val_shards:
+        held_out = find_together(lambda: open_(val_shards), fingerprint=ShardSet.fingerprint)
     batch = plan_batch(run.deepspeed, ranks=ranks)
     plan = plan_data(shards, data, global_batch=batch.total, seed=run.cmae.seed)
     times = plan_timetable(run.cmae, steps_per_epoch=plan.steps_per_epoch, batch_samples=batch.total)

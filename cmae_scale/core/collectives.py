@@ -1,5 +1,6 @@
 """What ranks tell each other. Every function is the identity when there is only one process."""
 
+import socket
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
@@ -7,6 +8,8 @@ import torch
 import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor
+
+from cmae_scale.core.errors import ConfigError, DataError
 
 T = TypeVar("T")
 
@@ -131,6 +134,40 @@ def gather_objects(value: Any) -> list[Any]:
     values: list[Any] = [None] * size
     dist.all_gather_object(values, value)
     return values
+
+
+def find_together(find: Callable[[], T], *, fingerprint: Callable[[T], str]) -> T:
+    """What `find` gives on this rank, once every rank has found the same.
+
+    A ConfigError or DataError of any rank is raised on all in the same words, those of the lowest rank that
+    failed, with its machine before them where other machines found all. Raises DataError, on all ranks too,
+    where what they found has different fingerprints. All ranks call it together.
+    """
+    if world_size() == 1:
+        return find()
+    found: T | None = None
+    failure: ConfigError | DataError | None = None
+    try:
+        found = find()
+    except (ConfigError, DataError) as error:
+        failure = error
+    own = "" if failure else fingerprint(cast(T, found))
+    answers = gather_objects((socket.gethostname(), own, type(failure), str(failure)))
+    failed = {host: kind for host, _, kind, _ in answers if kind is not type(None)}
+    is_everywhere = all(host in failed for host, *_ in answers)
+    error_to_raise: ConfigError | DataError | None = None
+    for rank, (host, print_of_rank, kind, words) in enumerate(answers):
+        place = f"rank {rank} on {host}"
+        if kind is not type(None):
+            error_to_raise = kind(words if is_everywhere else f"{place}: {words}")
+        elif not failed and print_of_rank != answers[0][1]:
+            error_to_raise = DataError(
+                f"{place} finds other shards than rank 0 on {answers[0][0]}: copy them there again"
+            )
+        if error_to_raise is not None:
+            error_to_raise.is_everywhere = True
+            raise error_to_raise
+    return cast(T, found)
 
 
 def decide_first(decide: Callable[[], T]) -> T:

@@ -18,6 +18,11 @@ class World:
     local_rank: int = 0
 
     @property
+    def is_first_of_node(self) -> bool:
+        """Whether this process looks at what every machine may have for itself, such as a disk."""
+        return self.local_rank == 0 or self.is_first
+
+    @property
     def is_first(self) -> bool:
         """Whether this process speaks for all (prints, writes the shared files)."""
         return self.rank == 0

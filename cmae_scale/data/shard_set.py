@@ -4,6 +4,7 @@ import posixpath
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from hashlib import sha256
 
 from cmae_scale.config.cmae import CmaeConfig, DataConfig
 from cmae_scale.core.credentials import fill_in
@@ -97,6 +98,11 @@ class ShardSet:
     def total(self) -> int:
         """Samples in all shards."""
         return sum(shard.info.samples for shard in self.shards)
+
+    def fingerprint(self) -> str:
+        """The same for the same shards wherever they lie: a hash of all that their indexes say."""
+        told = [(shard.info, shard.has_labels, shard.by_stem, shard.grey_range) for shard in self.shards]
+        return sha256(repr((told, self.classes, self.parts)).encode()).hexdigest()
 
     def describe(self) -> str:
         """The folders, for messages."""
@@ -251,6 +257,10 @@ class Labelled:
     train: ShardSet
     val: ShardSet
     classes: tuple[str, ...]
+
+    def fingerprint(self) -> str:
+        """That of both sets."""
+        return self.train.fingerprint() + self.val.fingerprint()
 
 
 def open_labelled(

@@ -10,13 +10,14 @@ import torch
 from cmae_scale.config.batches import BatchSizes
 from cmae_scale.config.cmae import Pool
 from cmae_scale.config.transfer import TransferConfig
+from cmae_scale.core.collectives import find_together
 from cmae_scale.core.errors import ConfigError
 from cmae_scale.core.world import World
 from cmae_scale.data.decoding import BadSamples
 from cmae_scale.data.mix import MixPlan, plan_data
 from cmae_scale.data.ordered import count_samples
 from cmae_scale.data.rand_augment import TrainingCrops, build_rand_augment
-from cmae_scale.data.shard_set import open_labelled
+from cmae_scale.data.shard_set import Labelled, open_labelled
 from cmae_scale.data.stream import open_stream
 from cmae_scale.layers.attention import AttentionChoice, AttentionShape
 from cmae_scale.models.networks import build_network, count_tokens, draw_weights, list_blocks
@@ -72,7 +73,11 @@ class TransferContext:
 
 def open_context(cfg: TransferConfig, *, world: World, device: torch.device) -> TransferContext:
     """Encoder and data, opened and compared; the network computes in fp32 until it is told otherwise."""
-    labelled = open_labelled(cfg.data.shards, cfg.data.val_shards, data=cfg.data)
+    data = cfg.data
+    labelled = find_together(
+        lambda: open_labelled(data.shards, data.val_shards, data=data, measure=world.is_first_of_node),
+        fingerprint=Labelled.fingerprint,
+    )
     start = cfg.encoder
     encoder = open_encoder(start.place, with_weights=not start.random, num_heads=start.num_heads)
     if start.random:

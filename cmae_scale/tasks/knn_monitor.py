@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from cmae_scale.config.cmae import CmaeConfig, KnnMonitorConfig, Pool
 from cmae_scale.config.schedules import Clock, read_steps
 from cmae_scale.config.transfer import CropConfig
+from cmae_scale.core.collectives import find_together
 from cmae_scale.core.world import World
-from cmae_scale.data.shard_set import find_monitored, open_labelled
+from cmae_scale.data.shard_set import Labelled, find_monitored, open_labelled
 from cmae_scale.layers.attention import AttentionChoice
 from cmae_scale.models.build import build_encoder
 from cmae_scale.models.encoder import ImageEncoder
@@ -83,6 +84,9 @@ def open_knn_monitor(
     views = cfg.views
     crop = CropConfig(img_px=views.img_px, centre=views.img_px / views.master_px)
     every = read_steps(knn.every, clock=clock, key="cmae.monitor.knn.every")
-    labelled = open_labelled(train, val, data=cfg.data)
+    labelled = find_together(
+        lambda: open_labelled(train, val, data=cfg.data, measure=world.is_first_of_node),
+        fingerprint=Labelled.fingerprint,
+    )
     evaluator = Evaluator(labelled, cfg.data, crop, knn.batch, world, device)
     return KnnMonitor(knn, cfg, evaluator, gather, compute, attention, max(1, every), clock.total_steps)
