@@ -14,6 +14,7 @@ from cmae_scale.sizing.activations import Kernel
 from cmae_scale.sizing.flops import ForwardFlops, count_flops
 from cmae_scale.sizing.hardware import Gpu
 from cmae_scale.sizing.memory import count_loaded
+from cmae_scale.sizing.messages import Talk, count_sent, list_talks
 from cmae_scale.sizing.parameters import ParameterCounts, count_parameters
 from cmae_scale.sizing.zero import Device, Job, count_snapshot, is_optimizer_fused, read_zero
 
@@ -46,6 +47,7 @@ class Forecast(NamedTuple):
     layouts: list[Layout]
     own: Layout
     recommended: Layout | None
+    talks: list[Talk]  # between ranks; none of a lone one
     warnings: list[str]
 
 
@@ -102,6 +104,7 @@ def forecast(
         layouts=layouts,
         own=own,
         recommended=recommend(layouts, ranks=machine.ranks),
+        talks=list_talks(job),
         warnings=find_faults(
             run, job=job, times=times, layouts=layouts, own=own, machine_format=machine.format
         ),
@@ -150,6 +153,9 @@ def to_json(plan: Forecast) -> dict[str, Any]:
         "layouts": [_layout_json(layout, plan=plan) for layout in plan.layouts],
         "own": {"stage": plan.own.stage, "remat": plan.own.remat, "fits": plan.own.fits},
         "recommended": plan.recommended and _layout_json(plan.recommended, plan=plan),
+        "between_ranks": [
+            talk._asdict() | {"sent_bytes": count_sent(talk, ranks=plan.machine.ranks)} for talk in plan.talks
+        ],
         "warnings": plan.warnings,
     }
 

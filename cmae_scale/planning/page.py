@@ -6,12 +6,13 @@ from cmae_scale.config.precision import read_formats
 from cmae_scale.core.terminal import format_seconds
 from cmae_scale.planning.forecast import Forecast
 from cmae_scale.planning.layouts import REMATS, STAGES, Layout
+from cmae_scale.sizing.messages import count_sent
 
 
 def write_page(plan: Forecast) -> str:
     """Parts, run, time, the grid of choices, and what is wrong; every line stands by itself."""
-    sections = [_head(plan), _parts(plan), _run(plan), _grid(plan), _verdict(plan)]
-    lines = [line for section in sections for line in [*section, ""]]
+    sections = [_head(plan), _parts(plan), _run(plan), _grid(plan), _verdict(plan), _talks(plan)]
+    lines = [line for section in sections if section for line in [*section, ""]]
     return "\n".join(
         [*lines[:-1], *([""] if plan.warnings else []), *(f"warning: {w}" for w in plan.warnings)]
     )
@@ -135,6 +136,17 @@ def _verdict(plan: Forecast) -> list[str]:
             f"train_micro_batch_size_per_gpu={micro.micro} (accumulation {micro.accumulation})"
         )
     return lines
+
+
+def _talks(plan: Forecast) -> list[str]:
+    if not plan.talks:
+        return []
+    rows = [["between ranks", "MiB a rank sends", "collectives"]]
+    for talk in plan.talks:
+        sent = count_sent(talk, ranks=plan.machine.ranks) / 2**20
+        rows.append([f"a {talk.when}: {talk.what}", f"{sent:.3g}", str(talk.calls or "by buckets")])
+    reasons = ["", *(talk.reason for talk in plan.talks)]
+    return [f"{line}  {reason}".rstrip() for line, reason in zip(align(rows), reasons, strict=True)]
 
 
 def _millions(count: int) -> str:

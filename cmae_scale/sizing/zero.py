@@ -280,6 +280,12 @@ def _largest_bucket_bytes(job: Job) -> int:
     return size * max(min(job.zero.reduce_bucket, numbers) for numbers in _count_sent(job))
 
 
+def count_gradient_bytes(job: Job) -> int:
+    """Of all gradients of a rank in the formats that they are sent in."""
+    narrow, rest = _count_sent(job)
+    return narrow * job.formats.compute_bytes + rest * job.formats.parameter_bytes
+
+
 def _count_sent(job: Job) -> tuple[int, int]:
     """Numbers of gradients that go into the bucket for products, and into the one for the rest."""
     narrow = count_sent_rounded(job.cfg) if job.formats.is_autocast else 0
