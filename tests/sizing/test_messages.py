@@ -102,6 +102,32 @@ def test_a_step_makes_the_collectives_that_are_said(
 
 @pytest.mark.dist
 @pytest.mark.parametrize("ranks", [2, 4])
+def test_parts_of_the_average_are_brought_together_as_is_said(
+    on_ranks: Callable[..., list[Any]],
+    tiny_run: Callable[..., Any],  # noqa: F811
+    train_tiny: Callable[..., Any],  # noqa: F811
+    ranks: int,
+) -> None:
+    run = tiny_run(ranks=ranks, stage=1, cmae={"checkpoint": {"resume": "never"}}, bf16={"enabled": True})
+
+    def take(steps: int) -> Callable[[], int]:
+        def train() -> int:
+            counted = count_collectives()
+            train_tiny(run, steps=steps)
+            return counted["ours", "all_reduce", "bytes"]
+
+        return train
+
+    said = [talk for talk in list_talks(describe(run, ranks=ranks)) if talk.kind == "all_reduce"]
+    assert "moving average" in [talk.what for talk in said]
+    expected = sum(talk.own_bytes for talk in said if talk.what not in ("agreement", "gradients"))
+    short, long = (on_ranks(take(steps), ranks=ranks) for steps in (1, 2))
+    for one, two in zip(short, long, strict=True):
+        assert expected <= two - one <= expected + 2  # filled up to whole numbers of four bytes
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("ranks", [2, 4])
 def test_agreement_and_neighbours_make_the_collectives_that_are_said(
     on_ranks: Callable[..., list[Any]], ranks: int
 ) -> None:
