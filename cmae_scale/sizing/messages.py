@@ -7,7 +7,8 @@ from cmae_scale.config.sizes import read_size
 from cmae_scale.sizing.parameters import count_parameters
 from cmae_scale.sizing.zero import Job, count_gradient_bytes
 
-Kind = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all"]
+Kind = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "rounds"]
+RING_RANKS = 64  # up to which they agree by an all-reduce. Source: core/collectives.py
 QUESTIONS = 1024  # of a rank at a time, and
 QUESTIONS_AT_ONCE = 8192  # of all ranks. Source: CHUNK and AT_ONCE of tasks/evaluator.py
 _FP32, _LABEL = 4, 8
@@ -36,6 +37,7 @@ def count_sent(talk: Talk, *, ranks: int) -> int:
         "all_gather": ranks - 1,  # its own part passes every other rank
         "reduce_scatter": share,
         "all_to_all": share,  # all but what is its own
+        "rounds": (ranks - 1).bit_length(),  # all it knows, to one other rank in each
     }
     return round(factors[talk.kind] * talk.own_bytes)
 
@@ -44,11 +46,14 @@ def list_talks(job: Job) -> list[Talk]:
     """All that ranks tell each other in a step, and in a round of nearest neighbours if the run asks them."""
     if job.zero.ranks == 1:
         return []
-    return [_agree(), *_reduce(job), *_contrast(job), *_average(job), *_find_neighbours(job)]
+    return [_agree(job.zero.ranks), *_reduce(job), *_contrast(job), *_average(job), *_find_neighbours(job)]
 
 
-def _agree() -> Talk:
-    return Talk("agreement", "step", "all_reduce", 1, 2 * 8, "two int64: which rank failed, who is to stop")
+def _agree(ranks: int) -> Talk:
+    kind: Kind = "all_reduce" if ranks <= RING_RANKS else "rounds"
+    return Talk(
+        "agreement", "step", kind, 1, 3 * 8, "int64: which rank failed, who is to stop, who still saves"
+    )
 
 
 def _reduce(job: Job) -> Iterator[Talk]:

@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from cmae_scale.config.batches import plan_batch
+from cmae_scale.core import collectives
 from cmae_scale.planning.forecast import describe_job
+from cmae_scale.sizing import messages
 from cmae_scale.sizing.messages import Talk, ask_neighbours, count_questions, count_sent, list_talks
 from cmae_scale.sizing.zero import Job
 from cmae_scale.tasks import evaluator
@@ -146,7 +148,7 @@ def test_agreement_and_neighbours_make_the_collectives_that_are_said(
         find_neighbours(features.values, build_bank(features), k=4)
         return agreed, counted
 
-    agreement = Talk("agreement", "step", "all_reduce", 1, 16, "")
+    agreement = Talk("agreement", "step", "all_reduce", 1, 24, "")
     talks = ask_neighbours(k=4, width=6, ranks=ranks)
     for agreed, asked in on_ranks(ask, ranks=ranks):
         assert {key[1:]: count for key, count in agreed.items()} == dict(total([agreement], "step"))
@@ -156,6 +158,13 @@ def test_agreement_and_neighbours_make_the_collectives_that_are_said(
 def test_rounds_of_questions_are_the_evaluators() -> None:
     for ranks in (1, 8, 9, 64, 1024, 10_000):
         assert count_questions(ranks) == evaluator.count_questions(ranks)
+
+
+def test_many_ranks_agree_in_as_many_rounds_as_are_said() -> None:
+    """Of 24 bytes each; tests/core/test_fake_ranks.py counts the rounds."""
+    assert messages.RING_RANKS == collectives.RING_RANKS
+    for ranks, rounds in ((65, 7), (128, 7), (129, 8), (1024, 10)):
+        assert count_sent(Talk("agreement", "step", "rounds", 1, 24, ""), ranks=ranks) == 24 * rounds
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
@@ -180,6 +189,6 @@ def test_nothing_grows_faster_than_ranks(tiny_run: Callable[..., Any], stage: in
     for what, sent in many.items():
         # all but (ranks - 1) / ranks, which is 7/8 of a rank's share at 8 ranks
         assert sent <= few[what] * 128 * 8 / 7, what
-    for what in many.keys() & {"answers", "questions", "agreement", "gradients", "weights"}:
+    for what in many.keys() & {"answers", "questions", "gradients", "weights"}:
         assert many[what] <= few[what] * 1.2, what
     assert list_talks(describe(tiny_run(ranks=1), ranks=1)) == []
