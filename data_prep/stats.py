@@ -1,7 +1,7 @@
 """What was written, in figures."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,9 +32,10 @@ class ShardStats:
     noted: Counter[str] = field(default_factory=Counter)
     grey_range: GreyRange | None = None
 
-    def count_image(self, ending: str, *, size: int, short_side: int, noted: Iterable[str] = ()) -> None:
+    def count_image(self, ending: str, *, size: int, short_side: int, noted: tuple[str, ...] = ()) -> None:
         """Add an image of `size` bytes."""
-        self.noted.update(noted)
+        if noted:
+            self.noted.update(noted)
         self.images += 1
         self.image_bytes += size
         self.formats[ending] += 1
