@@ -9,12 +9,22 @@ import numpy as np
 from PIL import Image
 
 from cmae_scale.core.errors import DataError
-from cmae_scale.data.decode import DEEP_MODES, GreyRange, decode_image, measure_grey, open_image, read_turn
+from cmae_scale.data.decode import (
+    DEEP_MODES,
+    GreyRange,
+    decode_image,
+    measure_grey,
+    open_image,
+    read_plain_size,
+    read_turn,
+)
 from cmae_scale.data.image_formats import find_format, image_extension
 from data_prep.layout import Options
+from data_prep.png_header import read_plain_png_size
 from data_prep.stats import BANDS, DEEP, PICTURES, UPPER
 
 MAX_MPX = 178.0  # Pillow opens nothing larger (twice its MAX_IMAGE_PIXELS). Training has its own, lower limit
+QUIET_MPX = 89.0  # above, Pillow warns
 DEEP_FORMATS = ("PNG", "TIFF", "JPEG2000", "PPM")  # others have no deep grey
 BITS_PER_SAMPLE, SAMPLES_PER_PIXEL = 258, 277  # Source: TIFF 6.0
 PNG_BITS = 24  # where a PNG says its bits per sample. Source: PNG, section 11.2.1
@@ -35,11 +45,9 @@ class Encoded(NamedTuple):
 
 def encode(data: bytes, options: Options) -> Encoded:
     """What to store: the original bytes wherever possible. Raises DataError if they are no image."""
-    image = open_image(data, max_mpx=MAX_MPX)
-    short = min(image.size)
-    noted = tuple(_find_notes(image, data))
+    short, is_deep, noted = _read_header(data)
     is_large = options.resize_short is not None and short > options.resize_short
-    if image.mode in DEEP_MODES:
+    if is_deep:
         return _encode_deep(data, side=options.resize_short if is_large else None, noted=noted)
     if options.resize_short is None or not is_large:
         if options.verify_pixels or options.resize_short is not None:
@@ -50,6 +58,23 @@ def encode(data: bytes, options: Options) -> Encoded:
     small = upright.resize(_shrink(upright.size, options.resize_short), Image.Resampling.BICUBIC)
     small.save(file, "JPEG", quality=options.quality)
     return Encoded(file.getvalue(), "jpg", options.resize_short, noted)
+
+
+class _Header(NamedTuple):
+    """What the header of an image says. `noted` are kinds of stats.NOTES."""
+
+    short_side: int
+    is_deep: bool = False
+    noted: tuple[str, ...] = ()
+
+
+def _read_header(data: bytes) -> _Header:
+    """Of any image. Raises DataError where Pillow would not open it, though most images need no Pillow."""
+    size = read_plain_size(data) or read_plain_png_size(data)
+    if size is not None and size.fits(QUIET_MPX):
+        return _Header(min(size))
+    image = open_image(data, max_mpx=MAX_MPX)
+    return _Header(min(image.size), image.mode in DEEP_MODES, tuple(_find_notes(image, data)))
 
 
 def find_grey_range(data: bytes) -> GreyRange | None:
