@@ -65,7 +65,9 @@ def build_bench_parser(description: str, *, examples: str) -> argparse.ArgumentP
     gpu.add_argument("--record", type=Path, default=RECORDS / "gpu.json", metavar="FILE")
     parts = commands.add_parser("parts", help="parts of a step beside the usual way to write them")
     parts.set_defaults(trial="parts")
-    parts.add_argument("--only", nargs="+", choices=("ema", "views", "attention", "tar"), help="default: all")
+    parts.add_argument(
+        "--only", nargs="+", choices=("ema", "views", "attention", "tar", "checkpoint"), help="default: all"
+    )
     parts.add_argument("--rounds", type=int, default=7, help="interleaved rounds (default: 7)")
     parts.add_argument("--record", type=Path, default=RECORDS / "parts.json", metavar="FILE")
     return parser

@@ -4,6 +4,7 @@ Every part names our way first. The ways take turns, so that whatever else the m
 what counts is the least CPU time of each. Ways that compute the same are compared before they are timed.
 """
 
+import hashlib
 import io
 import tarfile
 import time
@@ -14,13 +15,18 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from cmae_scale.augment import draw_views, make_views
 from cmae_scale.augment.draws import step_generator
+from cmae_scale.checkpoints.commit import FileEntry, describe_file
+from cmae_scale.checkpoints.files import write_rank_file
 from cmae_scale.config.cmae import ViewsConfig
+from cmae_scale.core.files import sync
 from cmae_scale.data.index import ShardInfo
 from cmae_scale.data.tar import read_samples
+from cmae_scale.engine.checkpoint.save_load import Snapshot
 from cmae_scale.engine.ema import TargetEma
 from cmae_scale.layers.attention import attend_explicitly
 from cmae_scale.report.records import Timing
@@ -220,6 +226,38 @@ def prepare_tar(scale: Scale) -> Iterator[Part]:
         yield Part(ways, scale.samples, "sample")
 
 
+def prepare_checkpoint(scale: Scale) -> Iterator[Part]:
+    """A rank's file of a state: hashed while it is written, or read again for that; and copied in memory."""
+    tensors = {
+        f"weight/{number}@0": torch.randn(12 * scale.embed_dim**2)  # as many as a transformer block has
+        for number in range(scale.depth)
+    }
+    snapshot = Snapshot()
+    with TemporaryDirectory(dir=Path.cwd()) as folder:  # on the disk that runs are on, maybe not in memory
+        path = Path(folder) / "rank.safetensors"
+
+        def usual() -> FileEntry:
+            save_file(tensors, path)
+            sync(path)
+            return describe_file(path)
+
+        def hash_alone() -> list[str]:
+            return [hashlib.sha256(tensor.numpy().data).hexdigest() for tensor in tensors.values()]
+
+        assert write_rank_file(path, tensors) == usual()
+        assert all(torch.equal(tensors[name], copy) for name, copy in snapshot.take(tensors).items())
+        yield Part(
+            {
+                "ours": lambda: write_rank_file(path, tensors),
+                "safetensors' writer, then hashed": usual,
+                "a snapshot, where it is written beside training": lambda: snapshot.take(tensors),
+                "hashing alone (the limit)": hash_alone,
+            },
+            max(1, round(sum(tensor.nbytes for tensor in tensors.values()) / 1e6)),
+            "megabyte",
+        )
+
+
 def _write_shard(path: Path, *, samples: int, size: int) -> None:
     image = bytes(range(256)) * (size // 256) + bytes(size % 256)
     with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as archive:
@@ -235,6 +273,7 @@ PARTS: dict[str, Callable[[Scale], Iterator[Part]]] = {
     "views": prepare_views,
     "attention": prepare_attention,
     "tar": prepare_tar,
+    "checkpoint": prepare_checkpoint,
 }
 
 

@@ -145,20 +145,28 @@ def test_the_average_is_bit_equal_under_every_zero_stage(
 @pytest.mark.dist
 @pytest.mark.parametrize("stage", [1, 2])
 @pytest.mark.parametrize("bucket", [1 << 26, 1000], ids=["one bucket", "many"])
+@pytest.mark.parametrize(("engine", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])
 def test_ranks_with_parts_of_the_masters_average_without_asking_for_each_parameter(
-    on_ranks: Callable[..., list[Any]], tiny_run: Callable[..., Any], stage: int, bucket: int
+    on_ranks: Callable[..., list[Any]],
+    tiny_run: Callable[..., Any],
+    stage: int,
+    bucket: int,
+    engine: str,
+    dtype: torch.dtype,
 ) -> None:
-    """In a bf16 engine, beside an average of the gathered fp32 weights: the same bits, on every rank."""
+    """Where weights are rounded, beside an average of gathered fp32 ones: the same bits on every rank."""
 
     def follow() -> Any:
         import torch.distributed as dist
+        from deepspeed.accelerator import get_accelerator
         from deepspeed.utils import safe_get_full_fp32_param
 
         from cmae_scale.engine.process.group import start_processes
         from cmae_scale.engine.setup import start_pretraining
 
+        type(get_accelerator()).is_fp16_supported = lambda self: True  # torch computes without
         ema_module.BUCKET_ELEMENTS = bucket
-        run = tiny_run(ranks=2, stage=stage, bf16={"enabled": True})
+        run = tiny_run(ranks=2, stage=stage, **{engine: {"enabled": True}})
         state = start_pretraining(run, context=start_processes(), data_order="none")
         ema, calls = state.ema, []
         wholes = [safe_get_full_fp32_param(p).clone().view(p.shape) for p in ema.online]
@@ -186,4 +194,4 @@ def test_ranks_with_parts_of_the_masters_average_without_asking_for_each_paramet
         assert held < total
         assert calls == 3 if bucket > total else 3 < calls < 3 * len(targets)
         for target, average in zip(targets, expected, strict=True):
-            assert torch.equal(target, average.bfloat16())
+            assert torch.equal(target, average.to(dtype))
