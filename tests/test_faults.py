@@ -208,14 +208,14 @@ def test_a_signal_while_saving_waits_for_the_save(
     def patch() -> None:
         from cmae_scale.engine.train_state import TrainState
 
-        original = TrainState.save
+        original = TrainState.begin_save
 
-        def save(self: Any, step: int, **options: Any) -> Any:
+        def begin_save(self: Any, step: int, **options: Any) -> Any:
             if step == 3:
                 os.kill(os.getpid(), signal.SIGTERM)
             return original(self, step, **options)
 
-        TrainState.save = save  # type: ignore[method-assign]
+        TrainState.begin_save = begin_save  # type: ignore[method-assign]
 
     ended = pretrain(arguments(), before=patch)
     assert [end.status for end in ended] == [75, 75]
