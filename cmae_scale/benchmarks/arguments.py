@@ -6,6 +6,7 @@ from pathlib import Path
 from cmae_scale.core.cli import Parser
 
 RECORDS = Path("tests/bench/records")
+PARTS = ("ema", "views", "attention", "tar", "checkpoint", "decode", "step", "remat", "engine", "start")
 
 
 def build_bench_parser(description: str, *, examples: str) -> argparse.ArgumentParser:
@@ -66,7 +67,7 @@ def build_bench_parser(description: str, *, examples: str) -> argparse.ArgumentP
     parts = commands.add_parser("parts", help="parts of a step beside the usual way to write them")
     parts.set_defaults(trial="parts")
     parts.add_argument(
-        "--only", nargs="+", choices=("ema", "views", "attention", "tar", "checkpoint"), help="default: all"
+        "--only", nargs="+", choices=PARTS, metavar="PART", help=f"of {', '.join(PARTS)}; default: all"
     )
     parts.add_argument("--rounds", type=int, default=7, help="interleaved rounds (default: 7)")
     parts.add_argument("--record", type=Path, default=RECORDS / "parts.json", metavar="FILE")

@@ -15,12 +15,17 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import sdpa_kernel
 
-from cmae_scale.benchmarks.noise import NoiseTraining, Size, Stage, make_noise, read_noise_run
-from cmae_scale.config.batches import plan_batch
+from cmae_scale.benchmarks.noise import (
+    BareEngine,
+    NoiseTraining,
+    Size,
+    Stage,
+    draw_noise,
+    make_noise,
+    read_noise_run,
+)
 from cmae_scale.config.run_file import Run
 from cmae_scale.engine.ema import TargetEma
-from cmae_scale.engine.inputs import StepImages, draw_step
-from cmae_scale.engine.metrics.step_timer import StepTimer
 from cmae_scale.engine.pretraining import accumulate_gradients
 from cmae_scale.engine.process.group import start_processes, stop_processes
 from cmae_scale.layers.attention import KERNELS
@@ -218,36 +223,9 @@ def time_median(work: Callable[[], Any], *, stage: Stage) -> float:
     return median(seconds)
 
 
-class _BareEngine:
-    """A model under autocast, if any, with what `accumulate_gradients` asks of an engine."""
-
-    def __init__(self, model: CMAE, device: torch.device, autocast: torch.dtype | None) -> None:
-        self.model, self.device, self.autocast = model, device, autocast
-
-    def __call__(self, *views: Tensor | None, **noise: Tensor) -> Any:
-        with torch.autocast(self.device.type, dtype=self.autocast, enabled=self.autocast is not None):
-            return self.model(*views, **noise)
-
-    def backward(self, loss: Tensor) -> None:
-        torch.autograd.backward(loss)
-
-    def step(self) -> None:
-        """Nothing is due between micro-batches."""
-
-
-def _learn(engine: _BareEngine, run: Run, *, step: int) -> Tensor:
+def _learn(engine: BareEngine, run: Run, *, step: int) -> Tensor:
     """Gradients of a step in the engine's model, and its losses on the CPU."""
-    batch = plan_batch(run.deepspeed, ranks=1)
-    images = StepImages(
-        make_noise(run, batch, step=step, pin=False),
-        draw_step(run.cmae, total=batch.total, step=step),
-        first_row=0,
-        cfg=run.cmae,
-        has_target=run.cmae.has_contrast,
-        device=engine.device,
-        timer=StepTimer(engine.device, is_on=False),
-    )
-    return accumulate_gradients(engine, images).cpu()
+    return accumulate_gradients(engine, draw_noise(run, step=step, device=engine.device)).cpu()
 
 
 def _compute_gradients(
@@ -255,7 +233,7 @@ def _compute_gradients(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Losses of one step, and the gradients of each part of the model in a row, on the CPU."""
     here = copy.deepcopy(model).to(device)
-    losses = _learn(_BareEngine(here, device, autocast), run, step=0)
+    losses = _learn(BareEngine(here, device, autocast), run, step=0)
     trained = {name: part for name, part in here.named_children() if not name.startswith("target")}
     return losses, {
         name: torch.cat([p.grad.flatten().cpu() for p in part.parameters() if p.grad is not None])
@@ -266,7 +244,7 @@ def _compute_gradients(
 def _train(run: Run, *, device: torch.device, autocast: torch.dtype | None = None) -> Tensor:
     """[20, 3]: the losses of twenty steps of AdamW with the moving average."""
     model = build_cmae(run.cmae).to(device)
-    engine = _BareEngine(model, device, autocast)
+    engine = BareEngine(model, device, autocast)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
     ema = TargetEma(model.target_pairs(), keep_master=False, device=device)
     losses = []

@@ -1,18 +1,22 @@
 """Training on random images, as the loop does it, for trials that need no shards."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from cmae_scale.config.batches import BatchSizes, plan_batch
 from cmae_scale.config.run_file import Run, read_run, resolve_run
 from cmae_scale.config.schedules import TargetMomentum
 from cmae_scale.data.stream import CropBatch
+from cmae_scale.engine.inputs import StepImages, draw_step
+from cmae_scale.engine.metrics.step_timer import StepTimer
 from cmae_scale.engine.pretraining import METRIC_NAMES, Pretraining
 from cmae_scale.engine.process.group import RankContext
 from cmae_scale.engine.setup import start_pretraining
 from cmae_scale.engine.step_guard import NonFiniteGuard
+from cmae_scale.models import CMAE
 
 _STEPS = 1000  # of the schedules: none of the trials comes so far
 # a model that takes no time, for a rehearsal
@@ -80,6 +84,39 @@ def make_noise(run: Run, batch: BatchSizes, *, step: int, pin: bool) -> list[Cro
         labels = torch.zeros(batch.micro, dtype=torch.int64)
         parts.append(CropBatch(images.pin_memory() if pin else images, labels, (), step, micro))
     return parts
+
+
+def draw_noise(run: Run, *, step: int, device: torch.device) -> StepImages:
+    """One rank's step of random images, with the random numbers of its views and masks."""
+    batch = plan_batch(run.deepspeed, ranks=1)
+    return StepImages(
+        make_noise(run, batch, step=step, pin=False),
+        draw_step(run.cmae, total=batch.total, step=step),
+        first_row=0,
+        cfg=run.cmae,
+        has_target=run.cmae.has_contrast,
+        device=device,
+        timer=StepTimer(device, is_on=False),
+    )
+
+
+class BareEngine:
+    """A model under autocast, if any, with what `accumulate_gradients` asks of an engine."""
+
+    def __init__(self, model: CMAE, device: torch.device, autocast: torch.dtype | None) -> None:
+        self.model, self.device, self.autocast = model, device, autocast
+
+    def __call__(self, *views: Tensor | None, **noise: Tensor) -> Any:
+        """The model's output."""
+        with torch.autocast(self.device.type, dtype=self.autocast, enabled=self.autocast is not None):
+            return self.model(*views, **noise)
+
+    def backward(self, loss: Tensor) -> None:
+        """Add to the gradients."""
+        torch.autograd.backward(loss)
+
+    def step(self) -> None:
+        """Nothing is due between micro-batches."""
 
 
 class NoiseTraining:

@@ -5,13 +5,12 @@ what counts is the least CPU time of each. Ways that compute the same are compar
 """
 
 import hashlib
-import io
-import tarfile
-import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,61 +19,19 @@ from torch import Tensor, nn
 
 from cmae_scale.augment import draw_views, make_views
 from cmae_scale.augment.draws import step_generator
+from cmae_scale.benchmarks.data_parts import prepare_decode, prepare_tar
+from cmae_scale.benchmarks.start_parts import prepare_start
+from cmae_scale.benchmarks.step_parts import prepare_engine, prepare_remat, prepare_step
+from cmae_scale.benchmarks.timing import Part, Scale, Way, describe_part, time_part
 from cmae_scale.checkpoints.commit import FileEntry, describe_file
 from cmae_scale.checkpoints.files import write_rank_file
 from cmae_scale.config.cmae import ViewsConfig
 from cmae_scale.core.files import sync
-from cmae_scale.data.index import ShardInfo
-from cmae_scale.data.tar import read_samples
 from cmae_scale.engine.checkpoint.save_load import Snapshot
 from cmae_scale.engine.ema import TargetEma
+from cmae_scale.engine.process.group import start_processes, stop_processes
 from cmae_scale.layers.attention import attend_explicitly
 from cmae_scale.report.records import Timing
-
-Way = Callable[[], object]
-
-
-class Part(NamedTuple):
-    """`units` of work are done by each call of each of the `ways`, our own first."""
-
-    ways: dict[str, Way]
-    units: int
-    unit: str
-
-
-class Scale(NamedTuple):
-    """How large the work is: of ViT-B or S at 224 px, or of a rehearsal."""
-
-    embed_dim: int = 768
-    depth: int = 12
-    images: int = 32
-    img_px: int = 224
-    samples: int = 400
-    sample_bytes: int = 110_000
-
-
-def time_part(part: Part, *, rounds: int) -> dict[str, list[Timing]]:
-    """Seconds of a unit by each way, after a round that warms up."""
-    timings: dict[str, list[Timing]] = {name: [] for name in part.ways}
-    for number in range(rounds + 1):
-        for name, way in part.ways.items():
-            cpu_s, wall_s = time.process_time(), time.perf_counter()
-            way()
-            cpu_s, wall_s = time.process_time() - cpu_s, time.perf_counter() - wall_s
-            if number:
-                timings[name].append(Timing(cpu_s / part.units, wall_s / part.units))
-    return timings
-
-
-def describe_part(name: str, part: Part, timings: dict[str, list[Timing]]) -> str:
-    """The least CPU time of each way, in lines for people."""
-    least = {way: min(timing.cpu_s for timing in runs) for way, runs in timings.items()}
-    ours = next(iter(least.values()))
-    title = f"{name}, CPU time of {'an' if part.unit[0] in 'aeiou' else 'a'} {part.unit}"
-    lines = [f"{title:48} {'us':>10} {'/ ours':>7}"]
-    return "\n".join(
-        [*lines, *(f"  {way:46} {1e6 * cpu_s:10.1f} {cpu_s / ours:6.2f}x" for way, cpu_s in least.items())]
-    )
 
 
 def prepare_ema(scale: Scale) -> Iterator[Part]:
@@ -181,51 +138,6 @@ def prepare_attention(scale: Scale) -> Iterator[Part]:
             yield Part(ways, shape[0], name)
 
 
-def prepare_tar(scale: Scale) -> Iterator[Part]:
-    """Samples of a shard that lies in the page cache: strictly, by webdataset, by tarfile, merely read."""
-    import webdataset
-
-    with TemporaryDirectory() as folder:
-        path = Path(folder) / "shard.tar"
-        _write_shard(path, samples=scale.samples, size=scale.sample_bytes)
-        info = ShardInfo(path.name, scale.samples, path.stat().st_size, "0" * 64)
-
-        def ours() -> int:
-            samples = read_samples(path, first=0, count=scale.samples, expected=info)
-            return sum(len(sample.image) for sample in samples)
-
-        def stock() -> int:
-            samples = webdataset.WebDataset(str(path), shardshuffle=False, empty_check=False)
-            return sum(len(sample["jpg"]) for sample in samples)
-
-        def standard() -> int:
-            total = 0
-            with tarfile.open(path, "r|") as archive:
-                for member in archive:
-                    file = archive.extractfile(member)
-                    assert file is not None
-                    total += len(file.read()) if member.name.endswith("jpg") else 0 * len(file.read())
-            return total
-
-        buffer = bytearray(1 << 20)
-
-        def read() -> int:
-            with path.open("rb", buffering=0) as file:
-                while file.readinto(buffer):
-                    pass
-            return scale.samples * scale.sample_bytes
-
-        ways: dict[str, Way] = {
-            "ours": ours,
-            "webdataset": stock,
-            "tarfile": standard,
-            "reading alone (the limit)": read,
-        }
-        totals = {way() for way in ways.values()}
-        assert totals == {scale.samples * scale.sample_bytes}, totals
-        yield Part(ways, scale.samples, "sample")
-
-
 def prepare_checkpoint(scale: Scale) -> Iterator[Part]:
     """A rank's file of a state: hashed while it is written, or read again for that; and copied in memory."""
     tensors = {
@@ -258,15 +170,9 @@ def prepare_checkpoint(scale: Scale) -> Iterator[Part]:
         )
 
 
-def _write_shard(path: Path, *, samples: int, size: int) -> None:
-    image = bytes(range(256)) * (size // 256) + bytes(size % 256)
-    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as archive:
-        for number in range(samples):
-            for ending, data in (("cls", b"7"), ("jpg", image)):
-                entry = tarfile.TarInfo(f"{number:06d}.{ending}")
-                entry.size = len(data)
-                archive.addfile(entry, io.BytesIO(data))
-
+Timings = dict[str, list[Timing]]
+Measured = Iterator[tuple[str, tuple[str, Timings]]]
+APART = ("step", "engine")  # what makes engines
 
 PARTS: dict[str, Callable[[Scale], Iterator[Part]]] = {
     "ema": prepare_ema,
@@ -274,6 +180,11 @@ PARTS: dict[str, Callable[[Scale], Iterator[Part]]] = {
     "attention": prepare_attention,
     "tar": prepare_tar,
     "checkpoint": prepare_checkpoint,
+    "decode": prepare_decode,
+    "step": prepare_step,
+    "remat": prepare_remat,
+    "engine": prepare_engine,
+    "start": prepare_start,
 }
 
 
@@ -284,8 +195,30 @@ def measure_parts(
     torch.set_num_threads(1)
     results: dict[str, Any] = {}
     for name in names:
-        for part in PARTS[name](Scale() if scale is None else scale):
-            timings = time_part(part, rounds=rounds)
-            tell(describe_part(name, part, timings))
-            results[f"{name}, a {part.unit}"] = timings
+        measure = _measure_apart if name in APART else measure_part
+        for title, (text, timings) in measure(name, rounds, Scale() if scale is None else scale):
+            tell(text)
+            results[title] = timings
     return results
+
+
+def measure_part(name: str, rounds: int, scale: Scale) -> Measured:
+    """Every part that goes by this name: its title, the lines about it, the timings of its ways."""
+    for part in PARTS[name](scale):
+        timings = time_part(part, rounds=rounds)
+        yield f"{name}, a {part.unit}", (describe_part(name, part, timings), timings)
+
+
+def _measure_apart(name: str, rounds: int, scale: Scale) -> Measured:
+    """In a process of its own: DeepSpeed keeps a process's groups for ever."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        yield from pool.submit(_measure_in_group, name, rounds, scale).result()
+
+
+def _measure_in_group(name: str, rounds: int, scale: Scale) -> list[tuple[str, tuple[str, Timings]]]:
+    start_processes()
+    torch.set_num_threads(1)
+    try:
+        return list(measure_part(name, rounds, scale))
+    finally:
+        stop_processes()

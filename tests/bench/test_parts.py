@@ -12,7 +12,7 @@ from cmae_scale.benchmarks.arguments import build_bench_parser
 from cmae_scale.benchmarks.parts import PARTS, Part, Scale, describe_part, measure_parts, time_part
 from cmae_scale.report.records import Timing
 
-TINY = Scale(embed_dim=16, depth=2, images=8, img_px=32, samples=12, sample_bytes=1000)
+TINY = Scale(embed_dim=16, depth=2, images=8, img_px=32, samples=12, sample_bytes=1000, is_tiny=True)
 
 
 @pytest.fixture(autouse=True)

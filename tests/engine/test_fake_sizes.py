@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cmae_scale.augment import denormalise
-from cmae_scale.benchmarks.gpu_checks import _BareEngine
+from cmae_scale.benchmarks.noise import BareEngine as PlainEngine
 from cmae_scale.benchmarks.noise import Size, Stage, make_noise, read_noise_run
 from cmae_scale.config.batches import plan_batch
 from cmae_scale.config.run_file import Run
@@ -39,7 +39,7 @@ def read(run_file: str, changes: tuple[str, ...], accumulation: int, tmp_path: P
     return read_noise_run(size, Stage("cuda", is_quick=True, scratch=str(tmp_path)))
 
 
-class BareEngine(_BareEngine):
+class BareEngine(PlainEngine):
     """With what a log line and pictures ask of an engine too."""
 
     optimizer = None
