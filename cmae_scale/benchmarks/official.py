@@ -4,8 +4,8 @@ All patches are embedded and then gathered, mask tokens are concatenated and put
 predicted, attention writes its scores down, the optimizer is torch's default and the target follows parameter
 by parameter. What our step leaves out or joins is what the two differ by.
 
-Source: official cmae_vit.py, cmae_neck.py, cmae_head.py and momentum_update_hook.py, and MAE's models_mae.py
-for what they inherit; written anew.
+Source: official cmae_vit.py, nonlinear_neck.py, cmae_head.py and momentum_update_hook.py, and MAE's
+models_mae.py for what they inherit; written anew.
 """
 
 from collections.abc import Sequence

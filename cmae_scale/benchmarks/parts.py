@@ -6,8 +6,7 @@ what counts is the least CPU time of each. Ways that compute the same are compar
 
 import hashlib
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -31,7 +30,6 @@ from cmae_scale.engine.checkpoint.save_load import Snapshot
 from cmae_scale.engine.ema import TargetEma
 from cmae_scale.engine.process.group import start_processes, stop_processes
 from cmae_scale.layers.attention import attend_explicitly
-from cmae_scale.report.records import Timing
 
 
 def prepare_ema(scale: Scale) -> Iterator[Part]:
@@ -170,9 +168,7 @@ def prepare_checkpoint(scale: Scale) -> Iterator[Part]:
         )
 
 
-Timings = dict[str, list[Timing]]
-Measured = Iterator[tuple[str, tuple[str, Timings]]]
-APART = ("step", "engine")  # what makes engines
+GROUPED = ("step", "engine")  # where engines are made
 
 PARTS: dict[str, Callable[[Scale], Iterator[Part]]] = {
     "ema": prepare_ema,
@@ -191,34 +187,19 @@ PARTS: dict[str, Callable[[Scale], Iterator[Part]]] = {
 def measure_parts(
     names: list[str], *, rounds: int, tell: Callable[[str], None], scale: Scale | None = None
 ) -> dict[str, Any]:
-    """Timings of every way of the parts, by part and way; each part is told as it is done."""
-    torch.set_num_threads(1)
+    """Timings of every way of the parts, by part and way; each part is told as it is done.
+
+    Those with engines come last: processes that others start would take the group's place for their own.
+    """
     results: dict[str, Any] = {}
-    for name in names:
-        measure = _measure_apart if name in APART else measure_part
-        for title, (text, timings) in measure(name, rounds, Scale() if scale is None else scale):
-            tell(text)
-            results[title] = timings
+    with ExitStack() as stack:
+        for name in sorted(names, key=GROUPED.__contains__):
+            if name in GROUPED and not torch.distributed.is_initialized():
+                start_processes()  # once, for DeepSpeed keeps a process's groups for ever
+                stack.callback(stop_processes)
+            torch.set_num_threads(1)
+            for part in PARTS[name](Scale() if scale is None else scale):
+                timings = time_part(part, rounds=rounds)
+                tell(describe_part(name, part, timings))
+                results[f"{name}, a {part.unit}"] = timings
     return results
-
-
-def measure_part(name: str, rounds: int, scale: Scale) -> Measured:
-    """Every part that goes by this name: its title, the lines about it, the timings of its ways."""
-    for part in PARTS[name](scale):
-        timings = time_part(part, rounds=rounds)
-        yield f"{name}, a {part.unit}", (describe_part(name, part, timings), timings)
-
-
-def _measure_apart(name: str, rounds: int, scale: Scale) -> Measured:
-    """In a process of its own: DeepSpeed keeps a process's groups for ever."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        yield from pool.submit(_measure_in_group, name, rounds, scale).result()
-
-
-def _measure_in_group(name: str, rounds: int, scale: Scale) -> list[tuple[str, tuple[str, Timings]]]:
-    start_processes()
-    torch.set_num_threads(1)
-    try:
-        return list(measure_part(name, rounds, scale))
-    finally:
-        stop_processes()

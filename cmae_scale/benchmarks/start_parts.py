@@ -7,6 +7,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from cmae_scale.benchmarks.timing import Part, Scale, Way
+from cmae_scale.core.errors import ConfigError
 
 QUICKSTART = "ds_configs/quickstart.json"
 TYPO = "cmae.model.encodr=vit_small"
@@ -47,4 +48,6 @@ def _run(module: str, *arguments: str, status: int = 0) -> None:
 def _call(*arguments: str, status: int = 0) -> None:
     """Start Python and wait for it."""
     ended = subprocess.run([sys.executable, *arguments], capture_output=True, text=True)  # noqa: S603
-    assert ended.returncode == status, f"{' '.join(arguments)} ended with {ended.returncode}: {ended.stderr}"
+    if ended.returncode != status:
+        told = (ended.stderr.strip().splitlines() or ["nothing was said"])[-1]
+        raise ConfigError(f"`python {' '.join(arguments)}` ended with {ended.returncode} ({told})")

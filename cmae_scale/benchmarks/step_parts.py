@@ -7,7 +7,7 @@ could do at best.
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -112,19 +112,20 @@ def prepare_remat(scale: Scale) -> Iterator[Part]:
 
 
 def prepare_engine(scale: Scale) -> Iterator[Part]:
-    """Steps of a deep but narrow model, in which the engine's own work is most: a plain loop, every stage."""
+    """Steps of a deep but narrow model, in which the engine's own work is most: a plain loop, every stage.
+
+    One rank does what each of several does, but for what they say to each other.
+    """
     with open_runs("vits", scale) as read:
         plain = read(*NARROW)
         images = make_images(plain)
         ways: dict[str, Way] = {"a plain loop": take_steps(build_tried(plain, torch.float32), images, None)}
         for stage in range(4):
-            run = read(*NARROW, f"zero_optimization.stage={stage}")
-            ways[f"stage {stage}"] = take_engine_steps(run, images)
-        run = read(*NARROW, "zero_optimization.stage=2", "zero_optimization.contiguous_gradients=true")
-        ways["stage 2, gradients contiguous"] = take_engine_steps(run, images)
+            ways[f"stage {stage}"] = take_engine_steps(read(*NARROW), images, stage=stage)
+        apart = read(*NARROW, "zero_optimization.contiguous_gradients=false")
+        ways["stage 2, gradients not contiguous"] = take_engine_steps(apart, images, stage=2)
         with patch.object(start, "set_z3_leaf_modules"):
-            run = read(*NARROW, "zero_optimization.stage=3")
-            ways["stage 3, hooks on every layer"] = take_engine_steps(run, images)
+            ways["stage 3, hooks on every layer"] = take_engine_steps(read(*NARROW), images, stage=3)
         trained = sum(parameter.requires_grad for parameter in build_cmae(plain.cmae).parameters())
         yield Part(ways, trained, f"trained tensor of {trained}, a whole step")
 
@@ -194,10 +195,16 @@ def take_steps(model: CMAE, images: MadeImages, autocast: torch.dtype | None) ->
     return take
 
 
-def take_engine_steps(run: Run, images: MadeImages) -> Way:
-    """Ours as a run of one rank takes them, but for the check that all is finite."""
-    context = RankContext(read_world(), CPU)
-    state = start_pretraining(run, context=context, data_order="noise")
+def take_engine_steps(run: Run, images: MadeImages, *, stage: int | None = None) -> Way:
+    """Ours as a run of one rank takes them, but for the check that all is finite.
+
+    `stage`: at that one of ZeRO, also at one that a resolved run of one rank is not left at.
+    """
+    if stage is not None:
+        zero = {**run.deepspeed.get("zero_optimization", {}), "stage": stage}
+        run = replace(run, deepspeed={**run.deepspeed, "zero_optimization": zero})
+    state = start_pretraining(run, context=RankContext(read_world(), CPU), data_order="noise")
+    assert stage is None or state.engine.zero_optimization_stage() == stage
 
     def take() -> None:
         with state.use_attention():
