@@ -6,7 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import numpy as np
 import torch
+from jaxtyping import UInt8
 from torch import Tensor
 
 from cmae_scale.benchmarks.timing import Part, Scale, Way
@@ -85,9 +87,12 @@ def prepare_decode(scale: Scale) -> Iterator[Part]:
         for data, numbers in zip(images, draws, strict=True)
     ]
 
+    def as_tensor(crops: UInt8[np.ndarray, "1 side side 3"]) -> Tensor:
+        return torch.from_numpy(crops[0]).permute(2, 0, 1)
+
     def ours() -> list[Tensor]:
         return [
-            decode_crops(data, side=side, scale=AREA, ratio=SHAPE, max_mpx=100, draws=[numbers])[0]
+            as_tensor(decode_crops(data, side=side, scale=AREA, ratio=SHAPE, max_mpx=100, draws=[numbers]))
             for data, numbers in zip(images, draws, strict=True)
         ]
 

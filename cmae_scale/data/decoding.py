@@ -50,7 +50,7 @@ class BatchMemory:
         return np.empty(size, dtype=np.uint8)
 
 
-Pixels = UInt8[Tensor, "crops 3 side side"]
+Pixels = UInt8[np.ndarray, "crops side side 3"]
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Decoding(Protocol):
     def decode(
         self, data: bytes, slot: SampleSlot, *, out: Pixels, grey_range: GreyRange | None = None
     ) -> None:
-        """Write the pictures, RGB, to `out`, whose channels lie last in memory.
+        """Write the pictures, RGB, to `out`.
 
         `grey_range` are the values of grey of over 8 bits that become black and white; None: its extremes.
         """
@@ -141,7 +141,7 @@ class CentreCrops:
         centre = decode_centre(
             data, side=self.side, short=self.crop.short_px, max_mpx=self.max_mpx, grey_range=grey_range
         )
-        out.copy_(torch.from_numpy(centre.copy())[None])
+        out[0] = centre.transpose(1, 2, 0)
 
 
 Allocate = Callable[[int], torch.Tensor]

@@ -14,7 +14,7 @@ from cmae_scale.config.cmae import DataConfig, ViewsConfig
 from cmae_scale.core.errors import DataError
 from cmae_scale.data.blocks import Block, RawBatch, RawRow, StoredSample
 from cmae_scale.data.decode import decode_centre
-from cmae_scale.data.decoding import BadSamples, Decoding, SampleSlot, allocate_for
+from cmae_scale.data.decoding import BadSamples, Decoding, Pixels, SampleSlot, allocate_for
 from cmae_scale.data.plan import Piece
 from cmae_scale.data.shard_set import ShardSet
 from cmae_scale.data.stream import NO_LABEL, BatchStream, DecodedRow
@@ -42,7 +42,7 @@ def open_ordered(
     stop = threading.Event()
     pieces = share_pieces(count_samples(shards, fraction), rank=rank, ranks=ranks)
 
-    def decode(row: RawRow, out: torch.Tensor) -> DecodedRow:
+    def decode(row: RawRow, out: Pixels) -> DecodedRow:
         return _decode_exactly(row.block.samples[row.slot], decoding=decoding, bad=bad, out=out)
 
     return BatchStream(
@@ -104,15 +104,13 @@ def _as_batch(samples: list[StoredSample], step: int) -> RawBatch:
     return RawBatch(step, 0, [RawRow(block, slot) for slot in range(len(samples))])
 
 
-def _decode_exactly(
-    sample: StoredSample, *, decoding: Decoding, bad: BadSamples, out: torch.Tensor
-) -> DecodedRow:
+def _decode_exactly(sample: StoredSample, *, decoding: Decoding, bad: BadSamples, out: Pixels) -> DecodedRow:
     try:
         slot = SampleSlot(0, 0, sample.number)
         decoding.decode(sample.image, slot, out=out, grey_range=sample.grey_range)
     except DataError as error:
         bad.add(sample.key, str(error))
-        out.zero_()
+        out.fill(0)
         return DecodedRow(NO_LABEL, sample.key)
     return DecodedRow(NO_LABEL if sample.label is None else sample.label, sample.key)
 

@@ -10,13 +10,11 @@ from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Any
 
-import numpy as np
-import torch
-import torch.nn.functional as F
 from PIL import Image
 
 from cmae_scale.config.transfer import CropConfig
 from cmae_scale.core.errors import ConfigError
+from cmae_scale.data.crops import resize
 from cmae_scale.data.decode import CROP_DRAWS, GreyRange, decode_pixels, random_crop_box
 from cmae_scale.data.decoding import Pixels, SampleSlot
 from cmae_scale.data.plan import Purpose
@@ -130,18 +128,13 @@ class TrainingCrops:
         height, width, _ = pixels.shape
         draws = slot.draw(Purpose.CROP, count=CROP_DRAWS)
         box = random_crop_box(width, height, scale=self.crop.scale, ratio=self.crop.ratio, draws=draws)
-        part = torch.from_numpy(pixels)[box.top : box.bottom, box.left : box.right].permute(2, 0, 1)[None]
-        size = (self.side, self.side)
-        picture = F.interpolate(part, size, mode="bicubic", antialias=True, align_corners=False)[0]
+        picture = out[0]
+        resize(pixels[box.top : box.bottom, box.left : box.right], out=picture)
         flip, *numbers = slot.draw(Purpose.AUGMENT, count=1 + self._count_numbers())
         if flip < self.crop.flip_p:
-            picture = picture.flip(-1)
-        if self.augmentation is None:
-            out.copy_(picture[None])
-            return
-        image = Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy())
-        augmented = np.array(self.augmentation.apply(image, numbers))
-        out.copy_(torch.from_numpy(augmented).permute(2, 0, 1)[None])
+            picture[:] = picture[:, ::-1].copy()
+        if self.augmentation is not None:
+            picture[:] = self.augmentation.apply(Image.fromarray(picture), numbers)
 
     def _count_numbers(self) -> int:
         return 0 if self.augmentation is None else self.augmentation.num_draws

@@ -39,6 +39,9 @@ class Storage(Protocol):
     def find(self, pattern: str) -> list[str]:
         """Locations that match a pattern with *, ? and [], sorted."""
 
+    def __hash__(self) -> int:
+        """What was read through a storage may be kept under it."""
+
 
 class LocalStorage:
     """Files of this machine, or of a file system that is mounted on it.

@@ -21,7 +21,7 @@ from torch import Tensor
 from cmae_scale.config.cmae import DataConfig, ViewsConfig
 from cmae_scale.core.errors import DataError
 from cmae_scale.data.blocks import RawBatch, RawRow, read_raw_batches
-from cmae_scale.data.decoding import BadSamples, Decoding, PretrainCrops, SampleSlot, allocate_for
+from cmae_scale.data.decoding import BadSamples, Decoding, Pixels, PretrainCrops, SampleSlot, allocate_for
 from cmae_scale.data.mix import MixPlan
 from cmae_scale.data.shard_set import ShardSet
 
@@ -115,7 +115,7 @@ def open_stream(
         stop=stop,
     )
 
-    def decode(row: RawRow, out: Tensor) -> DecodedRow:
+    def decode(row: RawRow, out: Pixels) -> DecodedRow:
         return decode_row(row, plan, decoding=decoding, bad=bad, out=out)
 
     return BatchStream(
@@ -134,7 +134,7 @@ def decode_row(
     *,
     decoding: Decoding,
     bad: BadSamples,
-    out: UInt8[Tensor, "crops 3 side side"],
+    out: Pixels,
 ) -> DecodedRow:
     """Write the pictures of the row's sample, or of the first of its block that can be decoded, to `out`.
 
@@ -162,7 +162,7 @@ class BatchStream:
     def __init__(
         self,
         raw_batches: Iterator[RawBatch],
-        decode: Callable[[RawRow, Tensor], DecodedRow],
+        decode: Callable[[RawRow, Pixels], DecodedRow],
         *,
         allocate: Callable[[int], Tensor],
         workers: int,
@@ -247,7 +247,7 @@ class BatchStream:
                 for row in rows:
                     if self._stop.is_set():
                         break
-                    filling.put(row, self._decode(filling.raw.rows[row], filling.images[row]))
+                    filling.put(row, self._decode(filling.raw.rows[row], filling.pixels[row]))
             except BaseException as error:
                 filling.fail(error)
 
@@ -258,6 +258,7 @@ class _Filling:
     def __init__(self, raw: RawBatch, images: Tensor) -> None:
         self.raw = raw
         self.images = images
+        self.pixels = images.permute(0, 1, 3, 4, 2).numpy()  # the same memory
         self._labels = np.full(len(raw.rows), NO_LABEL, dtype=np.int64)
         self._keys = [""] * len(raw.rows)
         self._missing = len(raw.rows)

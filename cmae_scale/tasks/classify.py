@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import timm
 import torch
 from torch import nn
@@ -12,7 +13,6 @@ from torch import nn
 from cmae_scale.augment.views import normalise
 from cmae_scale.config.transfer import CropConfig
 from cmae_scale.core.errors import ConfigError, DataError
-from cmae_scale.data.crops import empty_crops
 from cmae_scale.data.decoding import CentreCrops, SampleSlot
 from cmae_scale.data.image_formats import IMAGE_ENDINGS
 from cmae_scale.models.read import read_classifier, read_description
@@ -108,9 +108,10 @@ def _has_no_classes(folder: str) -> ConfigError:
 @torch.no_grad()
 def guess(classifier: Classifier, data: bytes, *, count: int) -> list[tuple[str, float]]:
     """The `count` most probable classes of an encoded image, best first. DataError if it is none."""
-    pixels = empty_crops(1, side=classifier.crop.img_px)
+    side = classifier.crop.img_px
+    pixels = np.empty((1, side, side, 3), dtype=np.uint8)
     CentreCrops(classifier.crop, MAX_MPX).decode(data, SampleSlot(0, 0, 0), out=pixels)
-    images = normalise(pixels, mean=classifier.mean, std=classifier.std)
+    images = normalise(torch.from_numpy(pixels).permute(0, 3, 1, 2), mean=classifier.mean, std=classifier.std)
     shares = classifier.model(images).softmax(dim=1)[0]
     best = shares.topk(min(count, len(shares)))
     return [

@@ -5,12 +5,15 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageOps
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as tv
 
@@ -69,7 +72,7 @@ def test_a_master_is_torchvisions_resized_crop_bit_for_bit(width: int, height: i
             InterpolationMode.BICUBIC,
             antialias=True,
         )
-        assert torch.equal(crop, expected)
+        np.testing.assert_array_equal(crop.transpose(2, 0, 1), expected)
 
 
 def test_masters_of_photographs_are_pillows_but_for_rounding(shared_data: Path) -> None:
@@ -79,10 +82,52 @@ def test_masters_of_photographs_are_pillows_but_for_rounding(shared_data: Path) 
         image = decode_image(data, max_mpx=50.0)
         box = random_crop_box(image.width, image.height, scale=SCALE, ratio=RATIO, draws=draws(number))
         expected = image.crop(box).resize((256, 256), Image.Resampling.BICUBIC)
-        errors.append(np.abs(crop[0].numpy().astype(int) - np.asarray(expected).transpose(2, 0, 1)))
+        errors.append(np.abs(crop[0].astype(int) - np.asarray(expected)))
     difference = np.stack(errors)
     assert difference.mean() < 0.1, "of 255"
     assert (difference > 1).mean() < 1e-3
+
+
+class Operations(TorchDispatchMode):
+    """Counts them."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += function is not torch.ops.aten.lift_fresh.default  # of from_numpy, which keeps the lock
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+@pytest.mark.parametrize("crops", [1, 2])
+def test_torch_has_the_resize_alone_to_do(kind: str, crops: int) -> None:
+    """It gives the interpreter lock away in every operation, and many threads wait for it then."""
+    data, numbers = encode(picture(203, 155), kind), [draws(number) for number in range(crops)]
+    with Operations() as operations:
+        decode_crops(data, side=48, scale=(0.1, 1.0), ratio=RATIO, max_mpx=1.0, draws=numbers)
+    assert operations.count == crops
+
+
+def count_threads() -> int:
+    return len(list(Path("/proc/self/task").iterdir()))
+
+
+def test_no_image_is_worth_threads_of_its_own() -> None:
+    """Where all cores decode, a team of threads that torch starts for a copy is in their way."""
+    data = encode(picture(900, 700), "JPEG")
+    usual = torch.get_num_threads()
+
+    def crop_once(number: int) -> None:
+        decode_crops(data, side=256, scale=(0.9, 1.0), ratio=(1.0, 1.0), max_mpx=1.0, draws=[draws(number)])
+
+    with ThreadPoolExecutor(1) as pool:  # a thread that has no team yet
+        torch.set_num_threads(7)
+        before = pool.submit(count_threads).result()
+        try:
+            list(pool.map(crop_once, range(3)))
+        finally:
+            torch.set_num_threads(usual)
+        assert count_threads() == before
 
 
 OPTIONS = [{}, {"progressive": True}, {"subsampling": 0}, {"subsampling": 1}, {"quality": 30}]
@@ -129,7 +174,7 @@ def test_a_part_decoded_alone_is_that_part_of_the_whole(mode: str, options: dict
 def test_masters_do_not_depend_on_which_decoders_are_installed(
     monkeypatch: pytest.MonkeyPatch, scale: tuple[float, float]
 ) -> None:
-    def crop_once(number: int) -> torch.Tensor:
+    def crop_once(number: int) -> np.ndarray:
         data = encode(picture(203, 155), "JPEG")
         return decode_crops(data, side=48, scale=scale, ratio=RATIO, max_mpx=1.0, draws=[draws(number)])
 
@@ -141,9 +186,9 @@ def test_masters_do_not_depend_on_which_decoders_are_installed(
     assert len(parts) > 5
     assert all(part is not None for part in parts)
     monkeypatch.setattr(crops.REGIONS, "decode", lambda *_: None)
-    assert all(torch.equal(crop, crop_once(number)) for number, crop in enumerate(fast))
+    assert all(np.array_equal(crop, crop_once(number)) for number, crop in enumerate(fast))
     monkeypatch.setattr(decode, "DECODE_JPEG", None)
-    assert all(torch.equal(crop, crop_once(number)) for number, crop in enumerate(fast))
+    assert all(np.array_equal(crop, crop_once(number)) for number, crop in enumerate(fast))
 
 
 def test_a_file_that_was_cut_below_the_part_is_bad_too() -> None:

@@ -124,6 +124,20 @@ def test_offsets_beside_a_shard_give_the_same_samples(make_folder) -> None:
             assert list(shard.read(first, count)) == expected[first : first + count]
 
 
+def test_offsets_are_read_once_and_looked_for_again_where_they_were_missing(make_folder) -> None:
+    folder = make_folder("a", (9,))
+    shard = open_set(folder).shards[0]
+    expected = list(shard.read(0, 9))
+    assert list(shard.read(3, 2)) == expected[3:5], "by the headers"
+    path = folder / "shard-00000.tar"
+    with path.open("rb") as file:
+        write_offsets(path, find_offsets(file, name="a"), sha256=shard.info.sha256)
+    assert list(shard.read(3, 2)) == expected[3:5]
+    (folder / offsets_name(path.name)).unlink()
+    path.write_bytes(b"x" * 512 + path.read_bytes()[512:])  # no headers lead to the fourth sample any more
+    assert list(shard.read(3, 2)) == expected[3:5]
+
+
 @pytest.mark.parametrize(
     "text",
     ["", "{", "[]", '{"sha256":"0","blocks":[0,1,2,3]}', '{"sha256":"SHA","blocks":[0,9,3,12]}', "\xff"],
