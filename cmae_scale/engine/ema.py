@@ -118,6 +118,8 @@ class TargetEma:
         torch._foreach_copy_(targets, [part.view_as(target) for part, target in parts])
 
     def _shards(self) -> tuple[list[Tensor], list[Tensor]]:
+        if not is_partitioned(self.target[0]):
+            return list(self.target), list(self.online)
         return [partition_of(p) for p in self.target], [partition_of(p) for p in self.online]
 
 

@@ -23,7 +23,8 @@ ENGINE = {
     "_global_grad_norm": "the norm of a step that is checked here, or left out",
     "basic_optimizer": "torch's optimizer, whose state is saved",
     "torch_autocast_z0_gradscaler": "fp16 autocast at stage 0",
-    "_reduce_non_expert_gradients": "not for a lone rank",
+    "buffered_allreduce_fallback": "not for a lone rank",
+    "clip_fp32_gradients": "where the norm is known already",
     "micro_steps": "where accumulation stands, when a run goes on",
 }
 OPTIMIZER = {  # by ZeRO stage and section, as "3 fp32"
