@@ -110,9 +110,9 @@ def make_views(
 
     Source: paper 3.2; official pipelines: the flip is of the master.
     """
-    groups = list(_group_rows(images, numbers, views=views))
     if is_fused:
         return _make_by_kernels(images, numbers, views=views, online=online, target=target, beside=beside)
+    groups = list(_group_rows(images, numbers, views=views))
     parts = [numbers.pick(group) for group in groups]
     parcel = send(
         _Parcel(

@@ -1,4 +1,4 @@
-"""The update of a plain torch optimizer: a plain loop's to the bit, and nothing keeps a GPU waiting for it."""
+"""The update of a plain torch optimizer: a plain loop's to the bit, and no GPU waits for it."""
 
 import math
 from collections.abc import Callable
