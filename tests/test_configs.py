@@ -72,9 +72,11 @@ def test_the_convmae_baseline_is_as_large_as_published() -> None:
 def test_another_memory_plan_is_the_same_run(path: Path) -> None:
     plan, base = read_run(path), read_run(path.with_name(f"{path.stem.partition('_zero')[0]}.json"))
     assert plan.cmae == base.cmae
-    memory = {"zero_optimization", "activation_checkpointing", "train_micro_batch_size_per_gpu"}
+    micro = "train_micro_batch_size_per_gpu"
+    memory = {"zero_optimization", "activation_checkpointing", micro}
     for name in (set(plan.deepspeed) | set(base.deepspeed)) - memory:
         assert plan.deepspeed.get(name) == base.deepspeed.get(name), name
+    assert base.deepspeed[micro] == 2 * plan.deepspeed[micro], "half of it, as ds_configs/README.md says"
     assert plan.deepspeed["zero_optimization"] != base.deepspeed["zero_optimization"]
 
 

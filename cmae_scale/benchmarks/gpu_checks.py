@@ -35,8 +35,8 @@ Figures = dict[str, Any]
 Measured = Iterator[tuple[str, Figures]]
 
 CPU = torch.device("cpu")
+IMAGES = 512  # through attention: for 64, a host takes longer to launch the kernels than a GPU to run them
 # heads, tokens, width of a head: the encoder on kept and on all patches of ViT-L, the decoders
-IMAGES = 512  # through these: of 64, a host takes longer to launch the kernels than a GPU to run them
 SHAPES = ((16, 69, 64), (16, 197, 64), (16, 197, 32))
 
 
